@@ -1,0 +1,85 @@
+# Every target makes .venv on its first run and touches nothing outside the checkout.
+#
+#   make run         the main job on the packaged model
+#   make test        the test suite, at most 10 minutes on 2 cores
+#   make check       formatting, lint, types, layers, at most 2 minutes
+#   make test-long   the slow tests and the sweep, bounded to 45 minutes
+#   make matrix      docs/matrix.md: which choices compose
+#   make sweep       docs/models.md: which models run, and which way
+#   make bench       every benchmark, one JSON document each, under out/bench/
+#   make docs        the documentation, under site/
+#   make clean       removes what these made, .venv included
+#
+#   PYTHON=python3.12   the interpreter .venv is made from (3.11 or newer)
+#   TORCH=as-found      take whatever torch build the package index offers; see README.md, "Installing torch"
+
+PYTHON ?= python3
+TORCH ?= auto
+PROMPT ?= The KV cache
+JOBS ?= 2
+LIMIT ?= timeout --kill-after=30s 45m
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help install run test check test-long matrix sweep bench docs clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(INSTALLED)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Quire needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# Before the real installation, .ci/torch looks at which torch the index would give: on a machine without an NVIDIA GPU it
+# takes the CPU build instead of gigabytes of CUDA libraries, or stops and says so.
+$(INSTALLED): pyproject.toml constraints.txt .ci/torch | $(VENV)/bin/python
+	@TORCH=$(TORCH) .ci/torch $(BIN)/python constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+run: $(INSTALLED)
+	$(BIN)/quire run "$(PROMPT)"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test-long: $(INSTALLED)
+	$(LIMIT) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu"
+
+matrix: $(INSTALLED)
+	$(BIN)/python tools/matrix.py --write docs/matrix.md
+
+sweep: $(INSTALLED)
+	$(BIN)/python tools/sweep.py --write docs/models.md
+
+bench: $(INSTALLED)
+	@mkdir -p out/bench
+	@set -e; for file in benchmarks/[a-z]*.py; do \
+	    name=$$(basename $$file .py); echo "== $$name"; \
+	    $(BIN)/python $$file --json > out/bench/$$name.json; \
+	done
+
+docs: $(INSTALLED_DOCS)
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf $(VENV) site build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
