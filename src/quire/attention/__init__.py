@@ -1,0 +1,6 @@
+"""Attention over blocks: a step is planned once, then run once per layer over segments."""
+
+from quire.attention.reference import ReferenceBackend
+from quire.attention.step import Row, Step
+
+__all__ = ["ReferenceBackend", "Row", "Step"]

@@ -1,0 +1,194 @@
+"""Attention over a planned step in plain torch: exact, on any device.
+
+`reference` computes scores, softmax and sums in float32 (float64 for float64 queries), segment by segment, and merges.
+`torch` is its fast twin for what it can do without changing results beyond the model's own rounding: products in the
+model's dtype with a float32 softmax for single queries, and torch's fused attention for chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from quire.attention.step import Read, Step
+from quire.ops.attend import Partial, attend, empty_partial, merge, sink_partial
+
+SCORE_BYTES = 64 << 20
+"""Scores materialised at once by a chunk of queries."""
+
+
+class ReferenceBackend:
+    """The plain backend; `run` is the whole interface."""
+
+    name = "reference"
+
+    def run(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        *,
+        scale: float,
+        keys: tuple[str, ...] = ("k",),
+        value: str = "v",
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Attends every new token of the step to what it may read in `layer`.
+
+        Args:
+            q: `[n_tokens, H_q, D]`, post-RoPE; head h reads KV head h // (H_q / H_kv).
+            keys: fields whose concatenation over the last dimension is the key (`("latent", "k_rope")` for MLA).
+            value: field that is the value.
+            softcap, sinks, window: as in `ops.attend`; sinks `[H_q]`; window narrows the layer's span.
+
+        Returns:
+            `[n_tokens, H_q, D_v]` in q's dtype.
+        """
+        _, _, reads = step.of_layer(layer)
+        total = sum(len(g.heads(layer)) for g in {r.group: None for r in reads})
+        share = q.shape[1] // max(1, _kv_heads(reads, layer, total))
+        alone = sinks is None and len(reads) == 1 and reads[0].contiguous
+        if alone and len(reads[0].group.heads(layer)) * share == q.shape[1]:
+            r = reads[0]
+            part = self._read(step, layer, r, q.view(*r.tokens.shape, *q.shape[1:]), scale, keys, value, softcap, window, False)
+            return part.out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1).to(q.dtype)
+        return self._fold(step, layer, q, reads, share, scale, keys, value, softcap, sinks, window)
+
+    def _fold(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        reads: list[Read],
+        share: int,
+        scale: float,
+        keys: tuple[str, ...],
+        value: str,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """The general case: partial results per segment and head, merged in token order."""
+        total: Partial | None = None
+        for r in reads:
+            heads = torch.tensor(
+                [h * share + g for h in r.group.heads(layer) for g in range(share)], device=q.device
+            )
+            part = self._read(step, layer, r, q[r.tokens][:, :, heads], scale, keys, value, softcap, window, True)
+            if total is None:
+                dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+                total = empty_partial((q.shape[0], q.shape[1]), part.out.shape[-1], dtype, q.device)
+            at = r.tokens.unsqueeze(-1), heads  # [R, T, 1] x [heads]
+            mine = Partial(part.out.transpose(1, 2).to(total.out.dtype), part.lse.transpose(1, 2).to(total.lse.dtype))
+            both = merge(Partial(total.out[at], total.lse[at]), mine)
+            total.out[at], total.lse[at] = both.out, both.lse
+        assert total is not None
+        if sinks is not None:
+            turned = Partial(total.out.transpose(0, 1), total.lse.transpose(0, 1))
+            total = Partial(merge(turned, sink_partial(sinks, turned)).out.transpose(0, 1), total.lse)
+        return total.out.to(q.dtype)
+
+    def _read(
+        self,
+        step: Step,
+        layer: int,
+        r: Read,
+        q: torch.Tensor,
+        scale: float,
+        keys: tuple[str, ...],
+        value: str,
+        softcap: float | None,
+        window: int | None,
+        want_lse: bool,
+    ) -> Partial:
+        """One batch: `q: [R, T, heads, D]` to Partial over `[R, heads, T]`."""
+        fields = {name: step.gather(layer, r, name, q.dtype) for name in dict.fromkeys((*keys, value))}
+        k = fields[keys[0]] if len(keys) == 1 else torch.cat([fields[n] for n in keys], -1)
+        return self._segment(q.transpose(1, 2), k, fields[value], r.mask(window), scale, softcap, want_lse)
+
+    def _segment(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        want_lse: bool,
+    ) -> Partial:
+        """`q: [R, H_q, T, D]`, `k, v: [R, H_kv, N, D]`, `mask: [R, T, N]` or None."""
+        rows = max(1, SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * max(1, k.shape[2])))
+        if rows >= q.shape[2]:
+            return attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        parts = [
+            attend(
+                q[:, :, i : i + rows],
+                k,
+                v,
+                scale=scale,
+                mask=None if mask is None else mask[:, i : i + rows],
+                softcap=softcap,
+            )
+            for i in range(0, q.shape[2], rows)
+        ]
+        return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+
+
+class TorchBackend(ReferenceBackend):
+    """The fast twin."""
+
+    name = "torch"
+
+    def _segment(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        want_lse: bool,
+    ) -> Partial:
+        if q.shape[2] == 1 and q.dtype != torch.float64:
+            return self._single(q, k, v, mask, scale, softcap, want_lse)
+        if want_lse or softcap is not None:
+            return super()._segment(q, k, v, mask, scale, softcap, want_lse)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if mask is None else mask.unsqueeze(1),
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return Partial(out, out.new_empty(0))
+
+    @staticmethod
+    def _single(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        want_lse: bool,
+    ) -> Partial:
+        """One query per row: the query heads of a KV head are the rows of one product."""
+        r, heads, _, d = q.shape
+        s = torch.matmul((q * scale).reshape(r, k.shape[1], -1, d), k.transpose(-1, -2)).float()
+        if softcap is not None:
+            s = torch.tanh(s / softcap) * softcap
+        if mask is not None:
+            s = s.masked_fill(~mask.unsqueeze(1), float("-inf"))
+        lse = torch.logsumexp(s, -1, keepdim=True) if want_lse else None
+        p = torch.softmax(s, -1) if lse is None else torch.exp(s - torch.where(torch.isfinite(lse), lse, 0.0))
+        out = torch.matmul(p.to(v.dtype), v).reshape(r, heads, 1, v.shape[-1])
+        return Partial(out, out.new_empty(0) if lse is None else lse.reshape(r, heads, 1))
+
+
+def _kv_heads(reads: list[Read], layer: int, total: int) -> int:
+    """KV heads of the layer: each group counts once, a lossy body and its raw companion together."""
+    seen = {h for r in reads for h in r.group.heads(layer)}
+    return len(seen) or total

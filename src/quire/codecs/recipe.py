@@ -1,0 +1,135 @@
+"""Recipes: the string form of a codec choice, and the registry that it is resolved against.
+
+    auto                        the model's own dtype
+    bf16                        one codec for every field
+    kivi:bits=2,residual=128    with parameters
+    k=int8,v=int4               one codec per field
+    int4;skip_layers=0,1,-1     options for all: these layers stay in the plain codec of the model's dtype
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from quire.errors import ConfigError
+from quire.spec import KVCodec
+
+_NOT_CODECS = frozenset({"recipe", "plain"})
+PLAIN_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp32"}
+
+
+@cache
+def available() -> tuple[str, ...]:
+    """Names of all codecs: the files of this folder and the entry points of other packages."""
+    import quire.codecs as folder
+
+    own = {m.name for m in pkgutil.iter_modules(folder.__path__) if m.name not in _NOT_CODECS}
+    return tuple(sorted(own | {e.name for e in entry_points(group="quire.codecs")}))
+
+
+def codec_class(name: str) -> type[Any]:
+    """The codec's class. Raises ConfigError with the known names."""
+    if name not in available():
+        raise ConfigError(f"unknown codec {name!r}; known: auto, {', '.join(available())}")
+    for entry in entry_points(group="quire.codecs"):
+        if entry.name == name:
+            found: type[Any] = entry.load()
+            return found
+    own: type[Any] = importlib.import_module(f"quire.codecs.{name}").Codec
+    return own
+
+
+def load_codec(text: str) -> KVCodec:
+    """The codec for `"name"` or `"name:parameter=value,..."`.
+
+    Raises:
+        ConfigError: unknown name or parameter, or a value that the codec refuses.
+    """
+    name, _, rest = text.strip().partition(":")
+    cls = codec_class(name)
+    known = {f.name: f for f in fields(cls)}
+    values: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, eq, value = (x.strip() for x in item.partition("="))
+        if not eq or key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes no parameters"
+            raise ConfigError(f"codec {name}: unknown parameter {item.strip()!r}; {takes}")
+        values[key] = _value(value)
+    codec: KVCodec = cls(**values)
+    return codec
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed `kv=` string. `codecs` maps a field's name, or `""` for every field, to a codec's string form."""
+
+    text: str
+    codecs: Mapping[str, str] = field(default_factory=dict)
+    skip_layers: tuple[int, ...] = ()
+
+    def codec(self, field_name: str, model_dtype: str) -> KVCodec:
+        """The codec of a field for a model that computes in `model_dtype`."""
+        chosen = self.codecs.get(field_name, self.codecs.get("", "auto"))
+        return plain_codec(model_dtype) if chosen == "auto" else load_codec(chosen)
+
+    def skips(self, layer: int, n_layers: int) -> bool:
+        """Whether the layer stays plain; negative numbers count from the last."""
+        return any(layer == s % n_layers for s in self.skip_layers)
+
+
+def plain_codec(model_dtype: str) -> KVCodec:
+    """The plain codec that holds `model_dtype` exactly."""
+    if model_dtype not in PLAIN_OF_DTYPE:
+        raise ConfigError(f"no plain codec for {model_dtype}; load the model in float32, float16 or bfloat16")
+    return load_codec(PLAIN_OF_DTYPE[model_dtype])
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Parses and checks a `kv=` string without a model.
+
+    Raises:
+        ConfigError: one line that says what would work.
+    """
+    body, *options = (part.strip() for part in text.split(";"))
+    skip: tuple[int, ...] = ()
+    for option in options:
+        key, _, value = option.partition("=")
+        if key.strip() != "skip_layers":
+            raise ConfigError(f"kv={text!r}: unknown option {key.strip()!r}; known: skip_layers=0,1,-1")
+        try:
+            skip = tuple(int(x) for x in value.split(","))
+        except ValueError:
+            raise ConfigError(f"kv={text!r}: skip_layers takes layer numbers, as in skip_layers=0,1,-1") from None
+    codecs: dict[str, str] = {}
+    if _per_field(body):
+        for item in body.split(","):
+            name, _, codec = (x.strip() for x in item.partition("="))
+            if name not in ("k", "v", "latent", "k_rope"):
+                raise ConfigError(f"kv={text!r}: unknown field {name!r}; fields are k, v, latent, k_rope")
+            codecs[name] = codec
+    else:
+        codecs[""] = body
+    for codec in codecs.values():
+        if codec != "auto":
+            load_codec(codec)
+    return Recipe(text, codecs, skip)
+
+
+def _per_field(body: str) -> bool:
+    """Whether the text reads `field=codec,...` rather than `codec:parameter=value,...`."""
+    return "=" in body.partition(":")[0]

@@ -1,0 +1,144 @@
+"""One model joined to one store: the way in, the memory behind it, and the pieces that a forward needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from quire.attention.reference import ReferenceBackend, TorchBackend
+from quire.attention.step import Row, Step
+from quire.errors import ConfigError
+from quire.models.forward import Forward, windows_of
+from quire.models.hf_cache import KVCache
+from quire.models.patches import Patches
+from quire.models.probe import Shape
+from quire.plan.layout import Layout
+from quire.spec import CacheGroup
+from quire.store.store import BlockStore
+from quire.store.table import BlockTable
+
+WAYS = ("packed", "rows", "patched", "dense")
+
+BACKENDS = {"reference": ReferenceBackend, "torch": TorchBackend}
+
+
+def make_backend(name: str) -> ReferenceBackend:
+    """The attention backend of that name, "auto" for the fastest that works here. Raises ConfigError."""
+    if name == "auto":
+        return TorchBackend()
+    if name not in BACKENDS:
+        raise ConfigError(f"unknown attention backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+    return BACKENDS[name]()
+
+
+class Bridge:
+    """What attachment and engine share. Made by `quire.models.attach.connect`."""
+
+    def __init__(
+        self, model: Any, way: str, shape: Shape, layout: Layout, store: BlockStore, patches: Patches, backend: str = "auto"
+    ) -> None:
+        self.model = model
+        self.way = way
+        self.shape = shape
+        self.layout = layout
+        self.store = store
+        self.patches = patches
+        self.backend = make_backend(backend)
+        self.device = torch.device(model.device)
+        self.chunked_prefill = True
+        self.layer_kinds = shape.kinds
+        self.has_state = shape.recurrent
+        self._windows = windows_of(layout.spec.groups)
+        self._names = {
+            layer: tuple(f.name for f in layout.fields_of(g))
+            for g in layout.spec.groups
+            if not g.recurrent and g.raw is None
+            for layer in g.layers
+        }
+        self._state_groups: dict[int, tuple[int, CacheGroup]] = {
+            layer: (at, g) for at, g in enumerate(layout.spec.groups) if g.recurrent for layer in g.layers
+        }
+
+    def field_names(self, layer: int) -> tuple[str, str]:
+        """What the two tensors given to `update` are called: k and v, or latent and k_rope."""
+        first, second = self._names[layer]
+        return first, second
+
+    def states_in(self, layer: int) -> int:
+        return self.shape.n_states.get(layer, 1)
+
+    def forward(self, step: Step, batch: int, queries: int, valid: torch.Tensor | None = None) -> Forward:
+        """A `Forward` over a planned step."""
+        return Forward(step, self.backend, batch, queries, valid, self._windows)
+
+    def cache(self) -> KVCache:
+        """An empty cache for the model's own `generate()`."""
+        return KVCache(self)
+
+    # -- recurrent state -----------------------------------------------------------------------------------------
+
+    def load_state(self, layer: int, into: Any, tables: Sequence[BlockTable]) -> None:
+        """Gathers rows' states into a transformers linear-attention layer; one without history begins empty."""
+        for j in range(into.number_of_states):
+            into.conv_states[j] = into.recurrent_states[j] = None
+            into.is_conv_states_initialized[j] = into.is_recurrent_states_initialized[j] = False
+            into.has_previous_state[j] = False
+        fresh = [t.committed == 0 for t in tables]
+        if all(fresh) or layer not in self._state_groups:
+            return
+        if any(fresh):
+            raise ConfigError("a forward over recurrent layers cannot mix sequences with and without history")
+        at, group = self._state_groups[layer]
+        slab, index = self._places(at, group, tables)
+        for (kind, j), f in zip(self.shape.states[layer], group.fields, strict=True):
+            x = self.store.view(group, layer, f.name)[slab, index, 0]
+            into.dtype, into.device = x.dtype, x.device
+            if kind == "conv":
+                into.conv_states[j], into.is_conv_states_initialized[j] = x, True
+                into.conv_kernel_size[j] = x.shape[-1]
+            else:
+                into.recurrent_states[j], into.is_recurrent_states_initialized[j] = x, True
+            into.has_previous_state[j] = True
+
+    def store_state(self, layer: int, out_of: Any, tables: Sequence[BlockTable]) -> None:
+        """Scatters a layer's states into the rows' state blocks."""
+        if layer not in self._state_groups:
+            return
+        at, group = self._state_groups[layer]
+        slab, index = self._places(at, group, tables)
+        for (kind, j), f in zip(self.shape.states[layer], group.fields, strict=True):
+            x = (out_of.conv_states if kind == "conv" else out_of.recurrent_states)[j]
+            self.store.view(group, layer, f.name)[slab, index, 0] = x
+
+    def _places(self, at: int, group: CacheGroup, tables: Sequence[BlockTable]) -> tuple[torch.Tensor, torch.Tensor]:
+        import numpy as np
+
+        blocks = np.array([t.chains[at].ids[0] for t in tables], np.int32)
+        slab, index = self.store.places(group, blocks)
+        return torch.from_numpy(slab).long().to(self.device), torch.from_numpy(index).long().to(self.device)
+
+    # -- dense fallback ------------------------------------------------------------------------------------------
+
+    def read_all(self, row: Row, layer: int, name: str) -> torch.Tensor:
+        """`[heads, stop, D]`: a row's whole history of one field, as its last query reads it."""
+        step = Step(self.store, self.layout, [Row(row.table, row.stop - 1, row.stop)], self.device)
+        dtype = getattr(torch, self.layout.dtype)
+        out: torch.Tensor | None = None
+        for r in step.of_layer(layer)[2]:
+            x = step.gather(layer, r, name, dtype)[0]
+            mask = r.mask()
+            keep = torch.arange(x.shape[1], device=x.device) if mask is None else mask[0, 0].nonzero().squeeze(-1)
+            if out is None:
+                heads = sum(len(g.heads(layer)) for g in self.layout.spec.groups if layer in g.layers and g.raw is None)
+                out = x.new_zeros(heads, row.stop, x.shape[2])
+            at = r.kpos[0, keep]
+            for i, h in enumerate(r.group.heads(layer)):
+                out[h, at] = x[i, keep]
+        assert out is not None
+        return out
+
+    def close(self) -> None:
+        """Undoes what was changed in the model."""
+        self.patches.undo()

@@ -1,0 +1,309 @@
+"""The cache object that a transformers model sees: a `transformers.Cache` whose layers write into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from quire.attention.step import Row, Step
+from quire.errors import ConfigError, InvariantError, RequestError
+from quire.models.forward import CURRENT, Forward
+from quire.store.table import BlockTable
+
+if TYPE_CHECKING:
+    from quire.models.bridge import Bridge
+
+
+class BlockLayer(CacheLayerMixin):
+    """One attention layer: new keys and values go to the blocks and come back unchanged."""
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, layer: int, cache: KVCache) -> None:
+        super().__init__()
+        self.layer = layer
+        self.cache = cache
+        self.is_initialized = True
+        self.is_sliding = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: blocks are taken when a forward begins."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        now = CURRENT.get()
+        if now is None:
+            raise InvariantError("a KVCache is used only by the model that it was attached to")
+        names = self.cache.bridge.field_names(self.layer)
+        now.write(self.layer, names, key_states, value_states)
+        if self.cache.bridge.way == "dense":
+            return self.cache.history(now, self.layer, names)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise InvariantError("crop the cache, not one of its layers")
+
+
+class BlockHybridLayer(LinearAttentionLayer, BlockLayer):
+    """Attention and recurrent state in one layer (Falcon-H1)."""
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, layer: int, cache: KVCache, number_of_states: int) -> None:
+        BlockLayer.__init__(self, layer, cache)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        self.is_initialized = True
+
+    update = BlockLayer.update
+    get_mask_sizes = BlockLayer.get_mask_sizes
+    get_seq_length = BlockLayer.get_seq_length
+    get_max_length = BlockLayer.get_max_length
+
+
+class KVCache(Cache):
+    """Rows of sequences in a model's blocks; pass it as `past_key_values`, or let the attached model make one.
+
+    `len(cache.tables)` is the batch; each row has its own length, padding is not stored. `crop`, `reorder_cache` and
+    `copy.deepcopy` (a fork) work as transformers' generation expects.
+    """
+
+    def __init__(self, bridge: Bridge) -> None:
+        layers: list[Any] = []
+        for i, kind in enumerate(bridge.layer_kinds):
+            if kind == "attention":
+                layers.append(BlockLayer(i, self))
+            elif kind == "state":
+                layers.append(LinearAttentionLayer(number_of_states=bridge.states_in(i)))
+            elif kind == "hybrid":
+                layers.append(BlockHybridLayer(i, self, bridge.states_in(i)))
+            else:
+                layers.append(DummyLayer())
+        super().__init__(layers=layers)
+        self.bridge = bridge
+        self.tables: list[BlockTable] = []
+        self.columns = 0
+        """Columns that generation has fed, padding included: what it takes for the cache's length."""
+        self._recording = False
+        self._starts: list[int] = []
+        self._token: Any = None
+
+    # -- a forward inside generate() -----------------------------------------------------------------------------
+
+    def begin(self, batch: int, queries: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+        """Makes room for a forward over `[batch, queries]` and makes it current.
+
+        Raises:
+            RequestError: the batch is not the cache's, or ids restart in spite of what is cached.
+            CapacityError: no room; nothing has changed.
+        """
+        if not self.tables:
+            self.tables = [self.bridge.store.open() for _ in range(batch)]
+        if len(self.tables) != batch:
+            raise RequestError(f"this cache holds {len(self.tables)} sequences, the batch has {batch}")
+        valid = None
+        counts = [queries] * batch
+        if mask is not None and mask.ndim == 2:
+            new = mask[:, -queries:].bool()
+            if not bool(new.all()):
+                valid = new.reshape(-1).nonzero().squeeze(-1)
+                counts = new.sum(1).tolist()
+        self._starts = [t.length for t in self.tables]
+        self._check_positions(position_ids, valid, counts)
+        self._check_states(queries)
+        try:
+            for table, n in zip(self.tables, counts, strict=True):
+                table.append(n, drafts=n if self._recording else 0)
+        except BaseException:
+            self.rollback()
+            raise
+        rows = [Row(t, s, t.length) for t, s in zip(self.tables, self._starts, strict=True)]
+        step = Step(self.bridge.store, self.bridge.layout, rows, self.bridge.device)
+        self.bind([t for t in self.tables])
+        self._token = CURRENT.set(self.bridge.forward(step, batch, queries, valid))
+
+    def end(self, queries: int) -> None:
+        """After the forward: what it computed is final, unless drafts are being recorded."""
+        CURRENT.reset(self._token)
+        self._token = None
+        self.unbind(self.tables)
+        self.columns += queries
+        if not self._recording:
+            for t in self.tables:
+                t.commit()
+
+    def rollback(self) -> None:
+        """After a forward that failed: the tokens it was to add are forgotten."""
+        if self._token is not None:
+            CURRENT.reset(self._token)
+            self._token = None
+        for t, start in zip(self.tables, self._starts, strict=True):
+            if t.length > start:
+                if any(c.group.recurrent for c in t.chains) and start:
+                    t.reset()
+                else:
+                    t.truncate(start)
+
+    def _check_positions(self, position_ids: torch.Tensor | None, valid: torch.Tensor | None, counts: list[int]) -> None:
+        if position_ids is None or position_ids.ndim != 2 or not any(self._starts) or valid is not None:
+            return
+        if int(position_ids[0, 0]) == 0 and self._starts[0] > 0 and counts[0] > 1:
+            raise RequestError(
+                f"the cache already holds {self._starts[0]} tokens but the input starts at position 0 again; pass only "
+                "the new tokens, or a fresh cache"
+            )
+
+    def _check_states(self, queries: int) -> None:
+        if self.bridge.has_state and not self.bridge.chunked_prefill and queries > 1 and any(self._starts):
+            raise RequestError(
+                "this model (Mamba-1 kind) restarts its scan on several tokens at once; feed one token, or start afresh"
+            )
+
+    # -- recurrent state -----------------------------------------------------------------------------------------
+
+    def bind(self, tables: Sequence[BlockTable]) -> None:
+        """Gathers the rows' recurrent states into the layers. New sequences begin without."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                self.bridge.load_state(i, layer, tables)
+
+    def unbind(self, tables: Sequence[BlockTable]) -> None:
+        """Scatters the states back into the rows' blocks."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                self.bridge.store_state(i, layer, tables)
+
+    # -- what generation calls -----------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.tables)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.tables) or -1
+
+    @property
+    def is_croppable(self) -> bool:
+        return not self.bridge.has_state
+
+    def activate_past_recording(self) -> None:
+        """From here on tokens are drafts until the next `crop`."""
+        self._recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens of every row; what stays is accepted.
+
+        Raises:
+            RequestError: a positive number, or tokens that can no longer be taken back.
+        """
+        if tokens_to_remove > 0:
+            raise RequestError("crop takes zero or a negative number: how many tokens to remove")
+        for t in self.tables:
+            t.truncate(max(0, t.length + tokens_to_remove))
+            t.accept(t.length)
+            t.commit()
+        self.columns = max(0, self.columns + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i continues what row `beam_idx[i]` was: forks where a row is wanted again, releases what nobody wants."""
+        order = beam_idx.tolist()
+        used: set[int] = set()
+        fresh = []
+        for i in order:
+            fresh.append(self.tables[i].fork() if i in used else self.tables[i])
+            used.add(i)
+        for i, t in enumerate(self.tables):
+            if i not in used:
+                t.release()
+        self.tables = fresh
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(len(self.tables)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Gives every block back; the cache is as new."""
+        for t in self.tables:
+            t.release()
+        self.tables, self.columns = [], 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        """A fork: shares full blocks, copies the partly filled ones."""
+        twin = KVCache(self.bridge)
+        twin.tables = [t.fork() for t in self.tables]
+        twin.columns, twin._recording = self.columns, self._recording
+        return twin
+
+    def __del__(self) -> None:
+        for t in getattr(self, "tables", ()):
+            t.release()
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def history(self, now: Forward, layer: int, names: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense fallback: all keys and values of the batch, `[B, heads, columns + T, D]`, zeros where padding was."""
+        rows = now.step.rows
+        longest = self.columns + now.queries
+        made = []
+        for name in names:
+            per_row = [self.bridge.read_all(r, layer, name) for r in rows]
+            out = per_row[0].new_zeros(len(rows), per_row[0].shape[0], longest, per_row[0].shape[2])
+            for i, x in enumerate(per_row):
+                out[i, :, longest - x.shape[1] :] = x
+            made.append(out)
+        return made[0], made[1]
+
+    def held_bytes(self) -> int:
+        """Bytes of the blocks that the rows reference, a shared block once."""
+        seen = {(id(c.pool), int(b)): c.group.block_bytes for t in self.tables for c in t.chains for b in c.live()}
+        return sum(seen.values())
+
+    def __repr__(self) -> str:
+        return f"KVCache({len(self.tables)} rows, lengths {[t.length for t in self.tables]}, {self.held_bytes():,} bytes)"
+
+
+def check_layers(kinds: Sequence[str]) -> None:
+    """Refuses a model none of whose layers keeps anything."""
+    if not any(k in ("attention", "state", "hybrid") for k in kinds):
+        raise ConfigError("this model hands nothing to a cache: no keys, no values, no recurrent state")

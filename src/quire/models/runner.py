@@ -1,0 +1,232 @@
+"""What the engine drives: forwards over items of many sequences, in the form that the model's way allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from quire.attention.step import Row, Step
+from quire.errors import InvariantError, RequestError
+from quire.models.bridge import Bridge
+from quire.models.forward import CURRENT
+from quire.models.hf_cache import KVCache
+from quire.models.rope import regimes
+from quire.spec import Usage
+from quire.store.table import BlockTable
+
+
+class Item(Protocol):
+    """One sequence's share in a forward (the engine's `Item`)."""
+
+    table: Any
+    tokens: Sequence[int]
+    start: int
+    stop: int
+    logits: int
+
+
+class ModelRunner:
+    """Runs items through a bridge.
+
+    packed, patched: all items in one forward, tokens of all sequences in one row;
+    rows: single tokens as a batch of rows, longer items one by one;
+    dense: every item by itself.
+    """
+
+    def __init__(self, bridge: Bridge) -> None:
+        self.bridge = bridge
+        self.model = bridge.model
+        self.device = bridge.device
+        config = self.model.config.get_text_config(decoder=True)
+        self.vocab_size = int(config.vocab_size)
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.max_context_tokens = int(limit) if limit else 1 << 30
+        self.chunked_prefill = bridge.chunked_prefill
+        self.max_rows: int | None = None
+        self.cache = KVCache(bridge)
+        self._regime = regimes(self.model)
+        self._adapter: str | None = None
+
+    # -- sequences -----------------------------------------------------------------------------------------------
+
+    def open(self) -> BlockTable:
+        return self.bridge.store.open()
+
+    def fits(self, n_tokens: int) -> bool:
+        return self.bridge.store.fits(n_tokens)
+
+    def usage(self) -> Usage:
+        return self.bridge.store.usage()
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bridge.layout.spec.bytes_per_token
+
+    # -- forwards ------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def forward(self, items: Sequence[Item], adapter: str | None = None) -> torch.Tensor:
+        """Computes every item's new tokens.
+
+        Returns:
+            `[sum(item.logits), vocab] float32`, in item order.
+        """
+        self._use_adapter(adapter)
+        out: list[torch.Tensor | None] = [None] * len(items)
+        for batch in self._batches(items):
+            rows = self._run([items[i] for i in batch])
+            for i, logits in zip(batch, rows, strict=True):
+                out[i] = logits
+        wanted = [x for x in out if x is not None and len(x)]
+        return torch.cat(wanted) if wanted else torch.empty(0, self.vocab_size, device=self.device)
+
+    def _batches(self, items: Sequence[Item]) -> list[list[int]]:
+        """Which items may share a forward: one RoPE regime each, and what the way allows."""
+        groups: dict[Any, list[int]] = {}
+        way = self.bridge.way
+        for i, item in enumerate(items):
+            key: Any = self._regime(item.stop)
+            if way == "dense" or (way == "rows" and not (item.stop - item.start == 1 and item.start > 0)):
+                key = ("alone", i)
+            groups.setdefault(key, []).append(i)
+        return list(groups.values())
+
+    def _run(self, items: Sequence[Item]) -> list[torch.Tensor]:
+        """One forward (or a few, where a dense model must not read across a lossy block's boundary)."""
+        if self.bridge.way == "dense" and any(g.raw for g in self.bridge.layout.spec.groups):
+            return self._run_by_blocks(items[0])
+        rows = [Row(x.table, x.start, x.stop) for x in items]
+        if self.bridge.has_state and not self.chunked_prefill:
+            for r in rows:
+                if r.start and r.stop - r.start > 1:
+                    raise InvariantError("a Mamba-1 kind restarts its scan on several tokens at once; prefill whole prompts")
+        ids = torch.tensor([t for x in items for t in x.tokens[x.start : x.stop]], device=self.device)
+        if ids.numel() and int(ids.max()) >= self.vocab_size:
+            raise RequestError(f"token id {int(ids.max())} is outside the vocabulary of {self.vocab_size}")
+        step = Step(self.bridge.store, self.bridge.layout, rows, self.device)
+        wanted = [x.logits for x in items]
+        batched = self.bridge.way in ("rows", "dense")
+        shape = (len(items), -1) if batched else (1, -1)
+        last = torch.tensor([r.stop - r.start for r in rows], device=self.device).cumsum(0)
+        index = torch.cat([torch.arange(int(e) - n, int(e), device=self.device) for e, n in zip(last, wanted, strict=True)])
+        logits = self._call(step, ids.view(shape), step.positions().view(shape), rows, index, batched)
+        return list(logits.split(wanted))
+
+    def _run_by_blocks(self, item: Item) -> list[torch.Tensor]:
+        """A dense item cut at block boundaries, so that all queries of a forward read the same decoded positions."""
+        size = max(g.block_tokens for g in self.bridge.layout.spec.groups)
+        cuts = [item.start, *range((item.start // size + 1) * size, item.stop, size), item.stop]
+        parts = []
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            row = Row(item.table, a, b)
+            step = Step(self.bridge.store, self.bridge.layout, [row], self.device)
+            n = max(0, min(b - a, b - (item.stop - item.logits)))
+            ids = torch.tensor([list(item.tokens[a:b])], device=self.device)
+            index = torch.arange(b - a - n, b - a, device=self.device)
+            parts.append(self._call(step, ids, step.positions().view(1, -1), [row], index, True))
+        return [torch.cat(parts)]
+
+    def _call(
+        self, step: Step, ids: torch.Tensor, pos: torch.Tensor, rows: list[Row], index: torch.Tensor, batched: bool
+    ) -> torch.Tensor:
+        """One forward of the model; logits of the flat token positions `index`, float32."""
+        accepts = self.bridge.shape.accepts
+        kwargs: dict[str, Any] = {self.bridge.shape.cache_name: self.cache, "use_cache": True}
+        if "position_ids" in accepts:
+            kwargs["position_ids"] = pos
+        if self.bridge.way == "patched":
+            kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
+        flat_index = not batched or ids.shape[0] == 1
+        trimmed = "logits_to_keep" in accepts and len(index) and (flat_index or ids.shape[1] == 1)
+        if trimmed:
+            kwargs["logits_to_keep"] = index if flat_index else 1
+        tables = [r.table for r in rows]
+        self.cache.columns = rows[0].start if self.bridge.way == "dense" else 0
+        now = self.bridge.forward(step, ids.shape[0], ids.shape[1])
+        self.cache.bind(tables)
+        token = CURRENT.set(now)
+        try:
+            logits = self.model(input_ids=ids, **kwargs).logits
+        finally:
+            CURRENT.reset(token)
+        self.cache.unbind(tables)
+        flat: torch.Tensor = logits.reshape(-1, logits.shape[-1])
+        return flat.float() if trimmed else flat[index].float()
+
+    def _use_adapter(self, name: str | None) -> None:
+        """PEFT: switches the active adapter; None is the base model."""
+        if name == self._adapter:
+            return
+        model = self.model
+        if not hasattr(model, "set_adapter"):
+            raise RequestError(f"adapter {name!r}: this model carries no adapters")
+        if name is None:
+            model.disable_adapters()
+        else:
+            model.enable_adapters()
+            model.set_adapter(name)
+        self._adapter = name
+
+
+class NoCacheTable:
+    """Stands in for a table where nothing is cached: it counts tokens and holds no bytes."""
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def append(self, n_tokens: int, *, drafts: int = 0) -> None:
+        self.length += n_tokens
+
+    def commit(self, n_tokens: int | None = None) -> object:
+        return ()
+
+    def truncate(self, n_tokens: int) -> None:
+        self.length = n_tokens
+
+    def fork(self) -> NoCacheTable:
+        twin = NoCacheTable()
+        twin.length = self.length
+        return twin
+
+    def release(self) -> None:
+        self.length = 0
+
+    def held_bytes(self) -> int:
+        return 0
+
+
+class NoCacheRunner:
+    """`--kv none`: recomputes every token of every sequence at every step, the baseline that a cache exists to beat."""
+
+    chunked_prefill = False
+    max_rows: int | None = None
+    bytes_per_token = 0.0
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.device = torch.device(model.device)
+        config = model.config.get_text_config(decoder=True)
+        self.vocab_size = int(config.vocab_size)
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.max_context_tokens = int(limit) if limit else 1 << 30
+
+    def open(self) -> NoCacheTable:
+        return NoCacheTable()
+
+    def fits(self, n_tokens: int) -> bool:
+        return True
+
+    def usage(self) -> Usage:
+        return Usage(0, 0, 0, 0)
+
+    @torch.inference_mode()
+    def forward(self, items: Sequence[Item], adapter: str | None = None) -> torch.Tensor:
+        """As `ModelRunner.forward`; tokens [0, stop) of each item are computed anew."""
+        out = []
+        for item in items:
+            ids = torch.tensor([list(item.tokens[: item.stop])], device=self.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+            out.append(logits[len(logits) - item.logits :].float())
+        return torch.cat(out) if out else torch.empty(0, self.vocab_size)

@@ -1,0 +1,169 @@
+"""From a model's layers and a user's configuration to the groups of a `CacheSpec`.
+
+    layers      0 window   1 full   2 window   3 full        kv="int8;skip_layers=3"
+    groups      [window: int8 + raw] [full: int8 + raw] [full: bf16]
+
+Layers that keep the same tokens in the same form share a group, and so a block table and a pool.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from quire.codecs.recipe import Recipe, parse_recipe, plain_codec
+from quire.errors import ConfigError
+from quire.spec import CacheGroup, CacheSpec, Coord, Field, Full, KVCodec, KVConfig, Residual, Span, State
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One attention layer's cache as the model gives it: `fields` per token and KV head, in the model's dtype."""
+
+    layer: int
+    heads: int
+    fields: tuple[Field, ...]
+    span: Span = field(default_factory=Full)
+
+
+@dataclass(frozen=True)
+class StateLayer:
+    """One recurrent layer: state per sequence, `fields` stored per block."""
+
+    layer: int
+    fields: tuple[Field, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A `CacheSpec` with the codecs that fill it.
+
+    `codecs` maps a group to field to codec; `fields` maps a group to the model's own fields, before any codec.
+    """
+
+    spec: CacheSpec
+    codecs: Mapping[str, Mapping[str, KVCodec]]
+    fields: Mapping[str, tuple[Field, ...]]
+    dtype: str
+
+    def codecs_of(self, group: CacheGroup) -> Mapping[str, KVCodec]:
+        """The codecs of a group, or of the one that it was split from."""
+        return self.codecs[group.name.partition("/")[0]]
+
+    def fields_of(self, group: CacheGroup) -> tuple[Field, ...]:
+        return self.fields[group.name.partition("/")[0]]
+
+
+def build_layout(
+    layers: Sequence[KVLayer | StateLayer],
+    config: KVConfig,
+    *,
+    dtype: str,
+    shared: Mapping[int, int] | None = None,
+    codecs: Mapping[str, KVCodec] | None = None,
+) -> Layout:
+    """Groups the layers by form.
+
+    Args:
+        layers: every layer that stores something; those that read another's cache are in `shared` instead.
+        config: the user's choices.
+        dtype: what the model computes in.
+        codecs: replaces the recipe's codecs by field name (`""` for all); for codecs that are not registered.
+
+    Raises:
+        ConfigError: the recipe cannot serve this model.
+    """
+    if config.keep != "full":
+        raise ConfigError(f"keep={config.keep!r} is not known; keep='full' is what exists so far")
+    recipe = parse_recipe(config.kv if codecs is None else "auto")
+    n_layers = 1 + max(x.layer for x in layers)
+    if any(not -n_layers <= s < n_layers for s in recipe.skip_layers):
+        raise ConfigError(f"kv={config.kv!r}: skip_layers must lie within -{n_layers}..{n_layers - 1}")
+    made = _Groups(config, dtype)
+    for x in layers:
+        if isinstance(x, StateLayer):
+            made.add_state(x)
+            continue
+        chosen = {f.name: _choose(f, x.layer, n_layers, recipe, codecs, dtype) for f in x.fields}
+        made.add_tokens(x, chosen)
+    return made.layout(dict(shared or {}))
+
+
+def _choose(
+    f: Field, layer: int, n_layers: int, recipe: Recipe, codecs: Mapping[str, KVCodec] | None, dtype: str
+) -> KVCodec:
+    if recipe.skips(layer, n_layers):
+        return plain_codec(dtype)
+    if codecs is not None:
+        return codecs.get(f.name) or codecs[""]
+    return recipe.codec(f.name, dtype)
+
+
+class _Groups:
+    """Collects coordinates under equal forms, in order of first appearance."""
+
+    def __init__(self, config: KVConfig, dtype: str) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.coords: dict[tuple[object, ...], list[Coord]] = {}
+        self.chosen: dict[tuple[object, ...], Mapping[str, KVCodec]] = {}
+        self.model_fields: dict[tuple[object, ...], tuple[Field, ...]] = {}
+        self.spans: dict[tuple[object, ...], Span] = {}
+
+    def add_state(self, x: StateLayer) -> None:
+        self._add((x.fields, State()), x.fields, {}, State(), [(x.layer, 0)])
+
+    def add_tokens(self, x: KVLayer, chosen: Mapping[str, KVCodec]) -> None:
+        key = (x.fields, x.span, tuple(sorted((n, repr(c)) for n, c in chosen.items())))
+        self._add(key, x.fields, chosen, x.span, [(x.layer, h) for h in range(x.heads)])
+
+    def _add(
+        self,
+        key: tuple[object, ...],
+        fields: tuple[Field, ...],
+        chosen: Mapping[str, KVCodec],
+        span: Span,
+        coords: list[Coord],
+    ) -> None:
+        self.coords.setdefault(key, []).extend(coords)
+        self.chosen[key], self.model_fields[key], self.spans[key] = chosen, fields, span
+
+    def layout(self, shared: Mapping[int, int]) -> Layout:
+        groups: list[CacheGroup] = []
+        codecs: dict[str, Mapping[str, KVCodec]] = {}
+        fields: dict[str, tuple[Field, ...]] = {}
+        for key, coords in self.coords.items():
+            name = f"{type(self.spans[key]).__name__.lower()}{len(groups)}"
+            for group, used in self._make(name, key, tuple(sorted(coords))):
+                groups.append(group)
+                codecs[group.name], fields[group.name] = used, self.model_fields[key]
+        return Layout(CacheSpec(tuple(groups), shared), codecs, fields, self.dtype)
+
+    def _make(
+        self, name: str, key: tuple[object, ...], coords: tuple[Coord, ...]
+    ) -> list[tuple[CacheGroup, Mapping[str, KVCodec]]]:
+        """One group, or a lossy body with its raw companion."""
+        chosen, span, fields = self.chosen[key], self.spans[key], self.model_fields[key]
+        if not chosen:
+            return [(CacheGroup(name, coords, fields, span, codec=self.dtype, block_tokens=1), {})]
+        size = math.lcm(self.config.block_tokens, *(c.group_tokens for c in chosen.values()))
+        stored = tuple(s for f in fields for s in chosen[f.name].stored(f, size))
+        text = _recipe_text(chosen)
+        body = CacheGroup(name, coords, stored, span, text, self.config.keep, size)
+        if all(c.plain for c in chosen.values()):
+            return [(body, chosen)]
+        residual = max(c.residual_tokens for c in chosen.values())
+        raw_codec = plain_codec(self.dtype)
+        raw_fields = tuple(s for f in fields for s in raw_codec.stored(f, size))
+        raw_name = f"{name}.raw"
+        raw = CacheGroup(
+            raw_name, coords, raw_fields, Residual(size, residual, span), raw_codec.name, self.config.keep, size
+        )
+        body = CacheGroup(name, coords, stored, span, text, self.config.keep, size, raw=raw_name)
+        return [(body, chosen), (raw, {f.name: raw_codec for f in fields})]
+
+
+def _recipe_text(chosen: Mapping[str, KVCodec]) -> str:
+    names = {f: c.name for f, c in chosen.items()}
+    return next(iter(names.values())) if len(set(names.values())) == 1 else ",".join(f"{f}={n}" for f, n in names.items())

@@ -1,0 +1,342 @@
+"""What a cache holds, as data: fields, groups, the spec of a model, a user's configuration, and the protocols.
+
+Nothing here imports torch, touches memory or knows a model class. A `CacheSpec` says which (layer, KV head) coordinates
+keep the same tokens in the same form, and what one block of each such group is made of; bytes per token, waste and
+capacity follow from it by arithmetic, so a planner and the running store cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from quire.errors import ConfigError
+from quire.spans import Chunked, Full, Interval, Residual, Sinks, Span, State, Window
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "DTYPE_BYTES",
+    "AttentionBackend",
+    "CacheGroup",
+    "CacheSpec",
+    "Chunked",
+    "Coord",
+    "Field",
+    "Full",
+    "Interval",
+    "KVCodec",
+    "KVConfig",
+    "Residual",
+    "RetentionPolicy",
+    "Sinks",
+    "Span",
+    "State",
+    "Usage",
+    "Window",
+]
+
+ALIGN_BYTES = 64
+"""Every field of a tile starts on a cache line."""
+
+DEFAULT_BLOCK_TOKENS = 32
+"""See docs/decisions.md: the block size table on ShareGPT lengths."""
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+}
+
+Coord = tuple[int, int]
+"""(layer, KV head). Layers without heads (MLA latents, recurrent state) use head 0."""
+
+
+def aligned(n_bytes: int, unit: int = ALIGN_BYTES) -> int:
+    """`n_bytes` rounded up to a multiple of `unit`."""
+    return -(-n_bytes // unit) * unit
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a tile: `shape` elements of `dtype` per token, or once per block."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    per: Literal["token", "block"] = "token"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"field {self.name}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPE_BYTES)}")
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes per token (or per block, for `per="block"`)."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def bytes_in(self, block_tokens: int) -> int:
+        """Bytes that this field takes in one tile, without alignment."""
+        return self.item_bytes * (block_tokens if self.per == "token" else 1)
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """A largest set of coordinates that keep the same tokens in the same form.
+
+    Args:
+        name: unique within the spec.
+        coords: the (layer, KV head) pairs, ascending; one tile per coordinate and block.
+        fields: what a tile stores, in order.
+        span: which positions a query reads.
+        codec: the recipe, as its string form (`"bf16"`, `"k=int8,v=int4"`).
+        retention: the policy's string form.
+        block_tokens: tokens per block. A recurrent group holds one live state block per sequence.
+        raw: for a lossy body, the name of the plain group over the same coordinates that holds its tail and its
+            residual window; the body then holds sealed blocks only.
+    """
+
+    name: str
+    coords: tuple[Coord, ...]
+    fields: tuple[Field, ...]
+    span: Span = field(default_factory=Full)
+    codec: str = "fp32"
+    retention: str = "full"
+    block_tokens: int = DEFAULT_BLOCK_TOKENS
+    raw: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.coords or list(self.coords) != sorted(set(self.coords)):
+            raise ConfigError(f"group {self.name}: coords must be ascending, unique and not empty")
+        if self.block_tokens < 1:
+            raise ConfigError(f"group {self.name}: block_tokens must be at least 1, not {self.block_tokens}")
+
+    @property
+    def recurrent(self) -> bool:
+        return isinstance(self.span, State)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(layer for layer, _ in self.coords))
+
+    def heads(self, layer: int) -> tuple[int, ...]:
+        """The KV heads of `layer` that this group stores, ascending."""
+        return tuple(h for at, h in self.coords if at == layer)
+
+    def tile_index(self, layer: int) -> int:
+        """Index of the first tile of `layer` within a block; its heads follow one another."""
+        return next(i for i, (at, _) in enumerate(self.coords) if at == layer)
+
+    @property
+    def field_offsets(self) -> dict[str, int]:
+        """Byte offset of each field within a tile, aligned to 64 bytes."""
+        offsets, at = {}, 0
+        for f in self.fields:
+            offsets[f.name] = at
+            at += aligned(f.bytes_in(self.block_tokens))
+        return offsets
+
+    @property
+    def tile_bytes(self) -> int:
+        return sum(aligned(f.bytes_in(self.block_tokens)) for f in self.fields)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.tile_bytes * len(self.coords)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes per cached token over all coordinates, per-block fields and alignment included (0 for state)."""
+        return 0.0 if self.recurrent else self.block_bytes / self.block_tokens
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """All that two groups must share to be one: everything but name and coordinates."""
+        return (self.fields, self.span, self.codec, self.retention, self.block_tokens, self.raw is None)
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The groups of one model under one configuration; every figure about memory derives from them.
+
+    `shared` maps a layer that stores nothing itself to the layer whose keys and values it reads (cross-layer sharing).
+    """
+
+    groups: tuple[CacheGroup, ...]
+    shared: Mapping[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [g.name for g in self.groups]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"group names must be unique: {', '.join(names)}")
+        plain: set[Coord] = set()
+        for g in self.groups:
+            if g.raw is not None and self.group(g.raw).coords != g.coords:
+                raise ConfigError(f"group {g.name}: its raw group must cover the same coordinates")
+            if g.raw is None and not g.recurrent:
+                if plain & set(g.coords):
+                    raise ConfigError(f"group {g.name} stores coordinates that another group stores too")
+                plain |= set(g.coords)
+
+    def __iter__(self) -> Iterator[CacheGroup]:
+        return iter(self.groups)
+
+    def group(self, name: str) -> CacheGroup:
+        """The group of that name. Raises KeyError."""
+        for g in self.groups:
+            if g.name == name:
+                return g
+        raise KeyError(name)
+
+    def index(self, name: str) -> int:
+        """Position of the named group in `groups`, which is also its chain's position in a table."""
+        return next(i for i, g in enumerate(self.groups) if g.name == name)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What one more token adds for good: growing groups only (full spans, and bodies rather than raw windows)."""
+        return sum(g.bytes_per_token for g in self.groups if g.span.needs(1 << 40)[0][0] == 0)
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """Bytes of state that do not grow with the context (recurrent groups)."""
+        return sum(g.block_bytes for g in self.groups if g.recurrent)
+
+    def blocks_for(self, n_tokens: int, *, chunk_tokens: int = 1) -> dict[str, int]:
+        """Blocks that one sequence of `n_tokens` holds at most, per group, when written `chunk_tokens` at a time."""
+        out = {}
+        for g in self.groups:
+            if g.recurrent:
+                out[g.name] = 1
+                continue
+            body = any(o.raw == g.name for o in self.groups)
+            total = n_tokens // g.block_tokens if g.raw is not None else -(-n_tokens // g.block_tokens)
+            if g.raw is None and not _grows(g.span):
+                last = n_tokens - min(chunk_tokens, n_tokens)
+                lowest = g.span.needs(last)
+                kept = sum(-(-hi // g.block_tokens) - lo // g.block_tokens for lo, hi in lowest)
+                extra = -(-n_tokens // g.block_tokens) - last // g.block_tokens
+                total = min(total, kept + extra + (1 if body else 0))
+            out[g.name] = total
+        return out
+
+    def bytes_for(self, n_tokens: int, *, chunk_tokens: int = 1) -> int:
+        """Bytes of the blocks that one sequence of `n_tokens` holds at most."""
+        blocks = self.blocks_for(n_tokens, chunk_tokens=chunk_tokens)
+        return sum(blocks[g.name] * g.block_bytes for g in self.groups)
+
+    def split(self, name: str, coords: Iterable[Coord]) -> CacheSpec:
+        """The spec with `coords` taken out of group `name` into a group of their own (`name/1`, …)."""
+        old = self.group(name)
+        part = tuple(sorted(set(coords)))
+        rest = tuple(c for c in old.coords if c not in set(part))
+        if not part or not rest or not set(part) <= set(old.coords):
+            raise ConfigError(f"split of {name}: choose some, not all, of its {len(old.coords)} coordinates")
+        if old.raw is not None or any(g.raw == name for g in self.groups):
+            raise ConfigError(f"split of {name}: split lossy groups before their first block is sealed")
+        fresh = next(f"{name}/{i}" for i in range(1, 1 << 20) if all(g.name != f"{name}/{i}" for g in self.groups))
+        at = self.index(name)
+        groups = list(self.groups)
+        groups[at : at + 1] = [replace(old, coords=rest)]
+        return replace(self, groups=(*groups, replace(old, name=fresh, coords=part)))
+
+
+def _grows(span: Span) -> bool:
+    """Whether needs(b) keeps growing with b."""
+    return sum(hi - lo for lo, hi in span.needs(1 << 40)) > (1 << 39)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes of an arena: `held` by live sequences, `cached` for reuse, `free`; they add up to `total`."""
+
+    total_bytes: int
+    held_bytes: int
+    cached_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """A user's choices, each in its short string form; resolved against the registries when a model is known.
+
+    Args:
+        kv: codec recipe: `"auto"` (the model's own dtype), `"int4"`, `"kivi:bits=2,residual=128"`, `"k=int8,v=int4"`,
+            each with options after `;`, as in `"int4;skip_layers=0,1,-1"`.
+        keep: retention, `"full"` by default.
+        block_tokens: tokens per block.
+    """
+
+    kv: str = "auto"
+    keep: str = "full"
+    block_tokens: int = DEFAULT_BLOCK_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1:
+            raise ConfigError(f"block_tokens must be at least 1, not {self.block_tokens}; 32 is the default")
+        if not self.kv.strip() or not self.keep.strip():
+            raise ConfigError("kv and keep must not be empty; kv='auto', keep='full' are the defaults")
+
+
+@runtime_checkable
+class KVCodec(Protocol):
+    """How one field (k, v, latent) is stored once its block is sealed.
+
+    `plain` codecs store what they are given, cast to `dtype`: tails are blocks of a plain codec, and sealing under one
+    moves nothing. Every other codec encodes a whole block once.
+    """
+
+    name: str
+    plain: bool
+    group_tokens: int
+    residual_tokens: int
+
+    def stored(self, of: Field, block_tokens: int) -> tuple[Field, ...]:
+        """The fields that a tile stores for the model's field `of`."""
+        ...
+
+    def encode(self, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encodes whole blocks. `x: [..., block_tokens, *shape]`, `pos: [block_tokens]`; returns the stored fields."""
+        ...
+
+    def decode(self, stored: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The inverse, up to `error_bound`: `[..., block_tokens, *shape]` in the model's basis."""
+        ...
+
+    def error_bound(self, x: torch.Tensor) -> torch.Tensor:
+        """Upper bound of |decode(encode(x)) - x|, elementwise, broadcastable to `x`."""
+        ...
+
+
+@runtime_checkable
+class RetentionPolicy(Protocol):
+    """Which tokens stay: a score and a budget; the store frees the blocks."""
+
+    name: str
+    queries: int | Literal["all"] | None
+
+    def score(self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor | None) -> torch.Tensor: ...
+
+    def allocate(self, scores: torch.Tensor, budget_tokens: int) -> torch.Tensor: ...
+
+    def protect(self, n_tokens: int) -> Sequence[Interval]: ...
+
+
+@runtime_checkable
+class AttentionBackend(Protocol):
+    """Plans once per step, runs once per layer."""
+
+    name: str
+
+    def run(self, step: Any, layer: int, q: torch.Tensor, **options: Any) -> torch.Tensor: ...

@@ -1,0 +1,126 @@
+"""One device's memory for blocks, in slabs of one size that pools draw and give back.
+
+    arena   |slab 0|slab 1|slab 2|slab 3|slab 4|...      a slab belongs to one pool, or to nobody
+    pool A   ^^^^^^        ^^^^^^                        blocks of 98,304 bytes
+    pool B          ^^^^^^                               blocks of 24,576 bytes
+
+No memory is partitioned by guess: what no pool holds is free for all of them. An arena without a device counts only,
+which is all that planning and simulation need.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from quire.errors import CapacityError, ConfigError
+from quire.spec import ALIGN_BYTES, Usage
+
+if TYPE_CHECKING:
+    import torch
+
+    from quire.store.pool import BlockPool
+
+SLAB_BYTES = 2 << 20
+"""The usual slab: one huge page."""
+
+
+def fit_slab_bytes(block_bytes: Iterable[int], target_bytes: int = SLAB_BYTES) -> int:
+    """The slab size of about `target_bytes` in which blocks of all these sizes leave the least unused.
+
+    Multiples of each block size up to twice the target are tried (of the largest alone when it exceeds the target); the
+    one with the least mean remainder wins, the smaller of equals.
+    """
+    sizes = sorted(set(block_bytes))
+    if not sizes or sizes[0] <= 0:
+        raise ConfigError("a slab needs at least one block size, in bytes above zero")
+    low = max(target_bytes, sizes[-1])
+    tries = {n * size for size in sizes for n in range(max(1, low // size // 2), 2 * low // size + 1)}
+    fitting = [slab for slab in tries if slab >= sizes[-1]]
+    return min(fitting, key=lambda slab: (round(sum((slab % s) / slab for s in sizes), 4), abs(slab - low), slab))
+
+
+class Arena:
+    """Slabs, and on a device the bytes behind them.
+
+    Args:
+        total_bytes: at most this much is used; whole slabs only.
+        slab_bytes: see `fit_slab_bytes`.
+        device: a torch device name; None for an arena that only counts.
+
+    Raises:
+        CapacityError: not even one slab fits.
+    """
+
+    def __init__(self, total_bytes: int, slab_bytes: int = SLAB_BYTES, *, device: str | None = None) -> None:
+        if slab_bytes % ALIGN_BYTES:
+            raise ConfigError(f"slab_bytes must be a multiple of {ALIGN_BYTES}, not {slab_bytes}")
+        self.slab_bytes = slab_bytes
+        self.slabs = int(total_bytes) // slab_bytes
+        if self.slabs < 1:
+            raise CapacityError(
+                f"the arena of {int(total_bytes):,} bytes is smaller than one slab of {slab_bytes:,} bytes; give it more"
+            )
+        self.device = device
+        self.pools: list[BlockPool] = []
+        self._free = array("i", range(self.slabs - 1, -1, -1))
+        self._free_count = self.slabs
+        self._buffer: torch.Tensor | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        return self.slabs * self.slab_bytes
+
+    @property
+    def free_slabs(self) -> int:
+        return self._free_count
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The bytes: `[slabs * slab_bytes] uint8`, allocated when first asked for. Raises ConfigError without a device."""
+        if self._buffer is None:
+            if self.device is None:
+                raise ConfigError("this arena counts only; give it a device to have memory behind it")
+            import torch
+
+            self._buffer = torch.empty(self.total_bytes, dtype=torch.uint8, device=self.device)
+        return self._buffer
+
+    def take(self, pool: BlockPool) -> int:
+        """A free slab; clears the least worthy slab of another pool when none is free. Returns -1 when there is none."""
+        if not self._free_count:
+            self._reclaim(pool)
+        if not self._free_count:
+            return -1
+        self._free_count -= 1
+        return self._free[self._free_count]
+
+    def give(self, slab: int) -> None:
+        """Takes an empty slab back."""
+        self._free[self._free_count] = slab
+        self._free_count += 1
+
+    def usage(self) -> Usage:
+        """Held, cached and free bytes over all pools; what is lost in slab remainders counts as free."""
+        held = sum(p.held * p.block_bytes for p in self.pools)
+        cached = sum(p.cached * p.block_bytes for p in self.pools)
+        return Usage(self.total_bytes, held, cached, self.total_bytes - held - cached)
+
+    def copy(self, src_byte: int, dst_byte: int, n_bytes: int) -> None:
+        """Moves bytes within the arena; nothing to do where it only counts or was never written."""
+        if self._buffer is not None:
+            self._buffer[dst_byte : dst_byte + n_bytes].copy_(self._buffer[src_byte : src_byte + n_bytes])
+
+    def _reclaim(self, wanting: BlockPool) -> None:
+        """Empties the slab of another pool whose cached blocks are worth least, moving what is held in it."""
+        best: tuple[tuple[int, int], BlockPool, int] | None = None
+        for pool in self.pools:
+            if pool is wanting:
+                continue
+            for slab in pool.clearable():
+                key = pool.worth(slab)
+                if best is None or key < best[0]:
+                    best = (key, pool, slab)
+        if best is not None:
+            best[1].clear(best[2])

@@ -1,0 +1,164 @@
+"""One group's blocks of one sequence: an append-only list of ids in which places may become empty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from quire.spec import CacheGroup, Interval
+from quire.store.pool import BlockPool
+
+GONE = -1
+"""The place of a block that was given back because no span needs it any more."""
+
+
+@dataclass(slots=True)
+class Extent:
+    """Blocks that a read covers, in order, and the logical position of each of their slots.
+
+    `positions` is None when slot j of the extent holds position `first + j`; positions at or above `stop` are not valid.
+    """
+
+    blocks: np.ndarray
+    first: int
+    stop: int
+    positions: np.ndarray | None = None
+
+
+class Chain:
+    """Block ids in order. Slots are physical; they equal logical positions until tokens are dropped.
+
+        slots    |kept[0] kept[1] ... |cut cut+1 cut+2 ...         after `keep` at committed length `cut`
+    """
+
+    __slots__ = ("count", "cursor", "cut", "group", "held", "ids", "kept", "pool", "sealed")
+
+    def __init__(self, group: CacheGroup, pool: BlockPool) -> None:
+        self.group = group
+        self.pool = pool
+        self.ids = np.full(8, GONE, np.int32)
+        self.count = 0  # entries of ids in use
+        self.held = 0  # of them not GONE
+        self.cursor = 0  # entries before this one are settled: GONE, or needed for good
+        self.sealed = 0  # entries before this one are sealed
+        self.kept: np.ndarray | None = None
+        self.cut = 0
+
+    def slot(self, position: int) -> int:
+        """Slot of a logical position at or after `cut`; so also tokens to slots for a length."""
+        return position if self.kept is None else position - self.cut + len(self.kept)
+
+    def position(self, slot: int) -> int:
+        """Logical position of a slot."""
+        if self.kept is None:
+            return slot
+        return int(self.kept[slot]) if slot < len(self.kept) else slot - len(self.kept) + self.cut
+
+    def entries_for(self, length: int, accepted: int) -> int:
+        """Entries that `length` tokens take of which `accepted` will not be rolled back."""
+        if self.group.recurrent:
+            return 1
+        if self.group.raw is not None:
+            return self.slot(accepted) // self.group.block_tokens
+        return -(-self.slot(length) // self.group.block_tokens)
+
+    def partial(self, length: int) -> bool:
+        """Whether the last entry is written in place by what follows `length` tokens."""
+        if self.group.recurrent:
+            return True
+        return self.group.raw is None and self.slot(length) % self.group.block_tokens > 0
+
+    def push(self, block: int) -> None:
+        if self.count == len(self.ids):
+            self.ids = np.concatenate([self.ids, np.full(len(self.ids), GONE, np.int32)])
+        self.ids[self.count] = block
+        self.count += 1
+        self.held += 1
+
+    def pop(self) -> None:
+        """Gives the last entry back."""
+        self.count -= 1
+        block = int(self.ids[self.count])
+        if block != GONE:
+            self.held -= 1
+            self.pool.release(block)
+        self.cursor = min(self.cursor, self.count)
+        self.sealed = min(self.sealed, self.count)
+
+    def live(self) -> np.ndarray:
+        """Ids of all blocks that are held, in order."""
+        ids = self.ids[: self.count]
+        return ids[ids != GONE]
+
+    def drop_behind(self, n: int) -> None:
+        """Gives back whole entries that hold nothing a query at `n` or later may read. O(1) amortised."""
+        needs = self.group.span.needs(n)
+        if len(needs) == 1 and needs[0][0] == 0:
+            return
+        last = needs[-1][0] if needs else n
+        size = self.group.block_tokens
+        end = min(self.count, self.slot(n) // size)
+        while self.cursor < end:
+            low, high = self.position(self.cursor * size), self.position(self.cursor * size + size - 1) + 1
+            if high > last:
+                return
+            if not any(low < hi and lo < high for lo, hi in needs):
+                self.held -= 1
+                self.pool.release(int(self.ids[self.cursor]))
+                self.ids[self.cursor] = GONE
+            self.cursor += 1
+
+    def all_positions(self, length: int) -> np.ndarray:
+        """Logical position of every slot in use, those of freed blocks included."""
+        if self.group.recurrent:
+            return np.arange(0)
+        if self.group.raw is not None:
+            length = self.count * self.group.block_tokens
+        if self.kept is None:
+            return np.arange(length)
+        return np.concatenate([self.kept, np.arange(self.cut, length)])
+
+    def positions(self, length: int) -> np.ndarray:
+        """Logical positions that are there to be read, ascending."""
+        everything = self.all_positions(length)
+        return everything[self.ids[np.arange(len(everything)) // self.group.block_tokens] != GONE]
+
+    def extents(self, start: int, stop: int) -> list[Extent]:
+        """What queries [start, stop) may read: one extent per interval of `needs(start)`, the last running on to `stop`.
+
+        A lossy body ends with its last whole block.
+        """
+        size = self.group.block_tokens
+        if self.kept is not None:
+            everything = self.all_positions(stop)
+            return [Extent(self.ids[: -(-len(everything) // size)], 0, stop, everything)]
+        if self.group.raw is not None:
+            stop = min(stop, self.count * size)
+        out = []
+        for lo, hi in joined(self.group.span.needs(start), start, stop):
+            end = min(hi, stop)
+            if lo < end:
+                out.append(Extent(self.ids[lo // size : -(-end // size)], lo // size * size, end))
+        return out
+
+    def places(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(block id, row within it) of each logical position in [start, stop), which must lie at or after `cut`."""
+        at = np.arange(self.slot(start), self.slot(stop))
+        return self.ids[at // self.group.block_tokens], at % self.group.block_tokens
+
+    def copy(self) -> Chain:
+        """The same entries, no references taken."""
+        twin = Chain(self.group, self.pool)
+        twin.ids, twin.count, twin.held = self.ids.copy(), self.count, self.held
+        twin.cursor, twin.sealed, twin.kept, twin.cut = self.cursor, self.sealed, self.kept, self.cut
+        return twin
+
+
+def joined(needs: tuple[Interval, ...], start: int, stop: int) -> list[Interval]:
+    """`needs(start)` followed by the chunk's own [start, stop), merged where they touch."""
+    if start >= stop:
+        return list(needs)
+    if needs and needs[-1][1] == start:
+        return [*needs[:-1], (needs[-1][0], stop)]
+    return [*needs, (start, stop)]

@@ -1,0 +1,156 @@
+"""The store: one arena, a pool for every size of block, and the tables over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+import numpy as np
+
+from quire.errors import CapacityError
+from quire.spec import CacheGroup, CacheSpec, Usage
+from quire.store.arena import Arena, fit_slab_bytes
+from quire.store.pool import BlockPool
+from quire.store.table import BlockTable, Copy
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BlockStore:
+    """Memory for the sequences of one model under one `CacheSpec`.
+
+    Args:
+        spec: the groups.
+        total_bytes: size of the arena. On a CPU pages are touched only when written.
+        device: torch device name; None to count without memory (planning, simulation).
+        slab_bytes: chosen to fit the block sizes when None.
+
+    Raises:
+        CapacityError: the arena is smaller than one slab per size of block.
+    """
+
+    def __init__(
+        self, spec: CacheSpec, total_bytes: int, *, device: str | None = None, slab_bytes: int | None = None
+    ) -> None:
+        self.spec = spec
+        sizes = {g.block_bytes for g in spec.groups}
+        slab = slab_bytes or _slab_for(sizes, int(total_bytes))
+        if int(total_bytes) < slab * len(sizes):
+            raise CapacityError(
+                f"a cache of {int(total_bytes):,} bytes is too small for one request: blocks of "
+                f"{', '.join(f'{s:,}' for s in sorted(sizes))} bytes need at least {slab * len(sizes):,}"
+            )
+        self.arena = Arena(int(total_bytes), slab, device=device)
+        self.tables: WeakSet[BlockTable] = WeakSet()
+        self._pools: dict[int, BlockPool] = {}
+        self._views: dict[tuple[str, int, str], torch.Tensor] = {}
+        for size in sorted(sizes):
+            self._pools[size] = BlockPool(self.arena, size)
+
+    # -- sequences -----------------------------------------------------------------------------------------------
+
+    def open(self) -> BlockTable:
+        """An empty sequence; it takes blocks only when tokens are appended."""
+        return BlockTable(self)
+
+    def pool_for(self, group: CacheGroup) -> BlockPool:
+        """The pool of the group's size of block, made when first asked for."""
+        pool = self._pools.get(group.block_bytes)
+        if pool is None:
+            pool = self._pools[group.block_bytes] = BlockPool(self.arena, group.block_bytes)
+        return pool
+
+    @property
+    def pools(self) -> Mapping[int, BlockPool]:
+        return self._pools
+
+    def usage(self) -> Usage:
+        return self.arena.usage()
+
+    def fits(self, n_tokens: int, *, chunk_tokens: int = 1) -> bool:
+        """Whether one sequence of `n_tokens`, computed `chunk_tokens` at a time, fits an otherwise empty arena."""
+        blocks = self.spec.blocks_for(n_tokens, chunk_tokens=chunk_tokens)
+        by_size: dict[int, int] = {}
+        for g in self.spec.groups:
+            by_size[g.block_bytes] = by_size.get(g.block_bytes, 0) + blocks[g.name]
+        return sum(-(-n // self._pools[s].per_slab) for s, n in by_size.items()) <= self.arena.slabs
+
+    # -- bytes ---------------------------------------------------------------------------------------------------
+
+    def view(self, group: CacheGroup, layer: int, field: str) -> torch.Tensor:
+        """One field of one layer over all places of the arena, as strided memory without a copy.
+
+        Returns:
+            `[slabs, per_slab, heads, block_tokens, *shape]`, or without `block_tokens` for a field stored per block.
+            Index the first two dimensions with a block's location.
+        """
+        key = (group.name, layer, field)
+        found = self._views.get(key)
+        if found is None:
+            found = self._views[key] = self._make_view(group, layer, field)
+        return found
+
+    def _make_view(self, group: CacheGroup, layer: int, field: str) -> torch.Tensor:
+        import torch
+
+        f = next(x for x in group.fields if x.name == field)
+        dtype = getattr(torch, f.dtype)
+        width = dtype.itemsize
+        shape = (group.block_tokens, *f.shape) if f.per == "token" else f.shape
+        inner = [1] * len(shape)
+        for i in range(len(shape) - 2, -1, -1):
+            inner[i] = inner[i + 1] * shape[i + 1]
+        pool = self.pool_for(group)
+        start = group.tile_index(layer) * group.tile_bytes + group.field_offsets[field]
+        flat = self.arena.buffer.view(dtype)
+        sizes = (self.arena.slabs, pool.per_slab, len(group.heads(layer)), *shape)
+        strides = (self.arena.slab_bytes // width, group.block_bytes // width, group.tile_bytes // width, *inner)
+        return flat.as_strided(sizes, strides, start // width)
+
+    def places(self, group: CacheGroup, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(slab, index within it) of each block: what `view` is indexed with. Blocks that are GONE give (0, 0)."""
+        pool = self.pool_for(group)
+        where = np.frombuffer(pool.locations, np.int32)[np.maximum(blocks, 0)]
+        slab = where // pool.per_slab
+        return slab, where - slab * pool.per_slab
+
+    def copy_blocks(self, copies: list[Copy]) -> None:
+        """Copies whole blocks and gives the sources' references back."""
+        for pool, src, dst in copies:
+            self.arena.copy(pool.byte_offset(src), pool.byte_offset(dst), pool.block_bytes)
+            pool.release(src)
+
+    def copy_rows(self, group: CacheGroup, blocks: np.ndarray, rows: np.ndarray, into: np.ndarray) -> None:
+        """Copies token rows, as stored, one after the other into the blocks `into`."""
+        if self.arena.device is None or not len(rows):
+            return
+        import torch
+
+        at = np.arange(len(rows))
+        src, dst = self.places(group, blocks), self.places(group, into[at // group.block_tokens])
+        from_slab, from_i, from_row = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in (*src, rows))
+        to_slab, to_i, to_row = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in (*dst, at % group.block_tokens))
+        for layer in group.layers:
+            for f in group.fields:
+                v = self.view(group, layer, f.name)
+                v[to_slab, to_i, :, to_row] = v[from_slab, from_i, :, from_row]
+
+    def copy_tiles(self, group: CacheGroup, blocks: np.ndarray, into_group: CacheGroup, into: np.ndarray) -> None:
+        """Copies the tiles of `into_group`'s coordinates from blocks of `group` into blocks of `into_group`."""
+        if self.arena.device is None:
+            return
+        buffer, width = self.arena.buffer, group.tile_bytes
+        source, target = self.pool_for(group), self.pool_for(into_group)
+        for old, new in zip(blocks, into, strict=True):
+            a, b = source.byte_offset(int(old)), target.byte_offset(int(new))
+            for at, coord in enumerate(into_group.coords):
+                start = a + group.coords.index(coord) * width
+                buffer[b + at * width : b + (at + 1) * width] = buffer[start : start + width]
+
+
+def _slab_for(sizes: set[int], total_bytes: int) -> int:
+    """About 2 MiB, smaller for a small arena: at least eight slabs per size of block where that is possible."""
+    target = min(2 << 20, max(max(sizes), total_bytes // (8 * len(sizes))))
+    return fit_slab_bytes(sizes, target)
