@@ -3,7 +3,7 @@
 #   make run         the main job on the packaged model
 #   make test        the test suite, at most 10 minutes on 2 cores
 #   make check       formatting, lint, types, layers, at most 2 minutes
-#   make test-long   the slow tests and the sweep, bounded to 45 minutes
+#   make test-long   the slow tests, the laws with 20 times the examples and the sweep, within 45 minutes
 #   make matrix      docs/matrix.md: which choices compose
 #   make sweep       docs/models.md: which models run, and which way
 #   make bench       every benchmark, one JSON document each, under out/bench/
@@ -27,7 +27,7 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install run test check test-long matrix sweep bench docs clean
+.PHONY: help install run test check test-long test-slow sweep-only matrix sweep bench docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,7 +53,7 @@ run: $(INSTALLED)
 	$(BIN)/quire run "$(PROMPT)"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=ci -m "not slow and not gpu"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -62,7 +62,14 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 test-long: $(INSTALLED)
-	$(LIMIT) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu"
+	$(LIMIT) $(MAKE) --no-print-directory test-slow sweep-only
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=long -m "(slow or law) and not gpu"
+
+sweep-only: $(INSTALLED)
+	@mkdir -p out
+	$(BIN)/python tools/sweep.py --write out/models.md
 
 matrix: $(INSTALLED)
 	$(BIN)/python tools/matrix.py --write docs/matrix.md
