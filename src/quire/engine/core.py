@@ -1,0 +1,273 @@
+"""One step, single-threaded: plan, forward, draw, and what each new token means for its sample.
+
+`Core` knows no thread and no event loop; `Engine` puts those around it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quire.engine.request import (
+    Completion,
+    Delta,
+    FinishReason,
+    Request,
+    RequestOutput,
+    Sample,
+    State,
+    TokenLogprob,
+)
+from quire.engine.runner import Runner
+from quire.engine.sampler import draw, score
+from quire.engine.scheduler import Scheduler
+from quire.engine.text import Transcript
+from quire.errors import CapacityError, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Core"]
+
+Done = list[tuple[Sample, Delta]]
+
+
+class Core:
+    """The requests that have been taken up, and one step of all of them.
+
+    Args:
+        runner: the model and its cache.
+        scheduler: who runs.
+        tokenizer: None: no text.
+        clock: seconds.
+        deliver: called with every delta, in order of computation.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Any,
+        clock: Callable[[], float],
+        deliver: Callable[[Request, Delta], None],
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.tokenizer = tokenizer
+        self.clock = clock
+        self.deliver = deliver
+        self.live: dict[str, Request] = {}
+        self.steps = self.forwards = self.output_tokens = 0
+        self.finished: Counter[str] = Counter()
+
+    def add(self, request: Request) -> None:
+        """Take a checked request up."""
+        if self.tokenizer is not None:
+            params = request.params
+            for sample in request.samples:
+                sample.text = Transcript(
+                    self.tokenizer, params.stop, skip_special_tokens=params.skip_special_tokens
+                )
+        self.live[request.request_id] = request
+        self.scheduler.add(request)
+
+    def step(self) -> None:
+        """Run one step of what is there; nothing, when nothing is."""
+        plan = self.scheduler.schedule()
+        for sample in plan.failed:
+            self.fail(
+                sample.request,
+                CapacityError(
+                    f"request {sample.request.request_id}: its {len(sample.tokens)} tokens do not fit the cache even "
+                    "alone; somebody else holds part of it, or the pool promised more than it has"
+                ),
+            )
+        if not plan.samples:
+            return
+        self.steps += 1
+        for adapter, samples in plan.batches():
+            items = [sample.item for sample in samples if sample.item is not None]
+            logits = self.runner.forward(items, adapter)
+            self.forwards += 1
+            self._accept(samples, logits)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request where it stands; unknown ids are ignored, they may just have finished."""
+        request = self.live.get(request_id)
+        if request is None:
+            return
+        for sample in request.samples:
+            if sample.state is not State.FINISHED:
+                text = "" if sample.text is None else sample.text.finish()
+                sample.finish_reason = "cancelled"
+                delta = Delta(request_id, sample.index, [], text, finish_reason="cancelled")
+                self._close([(sample, delta)])
+                self.deliver(request, delta)
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """End a request with an error: its last delta carries it."""
+        delta: Delta | None = None
+        for sample in request.samples:
+            if sample.state is not State.FINISHED:
+                sample.finish_reason = "error"
+                delta = Delta(request.request_id, sample.index, [], "", finish_reason="error")
+                self._close([(sample, delta)])
+        if delta is not None:
+            delta.error = error
+            self.deliver(request, delta)
+
+    def abort(self, error: Exception) -> None:
+        """End all requests: a step failed half way, or nobody will step again."""
+        for request in list(self.live.values()):
+            self.fail(request, error)
+
+    # ---- after the forward ------------------------------------------------------------------------------------------
+
+    def _accept(self, samples: Sequence[Sample], logits: Tensor) -> None:
+        """Book what was computed, draw the next tokens, and hand out what they say."""
+        drawing: list[Sample] = []
+        rows: list[int] = []
+        parents: list[Sample] = []
+        ended: list[Sample] = []  # prompts that were only to be scored
+        row = 0
+        for sample in samples:
+            item = sample.item
+            assert item is not None
+            n_logits, request = item.logits, sample.request
+            if n_logits > 1 or request.prompt_logprobs is not None:
+                self._score(sample, logits, row)
+            row += n_logits
+            self.scheduler.advance(sample)
+            if sample.computed < len(sample.tokens):
+                continue
+            if request.max_tokens == 0:
+                ended.append(sample)
+            elif len(request.samples) > 1 and request.samples[-1].state is State.NEW:
+                parents.append(sample)
+                drawing += request.samples
+                rows += [row - 1] * len(request.samples)
+            else:
+                drawing.append(sample)
+                rows.append(row - 1)
+        now = self.clock()
+        deltas: Done = []
+        if drawing:
+            plain_rows = len(rows) == row and not parents
+            tokens, logprobs = draw(logits, drawing, None if plain_rows else rows)
+            for at, (sample, token) in enumerate(zip(drawing, tokens, strict=True)):
+                if token >= 0:
+                    logprob = None if logprobs is None else logprobs[at]
+                    deltas.append((sample, self._append(sample, token, logprob, now)))
+                elif sample.request.request_id in self.live:
+                    self._not_a_number(sample)
+        for sample in ended:
+            sample.finish_reason = "length"
+            delta = Delta(sample.request.request_id, sample.index, [], "", finish_reason="length")
+            deltas.append((sample, delta))
+        for parent in parents:
+            if parent.state is not State.FINISHED:
+                siblings = [s for s in parent.request.samples[1:] if s.finish_reason is None]
+                self.scheduler.fork(parent, siblings)
+        self._close([pair for pair in deltas if pair[1].finish_reason is not None])
+        for sample, delta in deltas:
+            self.deliver(sample.request, delta)
+
+    def _append(
+        self, sample: Sample, token: int, logprob: TokenLogprob | None, now: float
+    ) -> Delta:
+        """Give a sample its next token; decides whether it was the last."""
+        request = sample.request
+        params = request.params
+        sample.tokens.append(token)
+        sample.token_times_s.append(now)
+        self.output_tokens += 1
+        figures = request.figures
+        figures.output_tokens += 1
+        if figures.first_token_s is None:
+            figures.first_token_s = now
+        n_output = len(sample.tokens) - sample.prompt_tokens
+        reason: FinishReason | None = None
+        text, transcript = "", sample.text
+        if token in request.stop_ids:
+            reason = "stop"
+            if token in params.stop_token_ids:
+                sample.stop_reason = token
+        elif transcript is not None:
+            text = transcript.push(token, armed=n_output >= params.min_tokens)
+            if transcript.found is not None:
+                reason = "stop"
+        if reason is None and n_output >= request.max_tokens:
+            reason = "length"
+        if reason is not None:
+            if transcript is not None and transcript.found is None:
+                text += transcript.finish()
+            if transcript is not None and transcript.found is not None:
+                reason, sample.stop_reason = "stop", transcript.found
+            sample.finish_reason = reason
+        delta = Delta(request.request_id, sample.index, [token], text, None, reason)
+        if reason is not None:
+            delta.stop_reason = sample.stop_reason
+        if logprob is not None and sample.logprobs is not None:
+            sample.logprobs.append(logprob)
+            delta.logprobs = [logprob]
+        return delta
+
+    def _score(self, sample: Sample, logits: Tensor, row: int) -> None:
+        """Log-probabilities of prompt tokens: the logits at position i speak of token i + 1."""
+        item, scores = sample.item, sample.request.prompt_logprobs
+        width = sample.request.params.prompt_logprobs
+        if scores is None or width is None or sample.index or item is None or not item.logits:
+            return
+        first = len(scores) - 1  # position whose logits are wanted next
+        begin = item.stop - item.logits
+        stop = min(item.stop, sample.prompt_tokens - 1)
+        if first < begin or first >= stop:
+            return
+        wanted = logits[row + first - begin : row + stop - begin]
+        targets = sample.tokens[first + 1 : stop + 1]
+        scores += score(wanted, targets, [width] * len(targets))
+
+    def _not_a_number(self, sample: Sample) -> None:
+        self.fail(
+            sample.request,
+            RequestError(
+                f"request {sample.request.request_id}: the model's logits are not numbers at output position "
+                f"{sample.output_tokens}; a wider dtype (float32, bfloat16) may help"
+            ),
+        )
+
+    def _close(self, done: Done) -> None:
+        """Finish samples; the delta of a request's last one gets the request's output."""
+        for sample, delta in done:
+            request = sample.request
+            self.scheduler.finish(sample)
+            self.finished[sample.finish_reason or "error"] += 1
+            if request.unfinished == 0:
+                request.figures.finished_s = self.clock()
+                self.live.pop(request.request_id, None)
+                delta.output = _output(request)
+
+
+def _output(request: Request) -> RequestOutput:
+    completions = [
+        Completion(
+            index=sample.index,
+            text="" if sample.text is None else sample.text.text,
+            token_ids=sample.tokens[sample.prompt_tokens :],
+            finish_reason=sample.finish_reason,
+            stop_reason=sample.stop_reason,
+            logprobs=sample.logprobs,
+            token_times_s=sample.token_times_s,
+        )
+        for sample in request.samples
+    ]
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=completions,
+        figures=request.figures,
+        seed=request.seed,
+        prompt_logprobs=request.prompt_logprobs,
+    )

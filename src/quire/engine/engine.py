@@ -1,0 +1,441 @@
+"""The only loop: schedule, forward, sample, hand out.
+
+`generate` for a list of prompts, `add_request`/`step`/`cancel` for those who drive themselves, `stream` for an event
+loop. All three share one queue and may be mixed; a lock makes whoever steps the only one, and what others submit
+meanwhile is taken up at the next step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from quire.engine.core import Core
+from quire.engine.loop import Courier, Driver, Subscriber
+from quire.engine.params import SamplingParams, check_integer
+from quire.engine.request import Delta, Request, RequestOutput
+from quire.engine.runner import Runner, Usage
+from quire.engine.schedule import SchedulerConfig, SchedulerStats
+from quire.engine.scheduler import Scheduler
+from quire.errors import CapacityError, RequestError
+
+__all__ = ["Engine", "EngineStats"]
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+Sink = Callable[[Delta], None]
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """A snapshot of the engine: counters since its start, queues and bytes now.
+
+    Args:
+        steps: that computed anything; a step has one forward per adapter in it.
+        requests: submitted.
+        finished: samples by finish reason.
+        output_tokens: sampled.
+    """
+
+    steps: int = 0
+    forwards: int = 0
+    requests: int = 0
+    live_requests: int = 0
+    output_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    scheduler: SchedulerStats = field(default_factory=SchedulerStats)
+    usage: Usage | None = None
+
+
+class Engine:
+    """Serves requests over one model, as many at a time as fit.
+
+    Args:
+        runner: the model and its cache.
+        tokenizer: any `transformers` tokenizer; None: prompts are token ids and nothing has a text.
+        config: sizes of a step.
+        eos_token_ids: what ends a sequence; default: the tokenizer's.
+        clock: seconds; for the figures and for the order of arrival.
+
+    A request is a function of itself: the same prompt, parameters and seed give the same tokens alone or in a batch,
+    preempted or not, as far as the runner's logits are the same.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Any = None,
+        *,
+        config: SchedulerConfig | None = None,
+        eos_token_ids: Iterable[int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.clock = clock
+        self.scheduler = Scheduler(runner, config, clock, cut=getattr(runner, "cut", None))
+        if eos_token_ids is None:
+            eos = getattr(tokenizer, "eos_token_id", None)
+            eos_token_ids = () if eos is None else (eos,)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.core = Core(runner, self.scheduler, tokenizer, clock, self._deliver)
+        self._requests: dict[str, Request] = {}  # submitted and unfinished
+        self._inbox: deque[Request | str] = deque()  # new requests, and ids to cancel
+        self._out: list[Delta] = []
+        self._ids = itertools.count()
+        self._submitted = 0
+        self._lock = threading.Lock()
+        self._courier = Courier()
+        self._driver = Driver(self._turn, lambda: self.has_work)
+        self._closed = False
+
+    # ---- submit -----------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
+        on_delta: Sink | None = None,
+    ) -> str:
+        """Submit a request; it runs when somebody steps.
+
+        Args:
+            prompt: text, or token ids.
+            params: default: greedy, 16 tokens.
+            request_id: any name not in use; default: a number.
+            priority: higher goes earlier, and `SchedulerConfig.priority_step_s` of waiting makes up for one level.
+            adapter: given to the runner's forward; requests of one forward share it.
+            on_delta: called with every delta, from the thread that steps; default: `step` returns them.
+
+        Returns:
+            The request's id.
+
+        Raises:
+            RequestError: it is wrong: an empty prompt, one beyond the context, unknown ids, a name in use.
+            CapacityError: it could never fit the cache.
+        """
+        request = self._prepare(prompt, params, request_id, priority, adapter)
+        self._submit(request, on_delta)
+        return request.request_id
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request and release what it holds: at once when nobody is stepping, else before the next step.
+
+        Returns:
+            Whether it was there to be cancelled.
+        """
+        if request_id not in self._requests:
+            return False
+        self._inbox.append(request_id)
+        self._take_up()
+        return True
+
+    def _prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
+    ) -> Request:
+        """Check everything that can be known now."""
+        if self._closed:
+            raise RequestError("the engine is closed")
+        params = params or SamplingParams()
+        ids = self._token_ids(prompt)
+        n_vocab = self.runner.vocab_size
+        for name, tokens in (
+            ("the prompt", ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
+            if tokens and not (min(tokens) >= 0 and max(tokens) < n_vocab):
+                raise RequestError(f"{name} holds a token id outside the vocabulary of {n_vocab}")
+        if params.stop and self.tokenizer is None:
+            raise RequestError(
+                "stop strings need a tokenizer; use stop_token_ids, or give the engine one"
+            )
+        check_integer("priority", priority, -1000, 1000)
+        max_tokens = self.scheduler.limit(len(ids), params)
+        stop_ids = frozenset(params.stop_token_ids)
+        return Request(
+            request_id=self._name(request_id),
+            prompt_token_ids=ids,
+            params=params,
+            max_tokens=max_tokens,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            prompt=prompt if isinstance(prompt, str) else None,
+            priority=priority,
+            adapter=adapter,
+            arrival_s=self.clock(),
+            stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids,
+        )
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError(
+                    "a text prompt needs a tokenizer; give token ids, or the engine one"
+                )
+            return list(self.tokenizer.encode(prompt))
+        ids = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
+        if not all(type(token) is int for token in ids):
+            raise RequestError("a prompt must be text or one flat list of integer token ids")
+        return ids
+
+    def _name(self, request_id: str | None) -> str:
+        if request_id is None:
+            return next(name for name in map(str, self._ids) if name not in self._requests)
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use; choose another")
+        return request_id
+
+    def _submit(self, request: Request, sink: Sink | None) -> None:
+        request.sink = sink
+        if self._requests.setdefault(request.request_id, request) is not request:
+            raise RequestError(f"request id {request.request_id!r} is in use; choose another")
+        self._submitted += 1
+        self._inbox.append(request)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Apply the inbox now if nobody is stepping; whoever is will do it, and the driver is told."""
+        self._driver.wake()
+        while self._inbox and self._lock.acquire(blocking=False):
+            try:
+                self._drain()
+                self._flush()
+            finally:
+                self._lock.release()
+
+    def _drain(self) -> None:
+        """Take up what was submitted; the lock is held."""
+        inbox = self._inbox
+        while inbox:
+            order = inbox.popleft()
+            if isinstance(order, Request):
+                self.core.add(order)
+            else:
+                self.core.cancel(order)
+
+    def _turn(self) -> None:
+        """One step, its deltas delivered."""
+        with self._lock:
+            try:
+                self._drain()
+                self.core.step()
+            except BaseException as error:
+                failure = error if isinstance(error, Exception) else RequestError("interrupted")
+                self.core.abort(failure)
+                raise
+            finally:
+                self._flush()
+        if self._inbox:
+            self._take_up()
+
+    def _deliver(self, request: Request, delta: Delta) -> None:
+        """To the request's sink, or to whoever calls `step`."""
+        if delta.output is not None:
+            self._requests.pop(request.request_id, None)
+        if request.sink is None:
+            self._out.append(delta)
+            return
+        try:
+            request.sink(delta)
+        except Exception:
+            logger.exception("on_delta of request %s failed; it is cancelled", request.request_id)
+            self._inbox.append(request.request_id)
+
+    def _flush(self) -> None:
+        """Let the event loops have what a step posted; who has gone away is cancelled."""
+        self._inbox.extend(self._courier.flush())
+
+    # ---- run --------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Is anything submitted and unfinished?"""
+        return bool(self._inbox) or self.scheduler.unfinished
+
+    def step(self) -> list[Delta]:
+        """One step: at most one forward per adapter.
+
+        Returns:
+            The deltas since the last call, of requests without `on_delta`.
+
+        Raises:
+            Exception: what the runner raised. Every request that was in flight has been released and told (its last
+                delta carries the error); the engine can go on with new ones.
+        """
+        self._turn()
+        out, self._out = self._out, []
+        return out
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
+        on_delta: Sink | None = None,
+    ) -> list[RequestOutput]:
+        """Run prompts to their end as one continuous batch.
+
+        Args:
+            prompts: one prompt, or several: texts or lists of token ids.
+            params: for all of them, or one each.
+            adapter: for all of them.
+            on_delta: called with every delta, in the order of computation.
+
+        Returns:
+            One output per prompt, in order.
+
+        Raises:
+            RequestError, CapacityError: a prompt is refused, before any runs.
+            Exception: what the runner raised.
+        """
+        many = _as_list(prompts)
+        each = (
+            [params] * len(many)
+            if params is None or isinstance(params, SamplingParams)
+            else list(params)
+        )
+        if len(each) != len(many):
+            raise RequestError(
+                f"{len(many)} prompts and {len(each)} params; give one for all, or one each"
+            )
+        requests = []
+        for number, (prompt, its_params) in enumerate(zip(many, each, strict=True)):
+            try:
+                requests.append(self._prepare(prompt, its_params, adapter=adapter))
+            except (RequestError, CapacityError) as error:
+                if len(many) == 1:
+                    raise
+                raise type(error)(f"prompt {number}: {error}") from error
+        done: dict[str, RequestOutput] = {}
+        errors: list[Exception] = []
+
+        def sink(delta: Delta) -> None:
+            if delta.output is not None:
+                done[delta.request_id] = delta.output
+            if delta.error is not None:
+                errors.append(delta.error)
+            if on_delta is not None:
+                on_delta(delta)
+
+        try:
+            for request in requests:
+                self._submit(request, sink)
+            while len(done) < len(requests):
+                self._turn()
+        finally:
+            for request in requests:
+                if request.request_id not in done:
+                    self.cancel(request.request_id)
+        if errors:
+            raise errors[0]
+        return [done[request.request_id] for request in requests]
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
+    ) -> AsyncIterator[Delta]:
+        """The deltas of one request as they come; the last one carries the output.
+
+        One background thread steps for all streams. Leaving the loop, closing the generator or cancelling its task
+        cancels the request.
+
+        Raises:
+            RequestError, CapacityError: refused, at the first iteration; or the engine was closed.
+            Exception: what the runner raised.
+        """
+        subscriber = Subscriber()
+        sink = partial(self._courier.post, subscriber)
+        request = self._prepare(prompt, params, request_id, priority, adapter)
+        ended = False
+        try:
+            self._submit(request, sink)
+            self._driver.start()
+            while not ended:
+                delta = await subscriber.queue.get()
+                ended = delta.output is not None
+                if delta.error is not None:
+                    raise delta.error
+                yield delta
+        finally:
+            if not ended and self._requests.get(request.request_id) is request:
+                self.cancel(request.request_id)
+
+    def close(self) -> None:
+        """End the background thread and every request; waiting consumers get a RequestError. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._driver.stop()
+        with self._lock:
+            self._drain()
+            self.core.abort(RequestError("the engine was closed"))
+            self._flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---- look -------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Counters and queues, as a snapshot."""
+        return EngineStats(
+            steps=self.core.steps,
+            forwards=self.core.forwards,
+            requests=self._submitted,
+            live_requests=len(self._requests),
+            output_tokens=self.core.output_tokens,
+            finished=dict(self.core.finished),
+            scheduler=self.scheduler.stats(),
+            usage=self.runner.usage(),
+        )
+
+    def held_bytes(self) -> dict[str, int]:
+        """What each live request's tables reference now; blocks that samples share count for each of them."""
+        held = {}
+        for name, request in list(self._requests.items()):
+            tables = [sample.table for sample in request.samples]
+            held[name] = sum(table.held_bytes() for table in tables if table is not None)
+        return held
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several → several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    if many and all(isinstance(part, int) for part in many):
+        return [many]  # type: ignore[list-item]
+    return many  # type: ignore[return-value]

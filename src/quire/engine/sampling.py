@@ -1,0 +1,225 @@
+"""From logits to tokens: each transform as a pure function over rows, and the draw.
+
+Order: repetition penalty, frequency and presence penalty, logit bias, minimum tokens, temperature, top-k, top-p, min-p;
+each means what `transformers`' processor of that name means (tested against them).
+
+A row's token is a function of its logits and `(seed, sample index, output position)`, nothing else: one uniform number
+is hashed from the three and looked up in the cumulative distribution *in vocabulary order*. So a request gets the same
+tokens alone or in a batch, preempted or not, drafted or not; and where two runs' logits differ by rounding, the chance
+of another token is of the order of that rounding (in sorted order two near-equal tokens could swap places).
+
+Shapes: R rows, V vocabulary. All work is on the logits' device; parameters travel there in one small copy each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "TokenCounts",
+    "add_bias_",
+    "cutoff",
+    "forbid_",
+    "pick",
+    "repetition_penalty_",
+    "subtract_penalties_",
+    "uniform",
+]
+
+CANDIDATES = 1024
+"""Best tokens that are sorted in search of a nucleus; a row whose nucleus is wider is sorted whole."""
+
+_UNIT = 2.0**-24
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number in [0, 1), exact in float32, that depends on the three integers and nothing else.
+
+    Args:
+        seed: [0, 2**64).
+        index: which of the request's samples.
+        position: 0 for the first output token.
+    """
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed, index, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 40) * _UNIT
+
+
+class TokenCounts:
+    """Which tokens a sample has seen, and how often each stands in its output; kept up to date one token at a time.
+
+    Args:
+        prompt: the prompt's token ids.
+
+    Cost: O(1) per new token; 16 bytes per distinct token.
+    """
+
+    __slots__ = ("_slot", "counts", "ids", "n_distinct", "n_output")
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        distinct = dict.fromkeys(prompt)
+        self._slot = {token: slot for slot, token in enumerate(distinct)}
+        self.n_distinct = len(self._slot)
+        self.n_output = 0
+        self.ids = np.zeros(max(64, 2 * self.n_distinct), dtype=np.int64)
+        self.ids[: self.n_distinct] = list(distinct)
+        self.counts = np.zeros(len(self.ids), dtype=np.float32)
+
+    def extend(self, output: Iterable[int]) -> None:
+        """Count further output tokens."""
+        for token in output:
+            slot = self._slot.get(token)
+            if slot is None:
+                slot = self._slot[token] = self.n_distinct
+                if slot == len(self.ids):
+                    self.ids = np.concatenate([self.ids, np.zeros_like(self.ids)])
+                    self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)])
+                self.ids[slot] = token
+                self.n_distinct += 1
+            self.counts[slot] += 1.0
+            self.n_output += 1
+
+    def seen(self) -> np.ndarray:
+        """[n] int64: distinct tokens of prompt and output."""
+        return self.ids[: self.n_distinct]
+
+    def output_counts(self) -> np.ndarray:
+        """[n] float32 beside `seen`: occurrences in the output."""
+        return self.counts[: self.n_distinct]
+
+
+def repetition_penalty_(logits: Tensor, rows: Tensor, ids: Tensor, penalty: Tensor) -> None:
+    """Make tokens seen before less likely, in place: positive logits are divided, negative ones multiplied.
+
+    Args:
+        logits: [R, V] float32.
+        rows: [n] int64, with
+        ids: [n] int64: which entries; each at most once.
+        penalty: [n] float32.
+
+    Source: CTRL, arXiv 1909.05858, as `RepetitionPenaltyLogitsProcessor` has it.
+    """
+    values = logits[rows, ids]
+    logits[rows, ids] = torch.where(values < 0, values * penalty, values / penalty)
+
+
+def subtract_penalties_(
+    logits: Tensor, rows: Tensor, ids: Tensor, counts: Tensor, frequency: Tensor, presence: Tensor
+) -> None:
+    """Subtract `frequency` per occurrence and `presence` once from tokens of the output, in place.
+
+    Args:
+        logits: [R, V] float32.
+        rows: [n] int64, with
+        ids: [n] int64: which entries; each at most once.
+        counts: [n] float32; 0 leaves the entry alone.
+        frequency: [n] float32, per occurrence.
+        presence: [n] float32, once.
+    """
+    logits[rows, ids] -= counts * frequency + (counts > 0) * presence
+
+
+def add_bias_(logits: Tensor, rows: Tensor, ids: Tensor, bias: Tensor) -> None:
+    """Add `bias` [n] to the entries, in place; each entry at most once."""
+    logits[rows, ids] += bias
+
+
+def forbid_(logits: Tensor, rows: Tensor, ids: Tensor) -> None:
+    """Make the entries impossible, in place: no end before the minimum number of tokens."""
+    logits[rows, ids] = -math.inf
+
+
+def cutoff(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The least logit that survives top-k, then top-p, then min-p.
+
+    All three keep the best tokens and drop the rest, so their composition is one threshold per row; tokens tied with
+    the last survivor survive.
+
+    Args:
+        logits: [R, V] float32, temperature applied.
+        top_k: [R] int64; 0: off.
+        top_p: [R] float32 in (0, 1]; 1: off.
+        min_p: [R] float32 in [0, 1]; 0: off.
+
+    Returns:
+        [R] float32; -inf keeps all.
+
+    Cost: one partial sort of the largest k (1,024 where top-p asks); a whole sort only of rows whose nucleus is wider.
+    Differs: `TopPLogitsWarper` keeps one of several tied tokens at the edge of the nucleus, whichever its unstable sort
+        put last; here all stay, so that the result does not depend on the batch.
+    """
+    n_vocab = logits.shape[-1]
+    off = float("-inf")
+    floor = torch.full_like(top_p, off)
+    wants_p = top_p < 1.0
+    k_most, any_p = int(top_k.max()), bool(wants_p.any())
+    if k_most or any_p:
+        n_best = min(n_vocab, max(k_most, CANDIDATES if any_p else 0))
+        best = logits.topk(n_best, dim=-1).values
+        kth = best.gather(1, (top_k.clamp(1, n_best) - 1).unsqueeze(1)).squeeze(1)
+        floor = torch.where(top_k > 0, kth, floor)
+        if any_p:
+            nucleus, complete = _nucleus(logits, best, floor, top_p)
+            wider = torch.nonzero(wants_p & ~complete).squeeze(1)
+            if len(wider):
+                whole = logits[wider]
+                ordered = whole.sort(dim=-1, descending=True).values
+                nucleus[wider] = _nucleus(whole, ordered, floor[wider], top_p[wider])[0]
+            floor = torch.where(wants_p, nucleus, floor)
+    limit = logits.amax(dim=-1) + min_p.log()
+    return torch.maximum(floor, limit)
+
+
+def _nucleus(logits: Tensor, best: Tensor, floor: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The least logit of each row's nucleus, sought among its best tokens.
+
+    Args:
+        logits: [R, V].
+        best: [R, n] the n largest of them, in falling order.
+        floor: [R] what top-k left: probabilities are those among tokens at or above it.
+        top_p: [R].
+
+    Returns:
+        [R] the threshold; [R] bool, whether the nucleus ends within `best`.
+    """
+    kept = best >= floor.unsqueeze(1)
+    inside = torch.where(kept, best, -math.inf)
+    # with a floor all survivors are among the best, else the sum runs over the vocabulary
+    total = torch.where(floor == -math.inf, logits.logsumexp(-1), inside.logsumexp(-1))
+    mass = (inside - total.unsqueeze(1)).exp()
+    reached = mass.cumsum(-1)
+    before = reached - mass
+    keep = kept & (before < top_p.unsqueeze(1))
+    keep[:, 0] = True
+    last = keep.sum(-1, keepdim=True) - 1
+    complete = (reached[:, -1] >= top_p) | ~kept[:, -1] | (best.shape[1] == logits.shape[1])
+    return inside.gather(1, last).squeeze(1), complete
+
+
+def pick(logits: Tensor, floor: Tensor | None, draws: Tensor) -> Tensor:
+    """One token per row, by inverting the cumulative distribution in vocabulary order.
+
+    Args:
+        logits: [R, V] float32, transformed.
+        floor: [R]: tokens below it are out; None: all are in.
+        draws: [R] float32 in [0, 1), see `uniform`.
+
+    Returns:
+        [R] int64; -1 where the logits are not numbers.
+    """
+    if floor is not None:
+        logits = logits.masked_fill(logits < floor.unsqueeze(1), -math.inf)
+    mass = logits.softmax(-1)
+    reached = mass.cumsum(-1)
+    total = reached[:, -1:]
+    at = torch.minimum(draws.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(reached, at, right=True).clamp_(max=logits.shape[-1] - 1)
+    # a parallel scan need not be monotone to the last bit: never land on a token that is out
+    token = torch.where(mass.gather(1, token) > 0, token, mass.argmax(-1, keepdim=True))
+    return torch.where(total.isfinite(), token, -1).squeeze(1)

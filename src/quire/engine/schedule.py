@@ -1,0 +1,87 @@
+"""A step as data: how steps are filled, what is in one, and what was counted. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from quire.engine.request import Sample
+from quire.errors import ConfigError
+
+__all__ = ["Plan", "SchedulerConfig", "SchedulerStats"]
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """How steps are filled.
+
+    Args:
+        step_tokens: most tokens computed in one step; a whole-prompt runner may exceed it with one prompt.
+        max_running: most samples in a step; the runner's `max_rows` and `step_tokens` may lower it.
+        priority_step_s: seconds of waiting that are worth one level of priority.
+        watermark: share of the pool that an admission must leave free while others run.
+        logits_tokens: longest chunk of a prompt whose log-probabilities are wanted: its logits are
+            [logits_tokens, vocab] float32.
+    """
+
+    step_tokens: int = 2048
+    max_running: int = 256
+    priority_step_s: float = 10.0
+    watermark: float = 0.01
+    logits_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("step_tokens", "max_running", "logits_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.priority_step_s < float("inf"):
+            raise ConfigError(
+                f"priority_step_s={self.priority_step_s} must be positive and finite, or the low would starve"
+            )
+        if not 0 <= self.watermark < 1:
+            raise ConfigError(f"watermark={self.watermark} must be a share of the pool in [0, 1)")
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start, and the queues now.
+
+    Args:
+        prefill_tokens: computed in chunks, recomputation included.
+        decode_tokens: computed one per sample and step.
+        recomputed_tokens: computed a second time after a preemption (or where a fork found no room).
+        stalls: times that a running sample sat out a step for want of room.
+    """
+
+    admissions: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    stalls: int = 0
+    forks: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: every sample in it carries its share as `sample.item`.
+
+    Args:
+        budget: tokens left of the step.
+        samples: in the order in which they were placed, decoding ones first.
+        failed: samples that even an empty pool cannot serve although it said so; nothing else could run.
+    """
+
+    budget: int
+    samples: list[Sample] = field(default_factory=list)
+    failed: list[Sample] = field(default_factory=list)
+    prefills: int = 0
+
+    def batches(self) -> Iterator[tuple[str | None, list[Sample]]]:
+        """The forwards of this step: one per adapter, in order of first appearance."""
+        groups: dict[str | None, list[Sample]] = {}
+        for sample in self.samples:
+            groups.setdefault(sample.request.adapter, []).append(sample)
+        yield from groups.items()

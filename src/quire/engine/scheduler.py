@@ -1,0 +1,476 @@
+"""Who runs in the next step. No tensor, no torch, no clock of its own: an engine or a simulator drives it alike.
+
+**One total order.** A sample's seat is `(arrival_s - priority * priority_step_s, arrival number, index)`. The effective
+priority, `priority + waited_s / priority_step_s`, rises for all at the same rate, so the order of any two never
+changes: it is first come first served within a priority, one level of priority is worth `priority_step_s` seconds of
+waiting, and nobody can be passed for ever. Everything follows the seats: who is scheduled first, who is admitted first,
+and, from the other end, who gives way when the pool is full (the youngest of the lowest effective priority).
+
+**Why all finish.** The first seat among the unfinished can take the room of every other running sample, and alone it
+fits (checked at submission), so it advances in every step in which it is in the batch; it waits for a row only behind
+samples that end by themselves. When it is done another is first. Only finitely many later arrivals can outrank a seat,
+because priorities are bounded and time passes.
+
+**Why it does not thrash.** A sample that finds no room and has nobody behind it stalls with what it holds; it is
+preempted only when somebody before it needs the room. Nobody enters behind a stalled sample, nor below the watermark,
+nor a preempted one before as much is free as it held. The waiting are admitted in seat order; none is skipped.
+
+A step, from its token budget: first one token for each decoding sample, then chunks of prompts, running and waiting
+ones merged in seat order, each as large as what is left.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+from operator import attrgetter
+
+from quire.engine.params import SamplingParams
+from quire.engine.request import Request, Sample, State
+from quire.engine.runner import Item, Room, Table
+from quire.engine.schedule import Plan, SchedulerConfig, SchedulerStats
+from quire.errors import CapacityError, InvariantError, RequestError
+
+__all__ = ["Scheduler"]
+
+Seat = tuple[float, int, int]
+_seat = attrgetter("seat")
+
+
+class Scheduler:
+    """Queues, admission, chunks, preemption and the books of who holds what.
+
+    Args:
+        room: where tables come from: a runner, or a model of one.
+        config: sizes of a step.
+        clock: seconds; virtual in a simulation.
+        cut: `cut(start, stop, prompt_tokens) -> stop'` with start < stop' ≤ stop: where a chunk must end (recurrent
+            checkpoints, compaction); default: anywhere.
+
+    Cost: O(samples in the step) Python, about a microsecond each beside the table's own `append`; admission adds
+    O(log waiting).
+    """
+
+    def __init__(
+        self,
+        room: Room,
+        config: SchedulerConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        cut: Callable[[int, int, int], int] | None = None,
+    ) -> None:
+        self.room = room
+        self.config = config or SchedulerConfig()
+        self.clock = clock
+        self.cut = cut
+        self.max_rows = min(
+            self.config.max_running,
+            self.config.step_tokens,
+            room.max_rows or self.config.max_running,
+        )
+        self.counters = SchedulerStats()
+        self._running: list[Sample] = []  # sorted by seat
+        self._waiting: list[tuple[Seat, Sample]] = []  # heap; stale entries are skipped
+        self._n_waiting = 0
+        self._rows = 0
+        self._arrivals = 0
+        self._grow_bytes = 0  # most that one more token was seen to take
+
+    # ---- what callers ask -------------------------------------------------------------------------------------------
+
+    def limit(self, prompt_tokens: int, params: SamplingParams) -> int:
+        """Most output tokens of such a request, here.
+
+        Raises:
+            RequestError: no prompt, or one beyond the context.
+            CapacityError: it could never fit the pool, even alone.
+        """
+        context, asked = self.room.max_context_tokens, params.max_tokens
+        if prompt_tokens < 1:
+            raise RequestError("the prompt is empty; give at least one token")
+        left = context - prompt_tokens
+        if left < 0 or (left == 0 and asked != 0):
+            raise RequestError(
+                f"the prompt has {prompt_tokens} tokens and the context {context}; "
+                f"at most {max(context - 1, 0)} leave room for output"
+            )
+        want = left if asked is None else min(asked, left)
+        if want < params.min_tokens:
+            raise RequestError(
+                f"min_tokens={params.min_tokens}, but the context of {context} leaves {left} after the prompt"
+            )
+        if self._fits(prompt_tokens, want):
+            return want
+        low, high = 0, want  # fits(low) unless even the prompt does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._fits(prompt_tokens, middle) else (low, middle)
+        if low < 1 or not self._fits(prompt_tokens, low):
+            raise CapacityError(
+                f"a prompt of {prompt_tokens} tokens does not fit the cache even alone; "
+                "shorten it, give the cache more memory, or choose a smaller codec"
+            )
+        if asked is None and low >= params.min_tokens:
+            return low
+        raise CapacityError(
+            f"{prompt_tokens} prompt and {want} output tokens do not fit the cache even alone; "
+            f"max_tokens={low} would"
+        )
+
+    def _fits(self, prompt_tokens: int, output_tokens: int) -> bool:
+        """The last token sampled is never put into the cache."""
+        return self.room.fits(prompt_tokens + max(output_tokens, 1) - 1)
+
+    def add(self, request: Request) -> None:
+        """Queue a request's first sample; the others fork from it, see `fork`."""
+        config, first = self.config, request.samples[0]
+        virtual_s = request.arrival_s - request.priority * config.priority_step_s
+        for sample in request.samples:
+            sample.seat = (virtual_s, self._arrivals, sample.index)
+        self._arrivals += 1
+        first.rows = min(len(request.samples), self.max_rows)
+        self._wait(first)
+
+    def finish(self, sample: Sample) -> None:
+        """Take a sample out, wherever it is, and give everything back that it holds."""
+        if sample.state is State.FINISHED:
+            return
+        if sample.state is State.RUNNING:
+            self._leave(sample)
+        elif sample.state is State.WAITING:
+            self._n_waiting -= 1
+            self._sweep()
+        sample.state = State.FINISHED
+        sample.item = None
+        request = sample.request
+        if sample.table is not None:
+            request.figures.kv_bytes_end += sample.table.held_bytes()
+            self._release(sample)
+        request.unfinished -= 1
+
+    def fork(self, first: Sample, siblings: list[Sample]) -> None:
+        """Let siblings of `first`, each with its own first token, go on from its committed prompt.
+
+        One that finds no row or no room for the copied tail waits like a preempted sample and recomputes.
+        """
+        if first.table is None:
+            raise InvariantError("a sample can be forked only while it runs")
+        self._rows -= first.rows - 1
+        first.rows = 1
+        for sample in siblings:
+            sample.most_computed = first.computed
+            if self._rows < self.max_rows:
+                try:
+                    sample.table = first.table.fork()
+                except CapacityError:
+                    pass
+                else:
+                    sample.computed = first.computed
+                    self._enter(sample)
+                    self._account(sample)
+                    self.counters.forks += 1
+                    continue
+            self._wait(sample)
+
+    def advance(self, sample: Sample, stop: int | None = None) -> None:
+        """After the forward: [0, stop) is final (default: all that was computed; less when drafts were rejected)."""
+        item, table = sample.item, sample.table
+        if item is None or table is None:
+            raise InvariantError("a sample advances once per step that it was placed in")
+        if stop is None or stop == item.stop:
+            stop = item.stop
+        else:
+            table.truncate(stop)
+        table.commit(stop)
+        figures, n_tokens = sample.request.figures, item.stop - item.start
+        figures.computed_tokens += n_tokens
+        if item.start < sample.most_computed:
+            again = min(item.stop, sample.most_computed) - item.start
+            figures.recomputed_tokens += again
+            self.counters.recomputed_tokens += again
+        if n_tokens == 1:
+            self.counters.decode_tokens += 1
+        else:
+            self.counters.prefill_tokens += n_tokens
+        sample.item = None
+        sample.computed = stop
+        sample.most_computed = max(sample.most_computed, stop)
+
+    def stats(self) -> SchedulerStats:
+        """A snapshot; later steps do not change it."""
+        now = SchedulerStats(**{n: getattr(self.counters, n) for n in SchedulerStats.__slots__})
+        now.running, now.waiting = len(self._running), self._n_waiting
+        return now
+
+    @property
+    def unfinished(self) -> bool:
+        """Is anything running or waiting?"""
+        return bool(self._running) or self._n_waiting > 0
+
+    @property
+    def running(self) -> tuple[Sample, ...]:
+        """Samples with a table, in seat order."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> tuple[Sample, ...]:
+        """Samples without, in seat order."""
+        return tuple(sorted((s for _, s in self._waiting if s.state is State.WAITING), key=_seat))
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Plan:
+        """Choose the next step and reserve its room; see the module's text for the rules.
+
+        Every sample placed must be advanced (after the forward) or finished before the next call.
+        """
+        plan = Plan(self.config.step_tokens)
+        placed = plan.samples
+        prefills: list[Sample] = []
+        stalled: Sample | None = None
+        for sample in self._running.copy():
+            if sample.state is not State.RUNNING:
+                continue  # preempted just now for one before it
+            start = sample.computed
+            if len(sample.tokens) - start > 1:
+                prefills.append(sample)
+                continue
+            if plan.budget < 1:
+                break
+            table = sample.table
+            assert table is not None
+            try:
+                table.append(1)
+            except CapacityError:
+                if not self._reserve(sample, 1, plan):
+                    stalled = stalled or sample
+                    continue
+            sample.item = Item(table, sample.tokens, start, start + 1, 1)
+            placed.append(sample)
+            plan.budget -= 1
+            held = table.held_bytes()
+            if held != sample.held_bytes:
+                self._grow_bytes = max(self._grow_bytes, held - sample.held_bytes)
+                self._account(sample, held)
+        if plan.budget > 0 and (prefills or self._n_waiting):
+            self._prefill(plan, prefills, stalled)
+        if not placed:
+            self._unstick(plan)
+        return plan
+
+    def _prefill(self, plan: Plan, prefills: list[Sample], stalled: Sample | None) -> None:
+        """Spend what is left of the budget on prompts: running and waiting ones merged in seat order."""
+        admitting, next_one = True, 0
+        while plan.budget > 0:
+            if next_one < len(prefills) and prefills[next_one].state is not State.RUNNING:
+                next_one += 1
+                continue
+            sample = prefills[next_one] if next_one < len(prefills) else None
+            head = self._head() if admitting else None
+            if head is not None and (sample is None or head.seat < sample.seat):
+                blocked = stalled is not None and stalled.seat < head.seat
+                admitting = not blocked and self._admit(head, plan)
+            elif sample is not None:
+                next_one += 1
+                n_tokens = self._chunk(sample, plan)
+                if n_tokens and (n_tokens := self._reserve(sample, n_tokens, plan)):
+                    self._place(sample, n_tokens, plan)
+                elif stalled is None or sample.seat < stalled.seat:
+                    stalled = sample
+            else:
+                break
+
+    def _chunk(self, sample: Sample, plan: Plan) -> int:
+        """Tokens of this sample to compute next; 0: not in this step."""
+        start, end = sample.computed, len(sample.tokens)
+        if not self.room.chunked_prefill:
+            return 0 if plan.prefills else end - start
+        stop = min(end, start + plan.budget)
+        if _unscored(sample):
+            stop = min(stop, start + self.config.logits_tokens)
+        if self.cut is not None:
+            stop = self.cut(start, stop, sample.prompt_tokens)
+        return stop - start
+
+    def _reserve(self, sample: Sample, n_tokens: int, plan: Plan) -> int:
+        """Room for a running sample's next tokens, taken from those behind it.
+
+        Returns:
+            How many tokens were reserved: fewer when it is alone and the pool is small, 0 when it must stall.
+        """
+        table = sample.table
+        assert table is not None
+        while True:
+            try:
+                table.append(n_tokens)
+            except CapacityError:
+                last = self._running[-1]
+                if last is not sample:
+                    self._preempt(last, plan)
+                elif len(self._running) == 1 and n_tokens > 1 and self.room.chunked_prefill:
+                    n_tokens //= 2
+                else:
+                    self.counters.stalls += 1
+                    return 0
+            else:
+                return n_tokens
+
+    def _admit(self, sample: Sample, plan: Plan) -> bool:
+        """Let the first of the waiting in, if its next chunk fits without touching anyone before it."""
+        if self._rows + sample.rows > self.max_rows or not self._worth_trying(sample):
+            return False
+        while True:
+            table = self.room.open()
+            sample.computed = table.length
+            wanted = n_tokens = self._chunk(sample, plan)
+            while n_tokens:
+                if self._take(table, n_tokens):
+                    self._let_in(sample, table, n_tokens, plan)
+                    return True
+                alone = not self._running and self.room.chunked_prefill
+                n_tokens = n_tokens // 2 if alone else 0  # alone: as little as need be
+            table.release()
+            sample.computed = 0
+            last = self._running[-1] if self._running else None
+            if not wanted or last is None or last.seat < sample.seat:
+                return False
+            self._preempt(last, plan)
+
+    def _let_in(self, sample: Sample, table: Table, n_tokens: int, plan: Plan) -> None:
+        heappop(self._waiting)
+        self._n_waiting -= 1
+        sample.table = table
+        self._enter(sample)
+        figures = sample.request.figures
+        if figures.admitted_s is None:
+            figures.admitted_s = self.clock()
+            figures.cached_tokens = sample.computed
+        self.counters.admissions += 1
+        self._place(sample, n_tokens, plan)
+
+    def _worth_trying(self, sample: Sample) -> bool:
+        """Could room for it be made? Exact for what is free; for those behind it, at most what they reference."""
+        if not self._running:
+            return True
+        usage = self.room.usage()
+        if not usage.total_bytes:
+            return True
+        room_bytes = usage.free_bytes + usage.cached_bytes
+        for other in reversed(self._running):
+            if other.seat < sample.seat:
+                break
+            room_bytes += other.held_bytes
+        return room_bytes >= min(
+            sample.need_bytes + self._watermark(usage.total_bytes), usage.total_bytes
+        )
+
+    def _take(self, table: Table, n_tokens: int) -> bool:
+        """Reserve on a fresh table and see that the running keep room for their next tokens."""
+        try:
+            table.append(n_tokens)
+        except CapacityError:
+            return False
+        if not self._running:
+            return True
+        usage = self.room.usage()
+        free = usage.free_bytes + usage.cached_bytes
+        return not usage.total_bytes or free >= self._watermark(usage.total_bytes)
+
+    def _watermark(self, total_bytes: int) -> int:
+        """Bytes to leave free: the configured share, or one more block for each that runs, as far as seen."""
+        share = int(self.config.watermark * total_bytes)
+        return max(share, len(self._running) * self._grow_bytes) if self.config.watermark else 0
+
+    def _unstick(self, plan: Plan) -> None:
+        """Nothing could be placed: the first seat cannot run even alone. Say so instead of waiting for ever."""
+        first = self._running[0] if self._running else None
+        head = self._head()
+        if head is not None and (first is None or head.seat < first.seat):
+            first = head
+        if first is not None:
+            plan.failed.append(first)
+
+    # ---- the books --------------------------------------------------------------------------------------------------
+
+    def _place(self, sample: Sample, n_tokens: int, plan: Plan) -> None:
+        start = sample.computed
+        stop = start + n_tokens
+        end = len(sample.tokens)
+        logits = 1 if stop == end else 0
+        first = _unscored(sample)
+        if first:
+            first = max(start, first - 1)
+            if first < min(stop, sample.prompt_tokens - 1):
+                logits = stop - first
+        assert sample.table is not None
+        sample.item = Item(sample.table, sample.tokens, start, stop, logits)
+        plan.samples.append(sample)
+        plan.budget -= n_tokens
+        plan.prefills += n_tokens > 1 or sample.computed == 0
+        self._account(sample)
+
+    def _preempt(self, victim: Sample, plan: Plan) -> None:
+        """Release a sample's table wholly and put it back among the waiting, where its seat is."""
+        if victim.item is not None:
+            plan.samples.remove(victim)
+            plan.budget += victim.item.stop - victim.item.start
+            plan.prefills -= victim.item.stop - victim.item.start > 1 or victim.item.start == 0
+            victim.item = None
+        assert victim.table is not None
+        victim.need_bytes = victim.table.held_bytes()
+        self._leave(victim)
+        self._release(victim)
+        victim.computed = 0
+        victim.request.figures.preemptions += 1
+        self.counters.preemptions += 1
+        self._wait(victim)
+
+    def _release(self, sample: Sample) -> None:
+        assert sample.table is not None
+        sample.table.release()
+        sample.table = None
+        self._account(sample, 0)
+
+    def _account(self, sample: Sample, held: int | None = None) -> None:
+        """Book what a sample holds now, and its request's peak."""
+        if held is None:
+            held = 0 if sample.table is None else sample.table.held_bytes()
+        figures = sample.request.figures
+        figures.kv_bytes_held += held - sample.held_bytes
+        sample.held_bytes = held
+        figures.kv_bytes_peak = max(figures.kv_bytes_peak, figures.kv_bytes_held)
+
+    def _enter(self, sample: Sample) -> None:
+        sample.state = State.RUNNING
+        insort(self._running, sample, key=_seat)
+        self._rows += sample.rows
+
+    def _leave(self, sample: Sample) -> None:
+        del self._running[bisect_left(self._running, sample.seat, key=_seat)]
+        self._rows -= sample.rows
+
+    def _wait(self, sample: Sample) -> None:
+        sample.state = State.WAITING
+        heappush(self._waiting, (sample.seat, sample))
+        self._n_waiting += 1
+
+    def _head(self) -> Sample | None:
+        waiting = self._waiting
+        while waiting and waiting[0][1].state is not State.WAITING:
+            heappop(waiting)
+        return waiting[0][1] if waiting else None
+
+    def _sweep(self) -> None:
+        """Forget cancelled entries before they outnumber the live ones."""
+        if len(self._waiting) > 2 * self._n_waiting + 64:
+            self._waiting = [entry for entry in self._waiting if entry[1].state is State.WAITING]
+            heapify(self._waiting)
+
+
+def _unscored(sample: Sample) -> int:
+    """First prompt position whose log-probability is still wanted; 0: none."""
+    scores = sample.request.prompt_logprobs
+    if scores is None or sample.index or len(scores) >= sample.prompt_tokens:
+        return 0
+    return len(scores)
