@@ -1,0 +1,87 @@
+"""The zoo can fail: texts wander, no choice is close, and every control changes the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+
+import zoo
+
+N_TOKENS = 24
+CONTROLS = [(entry.name, feature) for entry in zoo.ZOO.values() for feature in entry.controls]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only lose by threads, and lose tenfold on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def said(name: str) -> tuple[list[zoo.Tokens], list[torch.Tensor]]:
+    return zoo.reference(zoo.build(name), zoo.prompts(), N_TOKENS)
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_text_can_tell_right_from_wrong(name: str) -> None:
+    texts = zoo.prompts()
+    tokens, logits = said(name)
+    assert zoo.wanders(tokens), f"{name} repeats itself"
+    assert zoo.no_near_ties(logits), f"{name}: margin {zoo.smallest_margin(logits):.1e} sigma"
+    # The far past matters: other early tokens, the same last four, another text.
+    other = [text[:-4][::-1] + text[-4:] for text in texts[1:]]
+    changed, _ = zoo.reference(zoo.build(name), other, 16)
+    assert all(a[:16] != b for a, b in zip(tokens[1:], changed, strict=True))
+
+
+@pytest.mark.parametrize(("name", "feature"), CONTROLS)
+def test_control_changes_every_text(name: str, feature: str) -> None:
+    texts = zoo.prompts()
+    with_it, without = zoo.build(name), zoo.build(name, without=feature)
+    weights = without.state_dict()
+    for key, value in with_it.state_dict().items():
+        assert key.endswith(".sinks") or torch.equal(value, weights[key]), key
+    right, _ = said(name)
+    wrong, _ = zoo.reference(without, texts, N_TOKENS)
+    assert all(a != b for a, b in zip(right, wrong, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "jamba", "gemma3n"])
+def test_build_repeats(name: str) -> None:
+    first, second = zoo.build(name).state_dict(), zoo.build(name).state_dict()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.names("rows") if "mamba" not in n])
+def test_chunked_says_whether_the_model_may_be_prefilled_in_chunks(name: str) -> None:
+    model = zoo.build(name)
+    text = torch.tensor([zoo.prompts()[3]])
+    lengths = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    whole = model.generate(text, **lengths)
+    chunked = model.generate(text, prefill_chunk_size=8, **lengths)
+    assert torch.equal(whole, chunked) == zoo.ZOO[name].chunked
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "phi3_longrope", "llama_dynamic"])
+def test_regime_follows_the_longest_position_of_the_forward(name: str) -> None:
+    model = zoo.build(name)
+    text = torch.tensor([zoo.prompts()[1]])
+    limit = zoo.ZOO[name].regime_tokens
+    short = model(text[:, : limit or 16], use_cache=False).logits
+    longer = model(text[:, : (limit or 16) + 1], use_cache=False).logits[:, :-1]
+    gap = float((short - longer).abs().max() / short.std())
+    assert (gap > 0.1) if limit else (gap < 1e-4)
+
+
+def test_refused_entries_are_what_they_say() -> None:
+    assert not zoo.build("bert").can_generate()
+    assert zoo.build("t5").config.is_encoder_decoder
+    assert zoo.names("refused")
+    assert not set(zoo.names("refused")) & set(zoo.names())
