@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -12,10 +12,12 @@ from transformers.cache_utils import DynamicCache
 
 from quire.errors import ConfigError
 from quire.models.bridge import WAYS, Bridge
+from quire.models.forward import NAME
 from quire.models.hf_cache import KVCache
 from quire.models.memory import arena_bytes
-from quire.models.patches import Patches
+from quire.models.patches import Patches, cached_heads
 from quire.models.probe import Shape, probe, run_model, spans, text_config
+from quire.models.rope import Regimes
 from quire.models.runner import ModelRunner
 from quire.plan.layout import KVLayer, Layout, build_layout
 from quire.spec import Full, KVConfig
@@ -63,6 +65,8 @@ def connect(
     """
     if way is not None and way not in WAYS:
         raise ConfigError(f"unknown way {way!r}; known: {', '.join(WAYS)}")
+    if getattr(text_config(model), "_attn_implementation", None) == NAME:
+        raise ConfigError("this model (or one that shares its config) is attached already; detach it first")
     shape = probe(model)
     dtype = str(model.dtype).removeprefix("torch.")
     reasons = []
@@ -87,8 +91,8 @@ def connect(
             patches.undo()
             raise
         bridge = Bridge(model, candidate, shape, layout, store, patches, attention)
-        bridge.chunked_prefill = chunked
-        log.info("%s: attached as %s%s", type(model).__name__, candidate, "" if chunked else ", whole prompts only")
+        bridge.chunked_prefill = chunked and Regimes(model).chunked_prefill
+        log.info("%s: attached as %s%s", type(model).__name__, candidate, "" if bridge.chunked_prefill else ", whole prompts only")
         for r in reasons:
             log.info("  not %s", r)
         return bridge
@@ -120,6 +124,9 @@ def _layout(model: Any, shape: Shape, way: str, config: KVConfig, dtype: str) ->
     layers = shape.layers
     if way == "dense":
         layers = [KVLayer(x.layer, x.heads, x.fields, Full()) if isinstance(x, KVLayer) else x for x in layers]
+    elif way == "patched":
+        heads = cached_heads(model)
+        layers = [replace(x, heads=heads.get(x.layer, x.heads)) if isinstance(x, KVLayer) else x for x in layers]
     return build_layout(layers, config, dtype=dtype, shared=shape.shared)
 
 

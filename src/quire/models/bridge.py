@@ -69,9 +69,11 @@ class Bridge:
     def states_in(self, layer: int) -> int:
         return self.shape.n_states.get(layer, 1)
 
-    def forward(self, step: Step, batch: int, queries: int, valid: torch.Tensor | None = None) -> Forward:
+    def forward(
+        self, step: Step, batch: int, queries: int, valid: torch.Tensor | None = None, *, packed: bool = False
+    ) -> Forward:
         """A `Forward` over a planned step."""
-        return Forward(step, self.backend, batch, queries, valid, self._windows)
+        return Forward(step, self.backend, batch, queries, valid, self._windows, packed)
 
     def cache(self) -> KVCache:
         """An empty cache for the model's own `generate()`."""

@@ -45,6 +45,7 @@ class Forward:
         backend: reads and merges segments.
         batch, queries: B and T of the model's tensors.
         valid: flat indices of the positions that are tokens, ascending; None when all are (no padding).
+        packed: one row of the model's tensors holds tokens of several sequences, at positions of their own.
     """
 
     step: Step
@@ -53,6 +54,7 @@ class Forward:
     queries: int
     valid: torch.Tensor | None = None
     windows: Mapping[int, int | None] = field(default_factory=dict)
+    packed: bool = False
     owner: dict[int, int] = field(default_factory=dict)
     pending: int | None = None
     _alive: list[torch.Tensor] = field(default_factory=list)
@@ -144,6 +146,8 @@ def quire_attention(
     if now is None:
         return _plain(query, key, value, attention_mask, scale, softcap, s_aux), None
     layer = now.layer_of(module, key, value)
+    if now.packed and getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+        query = _at_own_positions(module, now, query)
     if hasattr(module, "quire_absorbed"):
         return absorbed(module, now, layer, query, scale), None
     out = now.attend(layer, query, scale=scale, softcap=softcap, sinks=s_aux, window=sliding_window)
@@ -162,6 +166,17 @@ def absorbed(module: Any, now: Forward, layer: int, q: torch.Tensor, scale: floa
         layer, torch.cat([latent, q[..., dn:]], -1), scale=scale, keys=("latent", "k_rope"), value="latent"
     )
     return torch.einsum("bthr,hdr->bthd", out, w[:, dn:]).contiguous()
+
+
+def _at_own_positions(module: Any, now: Forward, q: torch.Tensor) -> torch.Tensor:
+    """Llama-4 scales the queries of its NoPE layers by position, which it takes from the cache's length instead of
+    `position_ids`; in a packed row that is the place in the row. Puts each token's own scale in its place."""
+
+    def scales(positions: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    ratio = scales(now.step.positions()) / scales(torch.arange(q.shape[2], device=q.device))
+    return (q * ratio[:, None]).to(q.dtype)
 
 
 def _plain(

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from quire.errors import ConfigError
 from quire.models.forward import CURRENT, NAME
 from quire.models.probe import attention_modules
 
@@ -49,8 +48,6 @@ class Patches:
         """Makes the decoder call `quire_attention`; False when the model does not take part in the interface."""
         config = self.model.config.get_text_config(decoder=True)
         self._before = before = config._attn_implementation
-        if before == NAME:
-            raise ConfigError("this model (or one that shares its config) is attached already; detach it first")
         if not getattr(self.model, "_can_set_attn_implementation", lambda: False)():
             return False
         try:
@@ -163,6 +160,15 @@ def _falcon_forward(
     k, v = layer_past.update(k, v, self.layer_idx)
     out = now.attend(now.layer_of(self, k, v), q, scale=float(self.inv_norm_factor))
     return self.dense(out.flatten(2)), None
+
+
+def cached_heads(model: Any) -> dict[int, int]:
+    """Layers of patched models that cache fewer heads than the model's own code hands to its cache."""
+    return {
+        m.layer_idx: m.num_kv_heads
+        for m in model.modules()
+        if type(m).__name__ == "FalconAttention" and m.new_decoder_architecture
+    }
 
 
 def _any(_: Any) -> bool:

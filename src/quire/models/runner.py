@@ -12,7 +12,7 @@ from quire.errors import InvariantError, RequestError
 from quire.models.bridge import Bridge
 from quire.models.forward import CURRENT
 from quire.models.hf_cache import KVCache
-from quire.models.rope import regimes
+from quire.models.rope import Regimes
 from quire.spec import Usage
 from quire.store.table import BlockTable
 
@@ -46,7 +46,7 @@ class ModelRunner:
         self.chunked_prefill = bridge.chunked_prefill
         self.max_rows: int | None = None
         self.cache = KVCache(bridge)
-        self._regime = regimes(self.model)
+        self._regimes = Regimes(self.model)
         self._adapter: str | None = None
 
     # -- sequences -----------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class ModelRunner:
         groups: dict[Any, list[int]] = {}
         way = self.bridge.way
         for i, item in enumerate(items):
-            key: Any = self._regime(item.stop)
+            key: Any = self._regimes.of(item.stop)
             if way == "dense" or (way == "rows" and not (item.stop - item.start == 1 and item.start > 0)):
                 key = ("alone", i)
             groups.setdefault(key, []).append(i)
@@ -97,12 +97,14 @@ class ModelRunner:
         """One forward (or a few, where a dense model must not read across a lossy block's boundary)."""
         if self.bridge.way == "dense" and any(g.raw for g in self.bridge.layout.spec.groups):
             return self._run_by_blocks(items[0])
-        rows = [Row(x.table, x.start, x.stop) for x in items]
+        rows = [self._row(x) for x in items]
         if self.bridge.has_state and not self.chunked_prefill:
             for r in rows:
                 if r.start and r.stop - r.start > 1:
                     raise InvariantError("a Mamba-1 kind restarts its scan on several tokens at once; prefill whole prompts")
-        ids = torch.tensor([t for x in items for t in x.tokens[x.start : x.stop]], device=self.device)
+        ids = torch.tensor(
+            [t for x, r in zip(items, rows, strict=True) for t in x.tokens[r.start : r.stop]], device=self.device
+        )
         if ids.numel() and int(ids.max()) >= self.vocab_size:
             raise RequestError(f"token id {int(ids.max())} is outside the vocabulary of {self.vocab_size}")
         step = Step(self.bridge.store, self.bridge.layout, rows, self.device)
@@ -113,6 +115,14 @@ class ModelRunner:
         index = torch.cat([torch.arange(int(e) - n, int(e), device=self.device) for e, n in zip(last, wanted, strict=True)])
         logits = self._call(step, ids.view(shape), step.positions().view(shape), rows, index, batched)
         return list(logits.split(wanted))
+
+    def _row(self, item: Item) -> Row:
+        """The item's row; from the start where its RoPE regime changes."""
+        if self._regimes.crosses(item.start, item.stop):
+            item.table.reset()
+            item.table.append(item.stop)
+            return Row(item.table, 0, item.stop)
+        return Row(item.table, item.start, item.stop)
 
     def _run_by_blocks(self, item: Item) -> list[torch.Tensor]:
         """A dense item cut at block boundaries, so that all queries of a forward read the same decoded positions."""
@@ -144,7 +154,8 @@ class ModelRunner:
             kwargs["logits_to_keep"] = index if flat_index else 1
         tables = [r.table for r in rows]
         self.cache.columns = rows[0].start if self.bridge.way == "dense" else 0
-        now = self.bridge.forward(step, ids.shape[0], ids.shape[1])
+        self._regimes.reset()
+        now = self.bridge.forward(step, ids.shape[0], ids.shape[1], packed=not batched)
         self.cache.bind(tables)
         token = CURRENT.set(now)
         try:

@@ -1,0 +1,49 @@
+"""The facade for people who have a transformers model and call its `generate()`.
+
+    with quire.attach(model, kv="bf16") as attached:
+        out = model.generate(ids, max_new_tokens=200)          # uses the cache, nothing else changes
+        cache = attached.cache()                               # or hold it yourself, across calls
+        out = model.generate(ids, past_key_values=cache)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.models.attach import Attachment, connect
+from quire.models.hf_cache import KVCache
+from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
+
+__all__ = ["Attachment", "KVCache", "attach"]
+
+
+def attach(
+    model: Any,
+    kv: str = "auto",
+    keep: str = "full",
+    *,
+    memory: int | float | str = 0.5,
+    block_tokens: int = DEFAULT_BLOCK_TOKENS,
+    attention: str = "auto",
+    way: str | None = None,
+) -> Attachment:
+    """Makes a causal transformers model keep its keys and values in Quire's blocks.
+
+    `generate()` with left padding, sampling, beams, assisted decoding and streaming works as before. The change is undone
+    by `detach()` or at the end of a `with` block.
+
+    Args:
+        model: loaded, in eval mode, on its device.
+        kv: codec recipe; `"auto"` stores the model's own dtype.
+        keep: retention.
+        memory: size of the arena: bytes, a share of free memory as a float, or text as `"8GiB"`.
+        block_tokens: tokens per block.
+        attention: backend, `"auto"`, `"torch"` or `"reference"`.
+        way: forces packed, rows, patched or dense.
+
+    Raises:
+        ConfigError: the model or the configuration cannot be served, with the reason.
+        CapacityError: the memory is too small.
+    """
+    config = KVConfig(kv, keep, block_tokens)
+    return Attachment(connect(model, config, memory=memory, attention=attention, way=way))

@@ -1,0 +1,36 @@
+"""From a loaded model to something the engine can run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.models.attach import connect
+from quire.models.runner import ModelRunner, NoCacheRunner
+from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
+
+
+def open_runner(
+    model: Any,
+    *,
+    kv: str = "auto",
+    keep: str = "full",
+    memory: int | float | str = 0.5,
+    block_tokens: int = DEFAULT_BLOCK_TOKENS,
+    attention: str = "auto",
+    way: str | None = None,
+) -> ModelRunner | NoCacheRunner:
+    """A runner over a new store, or over none at all for `kv="none"`.
+
+    Args:
+        model: a loaded causal transformers model in eval mode.
+        kv, keep: string forms, see `KVConfig`.
+        memory: of the arena: bytes, a share of free memory, or text as `"8GiB"`.
+        attention: backend; way: forces a way into the model.
+
+    Raises:
+        ConfigError, CapacityError: see `connect`.
+    """
+    if kv == "none":
+        return NoCacheRunner(model)
+    config = KVConfig(kv, keep, block_tokens)
+    return ModelRunner(connect(model, config, memory=memory, attention=attention, way=way))
