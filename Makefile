@@ -85,7 +85,7 @@ bench: $(INSTALLED)
 	done
 
 docs: $(INSTALLED_DOCS)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) site build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -39,7 +39,7 @@ settings.load_profile("dev")  # another one: pytest --hypothesis-profile=ci
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the laws, and skip by name what needs a GPU where there is none, so that the summary shows it."""
     for item in items:
-        if "laws" in item.path.parts:
+        if item.path.is_relative_to(ROOT / "tests" / "laws"):
             item.add_marker(pytest.mark.law)
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
