@@ -93,6 +93,8 @@ def reference(
     tokens: list[Tokens] = []
     logits: list[torch.Tensor] = []
     for text in texts:
+        if _rotary_remembers(model):
+            model(torch.tensor([text[:1]]), use_cache=False)
         out = model.generate(
             torch.tensor([text]),
             do_sample=False,
@@ -104,6 +106,12 @@ def reference(
         tokens.append(out.sequences[0, len(text) :].tolist())
         logits.append(torch.cat(out.logits).float())
     return tokens, logits
+
+
+def _rotary_remembers(model: transformers.PreTrainedModel) -> bool:
+    """Whether the rotary module keeps the longest length it saw until a short forward resets it."""
+    config = model.config.get_text_config(decoder=True)
+    return "dynamic" in str((getattr(config, "rope_parameters", None) or {}).get("rope_type"))
 
 
 def smallest_margin(logits: Sequence[torch.Tensor]) -> float:
