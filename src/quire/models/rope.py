@@ -27,6 +27,9 @@ class Regimes:
         named = getattr(config, "original_max_position_embeddings", None) if self.kind == "longrope" else None
         known = [int(x) for x in (*limits, named) if x]
         self.limit = min(known) if known else int(getattr(config, "max_position_embeddings", 0) or 0)
+        factors = [float(p.get("factor") or 1.0) for p in found if self.kind == "dynamic"]
+        self.stretch = max(factors, default=1.0)
+        """How far beyond `max_position_embeddings` the context reaches."""
         self._modules = [m for m in model.modules() if hasattr(m, "max_seq_len_cached") and hasattr(m, "original_max_seq_len")]
 
     @property

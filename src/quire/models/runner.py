@@ -27,6 +27,16 @@ class Item(Protocol):
     logits: int
 
 
+UNBOUNDED_TOKENS = 1 << 30
+"""The context of a model that names no limit (recurrent ones)."""
+
+
+def context_tokens(config: Any, stretch: float = 1.0) -> int:
+    """The longest sequence that the config admits."""
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(limit * stretch) if limit else UNBOUNDED_TOKENS
+
+
 class ModelRunner:
     """Runs items through a bridge.
 
@@ -41,12 +51,11 @@ class ModelRunner:
         self.device = bridge.device
         config = self.model.config.get_text_config(decoder=True)
         self.vocab_size = int(config.vocab_size)
-        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        self.max_context_tokens = int(limit) if limit else 1 << 30
+        self._regimes = Regimes(self.model)
+        self.max_context_tokens = context_tokens(config, self._regimes.stretch)
         self.chunked_prefill = bridge.chunked_prefill
         self.max_rows: int | None = None
         self.cache = KVCache(bridge)
-        self._regimes = Regimes(self.model)
         self._adapter: str | None = None
 
     # -- sequences -----------------------------------------------------------------------------------------------
@@ -220,8 +229,7 @@ class NoCacheRunner:
         self.device = torch.device(model.device)
         config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(config.vocab_size)
-        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        self.max_context_tokens = int(limit) if limit else 1 << 30
+        self.max_context_tokens = context_tokens(config, Regimes(model).stretch)
 
     def open(self) -> NoCacheTable:
         return NoCacheTable()
