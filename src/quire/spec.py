@@ -79,7 +79,9 @@ class Field:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
-            raise ConfigError(f"field {self.name}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPE_BYTES)}")
+            raise ConfigError(
+                f"field {self.name}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPE_BYTES)}"
+            )
 
     @property
     def item_bytes(self) -> int:
@@ -120,7 +122,9 @@ class CacheGroup:
         if not self.coords or list(self.coords) != sorted(set(self.coords)):
             raise ConfigError(f"group {self.name}: coords must be ascending, unique and not empty")
         if self.block_tokens < 1:
-            raise ConfigError(f"group {self.name}: block_tokens must be at least 1, not {self.block_tokens}")
+            raise ConfigError(
+                f"group {self.name}: block_tokens must be at least 1, not {self.block_tokens}"
+            )
 
     @property
     def recurrent(self) -> bool:
@@ -163,7 +167,14 @@ class CacheGroup:
     @property
     def form(self) -> tuple[Any, ...]:
         """All that two groups must share to be one: everything but name and coordinates."""
-        return (self.fields, self.span, self.codec, self.retention, self.block_tokens, self.raw is None)
+        return (
+            self.fields,
+            self.span,
+            self.codec,
+            self.retention,
+            self.block_tokens,
+            self.raw is None,
+        )
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,9 @@ class CacheSpec:
                 raise ConfigError(f"group {g.name}: its raw group must cover the same coordinates")
             if g.raw is None and not g.recurrent:
                 if plain & set(g.coords):
-                    raise ConfigError(f"group {g.name} stores coordinates that another group stores too")
+                    raise ConfigError(
+                        f"group {g.name} stores coordinates that another group stores too"
+                    )
                 plain |= set(g.coords)
 
     def __iter__(self) -> Iterator[CacheGroup]:
@@ -221,7 +234,9 @@ class CacheSpec:
                 out[g.name] = 1
                 continue
             body = any(o.raw == g.name for o in self.groups)
-            total = n_tokens // g.block_tokens if g.raw is not None else -(-n_tokens // g.block_tokens)
+            total = (
+                n_tokens // g.block_tokens if g.raw is not None else -(-n_tokens // g.block_tokens)
+            )
             if g.raw is None and not _grows(g.span):
                 last = n_tokens - min(chunk_tokens, n_tokens)
                 lowest = g.span.needs(last)
@@ -242,10 +257,18 @@ class CacheSpec:
         part = tuple(sorted(set(coords)))
         rest = tuple(c for c in old.coords if c not in set(part))
         if not part or not rest or not set(part) <= set(old.coords):
-            raise ConfigError(f"split of {name}: choose some, not all, of its {len(old.coords)} coordinates")
+            raise ConfigError(
+                f"split of {name}: choose some, not all, of its {len(old.coords)} coordinates"
+            )
         if old.raw is not None or any(g.raw == name for g in self.groups):
-            raise ConfigError(f"split of {name}: split lossy groups before their first block is sealed")
-        fresh = next(f"{name}/{i}" for i in range(1, 1 << 20) if all(g.name != f"{name}/{i}" for g in self.groups))
+            raise ConfigError(
+                f"split of {name}: split lossy groups before their first block is sealed"
+            )
+        fresh = next(
+            f"{name}/{i}"
+            for i in range(1, 1 << 20)
+            if all(g.name != f"{name}/{i}" for g in self.groups)
+        )
         at = self.index(name)
         groups = list(self.groups)
         groups[at : at + 1] = [replace(old, coords=rest)]
@@ -284,9 +307,13 @@ class KVConfig:
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1:
-            raise ConfigError(f"block_tokens must be at least 1, not {self.block_tokens}; 32 is the default")
+            raise ConfigError(
+                f"block_tokens must be at least 1, not {self.block_tokens}; 32 is the default"
+            )
         if not self.kv.strip() or not self.keep.strip():
-            raise ConfigError("kv and keep must not be empty; kv='auto', keep='full' are the defaults")
+            raise ConfigError(
+                "kv and keep must not be empty; kv='auto', keep='full' are the defaults"
+            )
 
 
 @runtime_checkable

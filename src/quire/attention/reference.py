@@ -52,7 +52,18 @@ class ReferenceBackend:
         alone = sinks is None and len(reads) == 1 and reads[0].contiguous
         if alone and len(reads[0].group.heads(layer)) * share == q.shape[1]:
             r = reads[0]
-            part = self._read(step, layer, r, q.view(*r.tokens.shape, *q.shape[1:]), scale, keys, value, softcap, window, False)
+            part = self._read(
+                step,
+                layer,
+                r,
+                q.view(*r.tokens.shape, *q.shape[1:]),
+                scale,
+                keys,
+                value,
+                softcap,
+                window,
+                False,
+            )
             return part.out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1).to(q.dtype)
         return self._fold(step, layer, q, reads, share, scale, keys, value, softcap, sinks, window)
 
@@ -76,18 +87,25 @@ class ReferenceBackend:
             heads = torch.tensor(
                 [h * share + g for h in r.group.heads(layer) for g in range(share)], device=q.device
             )
-            part = self._read(step, layer, r, q[r.tokens][:, :, heads], scale, keys, value, softcap, window, True)
+            part = self._read(
+                step, layer, r, q[r.tokens][:, :, heads], scale, keys, value, softcap, window, True
+            )
             if total is None:
                 dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
                 total = empty_partial((q.shape[0], q.shape[1]), part.out.shape[-1], dtype, q.device)
             at = r.tokens.unsqueeze(-1), heads  # [R, T, 1] x [heads]
-            mine = Partial(part.out.transpose(1, 2).to(total.out.dtype), part.lse.transpose(1, 2).to(total.lse.dtype))
+            mine = Partial(
+                part.out.transpose(1, 2).to(total.out.dtype),
+                part.lse.transpose(1, 2).to(total.lse.dtype),
+            )
             both = merge(Partial(total.out[at], total.lse[at]), mine)
             total.out[at], total.lse[at] = both.out, both.lse
         assert total is not None
         if sinks is not None:
             turned = Partial(total.out.transpose(0, 1), total.lse.transpose(0, 1))
-            total = Partial(merge(turned, sink_partial(sinks, turned)).out.transpose(0, 1), total.lse)
+            total = Partial(
+                merge(turned, sink_partial(sinks, turned)).out.transpose(0, 1), total.lse
+            )
         return total.out.to(q.dtype)
 
     def _read(
@@ -104,9 +122,13 @@ class ReferenceBackend:
         want_lse: bool,
     ) -> Partial:
         """One batch: `q: [R, T, heads, D]` to Partial over `[R, heads, T]`."""
-        fields = {name: step.gather(layer, r, name, q.dtype) for name in dict.fromkeys((*keys, value))}
+        fields = {
+            name: step.gather(layer, r, name, q.dtype) for name in dict.fromkeys((*keys, value))
+        }
         k = fields[keys[0]] if len(keys) == 1 else torch.cat([fields[n] for n in keys], -1)
-        return self._segment(q.transpose(1, 2), k, fields[value], r.mask(window), scale, softcap, want_lse)
+        return self._segment(
+            q.transpose(1, 2), k, fields[value], r.mask(window), scale, softcap, want_lse
+        )
 
     def _segment(
         self,
@@ -183,7 +205,11 @@ class TorchBackend(ReferenceBackend):
         if mask is not None:
             s = s.masked_fill(~mask.unsqueeze(1), float("-inf"))
         lse = torch.logsumexp(s, -1, keepdim=True) if want_lse else None
-        p = torch.softmax(s, -1) if lse is None else torch.exp(s - torch.where(torch.isfinite(lse), lse, 0.0))
+        p = (
+            torch.softmax(s, -1)
+            if lse is None
+            else torch.exp(s - torch.where(torch.isfinite(lse), lse, 0.0))
+        )
         out = torch.matmul(p.to(v.dtype), v).reshape(r, heads, 1, v.shape[-1])
         return Partial(out, out.new_empty(0) if lse is None else lse.reshape(r, heads, 1))
 

@@ -110,8 +110,19 @@ class Step:
         device: of the model's tensors.
     """
 
-    def __init__(self, store: BlockStore, layout: Layout, rows: Sequence[Row], device: torch.device | str = "cpu") -> None:
-        self.store, self.layout, self.rows, self.device = store, layout, list(rows), torch.device(device)
+    def __init__(
+        self,
+        store: BlockStore,
+        layout: Layout,
+        rows: Sequence[Row],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.store, self.layout, self.rows, self.device = (
+            store,
+            layout,
+            list(rows),
+            torch.device(device),
+        )
         self.n_tokens = sum(r.stop - r.start for r in rows)
         self.writes: list[Write] = []
         self.seals: list[Seal] = []
@@ -149,7 +160,9 @@ class Step:
 
     # -- planning ------------------------------------------------------------------------------------------------
 
-    def _plan_writes(self, group: CacheGroup, chains: list[tuple[int, Chain]], firsts: np.ndarray) -> None:
+    def _plan_writes(
+        self, group: CacheGroup, chains: list[tuple[int, Chain]], firsts: np.ndarray
+    ) -> None:
         blocks, rows, tokens = [], [], []
         for at, chain in chains:
             row = self.rows[at]
@@ -163,13 +176,20 @@ class Step:
         self.writes.append(Write(group, chosen, places))
 
     def _plan_seals(
-        self, body: CacheGroup, raw: CacheGroup, chains: list[tuple[int, Chain]], raws: dict[int, Chain]
+        self,
+        body: CacheGroup,
+        raw: CacheGroup,
+        chains: list[tuple[int, Chain]],
+        raws: dict[int, Chain],
     ) -> None:
         size = body.block_tokens
         source, target, pos = [], [], []
         for at, chain in chains:
             row = self.rows[at]
-            first, last = chain.slot(row.start) // size, min(chain.count, chain.slot(row.table.accepted) // size)
+            first, last = (
+                chain.slot(row.start) // size,
+                min(chain.count, chain.slot(row.table.accepted) // size),
+            )
             first = max(first, chain.sealed)
             if first < last:
                 source.append(raws[at].ids[first:last])
@@ -203,9 +223,13 @@ class Step:
         mode = "raw" if raw is None else "body"
         self._batch(group, group, mode, limit, found, firsts)
         if raw is not None:
-            self._batch(group, raw, "through", limit, self._unsealed(chains, dict(members[raw])), firsts)
+            self._batch(
+                group, raw, "through", limit, self._unsealed(chains, dict(members[raw])), firsts
+            )
 
-    def _unsealed(self, chains: list[tuple[int, Chain]], raws: dict[int, Chain]) -> list[tuple[int, Extent]]:
+    def _unsealed(
+        self, chains: list[tuple[int, Chain]], raws: dict[int, Chain]
+    ) -> list[tuple[int, Extent]]:
         """Whole blocks of drafts that a later draft reads decoded although they are not sealed."""
         out = []
         for at, chain in chains:
@@ -234,7 +258,9 @@ class Step:
         single.sort(key=lambda x: len(x[1].blocks))
         batch: list[tuple[int, Extent]] = []
         for at, e in single:
-            if batch and len(e.blocks) > max(PAD_RATIO * len(batch[0][1].blocks), len(batch[0][1].blocks) + 2):
+            if batch and len(e.blocks) > max(
+                PAD_RATIO * len(batch[0][1].blocks), len(batch[0][1].blocks) + 2
+            ):
                 self._read(group, source, mode, limit, batch, firsts)
                 batch = []
             batch.append((at, e))
@@ -256,7 +282,11 @@ class Step:
         kpos = np.full((len(batch), n * size), -1, np.int64)
         for i, (_, e) in enumerate(batch):
             blocks[i, : len(e.blocks)] = e.blocks
-            at = np.arange(e.first, e.first + len(e.blocks) * size) if e.positions is None else e.positions
+            at = (
+                np.arange(e.first, e.first + len(e.blocks) * size)
+                if e.positions is None
+                else e.positions
+            )
             kpos[i, : len(at)] = np.where(at < e.stop, at, -1)
             kpos[i, : len(e.blocks) * size][np.repeat(e.blocks < 0, size)] = -1
         rows = [self.rows[at] for at, _ in batch]
@@ -272,7 +302,8 @@ class Step:
                 self._places(source, blocks),
                 limit,
                 mode,
-                contiguous=tokens.size == self.n_tokens and bool((tokens.ravel() == np.arange(tokens.size)).all()),
+                contiguous=tokens.size == self.n_tokens
+                and bool((tokens.ravel() == np.arange(tokens.size)).all()),
             )
         )
 
@@ -281,7 +312,9 @@ class Step:
         return Places(self._tensor(slab), self._tensor(index))
 
     def _tensor(self, a: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device, non_blocking=True)
+        return torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(
+            self.device, non_blocking=True
+        )
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -319,7 +352,9 @@ class Step:
         at = read.blocks
 
         def fetch(stored: str) -> torch.Tensor:
-            view = self.store.view(source, layer, stored)  # [slabs, per_slab, heads, block_tokens, *shape]
+            view = self.store.view(
+                source, layer, stored
+            )  # [slabs, per_slab, heads, block_tokens, *shape]
             return view.movedim(2, 0)[:, at.slab, at.index]  # [heads, R, n, block_tokens, *shape]
 
         return self._decode(read, name, dtype, fetch)

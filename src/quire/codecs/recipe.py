@@ -1,10 +1,10 @@
 """Recipes: the string form of a codec choice, and the registry that it is resolved against.
 
-    auto                        the model's own dtype
-    bf16                        one codec for every field
-    kivi:bits=2,residual=128    with parameters
-    k=int8,v=int4               one codec per field
-    int4;skip_layers=0,1,-1     options for all: these layers stay in the plain codec of the model's dtype
+auto                        the model's own dtype
+bf16                        one codec for every field
+kivi:bits=2,residual=128    with parameters
+k=int8,v=int4               one codec per field
+int4;skip_layers=0,1,-1     options for all: these layers stay in the plain codec of the model's dtype
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class Recipe:
 def plain_codec(model_dtype: str) -> KVCodec:
     """The plain codec that holds `model_dtype` exactly."""
     if model_dtype not in PLAIN_OF_DTYPE:
-        raise ConfigError(f"no plain codec for {model_dtype}; load the model in float32, float16 or bfloat16")
+        raise ConfigError(
+            f"no plain codec for {model_dtype}; load the model in float32, float16 or bfloat16"
+        )
     return load_codec(PLAIN_OF_DTYPE[model_dtype])
 
 
@@ -110,17 +112,23 @@ def parse_recipe(text: str) -> Recipe:
     for option in options:
         key, _, value = option.partition("=")
         if key.strip() != "skip_layers":
-            raise ConfigError(f"kv={text!r}: unknown option {key.strip()!r}; known: skip_layers=0,1,-1")
+            raise ConfigError(
+                f"kv={text!r}: unknown option {key.strip()!r}; known: skip_layers=0,1,-1"
+            )
         try:
             skip = tuple(int(x) for x in value.split(","))
         except ValueError:
-            raise ConfigError(f"kv={text!r}: skip_layers takes layer numbers, as in skip_layers=0,1,-1") from None
+            raise ConfigError(
+                f"kv={text!r}: skip_layers takes layer numbers, as in skip_layers=0,1,-1"
+            ) from None
     codecs: dict[str, str] = {}
     if _per_field(body):
         for item in body.split(","):
             name, _, codec = (x.strip() for x in item.partition("="))
             if name not in ("k", "v", "latent", "k_rope"):
-                raise ConfigError(f"kv={text!r}: unknown field {name!r}; fields are k, v, latent, k_rope")
+                raise ConfigError(
+                    f"kv={text!r}: unknown field {name!r}; fields are k, v, latent, k_rope"
+                )
             codecs[name] = codec
     else:
         codecs[""] = body

@@ -69,8 +69,12 @@ def attend(
     top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
     p = torch.exp(s - top)
     total = p.sum(-1, keepdim=True)
-    out = torch.matmul(p.reshape(*lead, kv_heads, share * t, n), v.to(dtype)).reshape(*lead, heads, t, v.shape[-1])
-    return Partial(out / total.clamp_min(torch.finfo(dtype).tiny), (top + torch.log(total)).squeeze(-1))
+    out = torch.matmul(p.reshape(*lead, kv_heads, share * t, n), v.to(dtype)).reshape(
+        *lead, heads, t, v.shape[-1]
+    )
+    return Partial(
+        out / total.clamp_min(torch.finfo(dtype).tiny), (top + torch.log(total)).squeeze(-1)
+    )
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -81,7 +85,9 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(a.out * wa + b.out * wb, lse)
 
 
-def empty_partial(shape: tuple[int, ...], d_v: int, dtype: torch.dtype, device: torch.device) -> Partial:
+def empty_partial(
+    shape: tuple[int, ...], d_v: int, dtype: torch.dtype, device: torch.device
+) -> Partial:
     """The identity of `merge`: no key seen. `shape` is that of lse."""
     return Partial(
         torch.zeros(*shape, d_v, dtype=dtype, device=device),

@@ -14,7 +14,18 @@ from dataclasses import dataclass, field
 
 from quire.codecs.recipe import Recipe, parse_recipe, plain_codec
 from quire.errors import ConfigError
-from quire.spec import CacheGroup, CacheSpec, Coord, Field, Full, KVCodec, KVConfig, Residual, Span, State
+from quire.spec import (
+    CacheGroup,
+    CacheSpec,
+    Coord,
+    Field,
+    Full,
+    KVCodec,
+    KVConfig,
+    Residual,
+    Span,
+    State,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,9 @@ def build_layout(
     recipe = parse_recipe(config.kv if codecs is None else "auto")
     n_layers = 1 + max(x.layer for x in layers)
     if any(not -n_layers <= s < n_layers for s in recipe.skip_layers):
-        raise ConfigError(f"kv={config.kv!r}: skip_layers must lie within -{n_layers}..{n_layers - 1}")
+        raise ConfigError(
+            f"kv={config.kv!r}: skip_layers must lie within -{n_layers}..{n_layers - 1}"
+        )
     made = _Groups(config, dtype)
     for x in layers:
         if isinstance(x, StateLayer):
@@ -91,7 +104,12 @@ def build_layout(
 
 
 def _choose(
-    f: Field, layer: int, n_layers: int, recipe: Recipe, codecs: Mapping[str, KVCodec] | None, dtype: str
+    f: Field,
+    layer: int,
+    n_layers: int,
+    recipe: Recipe,
+    codecs: Mapping[str, KVCodec] | None,
+    dtype: str,
 ) -> KVCodec:
     if recipe.skips(layer, n_layers):
         return plain_codec(dtype)
@@ -158,7 +176,13 @@ class _Groups:
         raw_fields = tuple(s for f in fields for s in raw_codec.stored(f, size))
         raw_name = f"{name}.raw"
         raw = CacheGroup(
-            raw_name, coords, raw_fields, Residual(size, residual, span), raw_codec.name, self.config.keep, size
+            raw_name,
+            coords,
+            raw_fields,
+            Residual(size, residual, span),
+            raw_codec.name,
+            self.config.keep,
+            size,
         )
         body = CacheGroup(name, coords, stored, span, text, self.config.keep, size, raw=raw_name)
         return [(body, chosen), (raw, {f.name: raw_codec for f in fields})]
@@ -166,4 +190,8 @@ class _Groups:
 
 def _recipe_text(chosen: Mapping[str, KVCodec]) -> str:
     names = {f: c.name for f, c in chosen.items()}
-    return next(iter(names.values())) if len(set(names.values())) == 1 else ",".join(f"{f}={n}" for f, n in names.items())
+    return (
+        next(iter(names.values()))
+        if len(set(names.values())) == 1
+        else ",".join(f"{f}={n}" for f, n in names.items())
+    )

@@ -36,9 +36,14 @@ def fit_slab_bytes(block_bytes: Iterable[int], target_bytes: int = SLAB_BYTES) -
     if not sizes or sizes[0] <= 0:
         raise ConfigError("a slab needs at least one block size, in bytes above zero")
     low = max(target_bytes, sizes[-1])
-    tries = {n * size for size in sizes for n in range(max(1, low // size // 2), 2 * low // size + 1)}
+    tries = {
+        n * size for size in sizes for n in range(max(1, low // size // 2), 2 * low // size + 1)
+    }
     fitting = [slab for slab in tries if slab >= sizes[-1]]
-    return min(fitting, key=lambda slab: (round(sum((slab % s) / slab for s in sizes), 4), abs(slab - low), slab))
+    return min(
+        fitting,
+        key=lambda slab: (round(sum((slab % s) / slab for s in sizes), 4), abs(slab - low), slab),
+    )
 
 
 class Arena:
@@ -53,7 +58,9 @@ class Arena:
         CapacityError: not even one slab fits.
     """
 
-    def __init__(self, total_bytes: int, slab_bytes: int = SLAB_BYTES, *, device: str | None = None) -> None:
+    def __init__(
+        self, total_bytes: int, slab_bytes: int = SLAB_BYTES, *, device: str | None = None
+    ) -> None:
         if slab_bytes % ALIGN_BYTES:
             raise ConfigError(f"slab_bytes must be a multiple of {ALIGN_BYTES}, not {slab_bytes}")
         self.slab_bytes = slab_bytes
@@ -81,7 +88,9 @@ class Arena:
         """The bytes: `[slabs * slab_bytes] uint8`, allocated when first asked for. Raises ConfigError without a device."""
         if self._buffer is None:
             if self.device is None:
-                raise ConfigError("this arena counts only; give it a device to have memory behind it")
+                raise ConfigError(
+                    "this arena counts only; give it a device to have memory behind it"
+                )
             import torch
 
             self._buffer = torch.empty(self.total_bytes, dtype=torch.uint8, device=self.device)
@@ -110,7 +119,9 @@ class Arena:
     def copy(self, src_byte: int, dst_byte: int, n_bytes: int) -> None:
         """Moves bytes within the arena; nothing to do where it only counts or was never written."""
         if self._buffer is not None:
-            self._buffer[dst_byte : dst_byte + n_bytes].copy_(self._buffer[src_byte : src_byte + n_bytes])
+            self._buffer[dst_byte : dst_byte + n_bytes].copy_(
+                self._buffer[src_byte : src_byte + n_bytes]
+            )
 
     def _reclaim(self, wanting: BlockPool) -> None:
         """Empties the slab of another pool whose cached blocks are worth least, moving what is held in it."""

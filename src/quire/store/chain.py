@@ -29,7 +29,7 @@ class Extent:
 class Chain:
     """Block ids in order. Slots are physical; they equal logical positions until tokens are dropped.
 
-        slots    |kept[0] kept[1] ... |cut cut+1 cut+2 ...         after `keep` at committed length `cut`
+    slots    |kept[0] kept[1] ... |cut cut+1 cut+2 ...         after `keep` at committed length `cut`
     """
 
     __slots__ = ("count", "cursor", "cut", "group", "held", "ids", "kept", "pool", "sealed")
@@ -100,7 +100,10 @@ class Chain:
         size = self.group.block_tokens
         end = min(self.count, self.slot(n) // size)
         while self.cursor < end:
-            low, high = self.position(self.cursor * size), self.position(self.cursor * size + size - 1) + 1
+            low, high = (
+                self.position(self.cursor * size),
+                self.position(self.cursor * size + size - 1) + 1,
+            )
             if high > last:
                 return
             if not any(low < hi and lo < high for lo, hi in needs):
@@ -151,7 +154,12 @@ class Chain:
         """The same entries, no references taken."""
         twin = Chain(self.group, self.pool)
         twin.ids, twin.count, twin.held = self.ids.copy(), self.count, self.held
-        twin.cursor, twin.sealed, twin.kept, twin.cut = self.cursor, self.sealed, self.kept, self.cut
+        twin.cursor, twin.sealed, twin.kept, twin.cut = (
+            self.cursor,
+            self.sealed,
+            self.kept,
+            self.cut,
+        )
         return twin
 
 

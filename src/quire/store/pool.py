@@ -30,7 +30,9 @@ class BlockPool:
         on_evict: called with the id of a cached block that is given up, before it is reused.
     """
 
-    def __init__(self, arena: Arena, block_bytes: int, on_evict: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, arena: Arena, block_bytes: int, on_evict: Callable[[int], None] | None = None
+    ) -> None:
         if not 0 < block_bytes <= arena.slab_bytes:
             raise InvariantError(f"blocks of {block_bytes} bytes in slabs of {arena.slab_bytes}")
         self.arena = arena
@@ -51,7 +53,9 @@ class BlockPool:
         self._owned = bytearray(s)
         self._used = array("i", [0]) * s  # held + cached blocks
         self._slab_held = array("i", [0]) * s
-        self._fresh = array("i", [0]) * s  # locations below this were handed out since the slab came
+        self._fresh = (
+            array("i", [0]) * s
+        )  # locations below this were handed out since the slab came
         self._freed = array("i", [_NONE]) * s  # head of the slab's list of freed ids
         self._stamp = array("q", [0]) * s  # when a block of the slab last became idle
         self._open_next = array("i", [_NONE]) * s  # slabs with a free block
@@ -185,7 +189,9 @@ class BlockPool:
         """Slabs whose held blocks would fit into what is free in the pool's other slabs."""
         free = self.slabs * self.per_slab - self.held - self.cached
         for slab in range(self.arena.slabs):
-            if self._owned[slab] and self._slab_held[slab] <= free - (self.per_slab - self._used[slab]):
+            if self._owned[slab] and self._slab_held[slab] <= free - (
+                self.per_slab - self._used[slab]
+            ):
                 yield slab
 
     def worth(self, slab: int) -> tuple[int, int]:
@@ -216,7 +222,9 @@ class BlockPool:
         spare = self._pop_free(other)
         src, dst = self._where[block], self._where[spare]
         size, per, width = self.block_bytes, self.per_slab, self.arena.slab_bytes
-        self.arena.copy(src // per * width + src % per * size, dst // per * width + dst % per * size, size)
+        self.arena.copy(
+            src // per * width + src % per * size, dst // per * width + dst % per * size, size
+        )
         self._where[block], self._where[spare] = dst, src
         self._at[dst], self._at[src] = block, spare
         self._slab_held[other] += 1

@@ -32,7 +32,12 @@ class BlockStore:
     """
 
     def __init__(
-        self, spec: CacheSpec, total_bytes: int, *, device: str | None = None, slab_bytes: int | None = None
+        self,
+        spec: CacheSpec,
+        total_bytes: int,
+        *,
+        device: str | None = None,
+        slab_bytes: int | None = None,
     ) -> None:
         self.spec = spec
         sizes = {g.block_bytes for g in spec.groups}
@@ -106,7 +111,12 @@ class BlockStore:
         start = group.tile_index(layer) * group.tile_bytes + group.field_offsets[field]
         flat = self.arena.buffer.view(dtype)
         sizes = (self.arena.slabs, pool.per_slab, len(group.heads(layer)), *shape)
-        strides = (self.arena.slab_bytes // width, group.block_bytes // width, group.tile_bytes // width, *inner)
+        strides = (
+            self.arena.slab_bytes // width,
+            group.block_bytes // width,
+            group.tile_bytes // width,
+            *inner,
+        )
         return flat.as_strided(sizes, strides, start // width)
 
     def places(self, group: CacheGroup, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +132,9 @@ class BlockStore:
             self.arena.copy(pool.byte_offset(src), pool.byte_offset(dst), pool.block_bytes)
             pool.release(src)
 
-    def copy_rows(self, group: CacheGroup, blocks: np.ndarray, rows: np.ndarray, into: np.ndarray) -> None:
+    def copy_rows(
+        self, group: CacheGroup, blocks: np.ndarray, rows: np.ndarray, into: np.ndarray
+    ) -> None:
         """Copies token rows, as stored, one after the other into the blocks `into`."""
         if self.arena.device is None or not len(rows):
             return
@@ -130,14 +142,21 @@ class BlockStore:
 
         at = np.arange(len(rows))
         src, dst = self.places(group, blocks), self.places(group, into[at // group.block_tokens])
-        from_slab, from_i, from_row = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in (*src, rows))
-        to_slab, to_i, to_row = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in (*dst, at % group.block_tokens))
+        from_slab, from_i, from_row = (
+            torch.from_numpy(np.ascontiguousarray(x)).long() for x in (*src, rows)
+        )
+        to_slab, to_i, to_row = (
+            torch.from_numpy(np.ascontiguousarray(x)).long()
+            for x in (*dst, at % group.block_tokens)
+        )
         for layer in group.layers:
             for f in group.fields:
                 v = self.view(group, layer, f.name)
                 v[to_slab, to_i, :, to_row] = v[from_slab, from_i, :, from_row]
 
-    def copy_tiles(self, group: CacheGroup, blocks: np.ndarray, into_group: CacheGroup, into: np.ndarray) -> None:
+    def copy_tiles(
+        self, group: CacheGroup, blocks: np.ndarray, into_group: CacheGroup, into: np.ndarray
+    ) -> None:
         """Copies the tiles of `into_group`'s coordinates from blocks of `group` into blocks of `into_group`."""
         if self.arena.device is None:
             return

@@ -1,17 +1,17 @@
 """One sequence: how many tokens it has, and for every group the chain of blocks that holds them.
 
-    logical   0 ........................ committed ........ length
-    plain     |#####|#####|#####|###..|                              blocks cover [0, length); sealing moves nothing
-    body      |#####|#####|#####|                                    a lossy body: whole blocks of accepted tokens only
-    raw       |.....|.....|#####|###..|                              its plain companion: tail and residual window
-    state     |x|                                                    recurrent: one block, rewritten in place
+logical   0 ........................ committed ........ length
+plain     |#####|#####|#####|###..|                              blocks cover [0, length); sealing moves nothing
+body      |#####|#####|#####|                                    a lossy body: whole blocks of accepted tokens only
+raw       |.....|.....|#####|###..|                              its plain companion: tail and residual window
+state     |x|                                                    recurrent: one block, rewritten in place
 
-    append(n)    makes room for n more tokens in every group, or raises and changes nothing
-    commit(n)    tokens [0, n) are final: whole blocks are sealed, what no span needs any more is given back
-    truncate(n)  forgets tokens from n on (drafts, a rejected continuation)
-    fork()       a second sequence over the same blocks; only the last, partly filled ones are copied
-    keep(...)    drops chosen tokens of a group and writes the rest into new private blocks
-    split(...)   gives some coordinates of a group a chain of their own, so that they can keep other tokens
+append(n)    makes room for n more tokens in every group, or raises and changes nothing
+commit(n)    tokens [0, n) are final: whole blocks are sealed, what no span needs any more is given back
+truncate(n)  forgets tokens from n on (drafts, a rejected continuation)
+fork()       a second sequence over the same blocks; only the last, partly filled ones are copied
+keep(...)    drops chosen tokens of a group and writes the rest into new private blocks
+split(...)   gives some coordinates of a group a chain of their own, so that they can keep other tokens
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class BlockTable:
         if self.closed or not 0 <= drafts <= n_tokens:
             raise InvariantError(f"append({n_tokens}, drafts={drafts}), closed={self.closed}")
         if drafts < n_tokens and self.accepted < self.length:
-            raise InvariantError(f"{self.length - self.accepted} drafts must be accepted or truncated first")
+            raise InvariantError(
+                f"{self.length - self.accepted} drafts must be accepted or truncated first"
+            )
         length = self.length + n_tokens
         accepted = length - drafts if drafts < n_tokens else self.accepted
         self._reserve(length, accepted)
@@ -73,7 +75,9 @@ class BlockTable:
             CapacityError: nothing has changed.
         """
         if not self.accepted <= n_tokens <= self.length:
-            raise InvariantError(f"accept({n_tokens}) of {self.accepted} accepted, {self.length} held")
+            raise InvariantError(
+                f"accept({n_tokens}) of {self.accepted} accepted, {self.length} held"
+            )
         self._reserve(self.length, n_tokens)
         self.accepted = n_tokens
 
@@ -85,7 +89,9 @@ class BlockTable:
         """
         n = self.accepted if n_tokens is None else n_tokens
         if not self.committed <= n <= self.accepted:
-            raise InvariantError(f"commit({n}) of {self.committed} committed, {self.accepted} accepted")
+            raise InvariantError(
+                f"commit({n}) of {self.committed} committed, {self.accepted} accepted"
+            )
         self.committed = n
         sealed: list[tuple[int, int]] = []
         for at, chain in enumerate(self.chains):
@@ -116,11 +122,15 @@ class BlockTable:
             self.reset()
             return
         if any(c.group.recurrent for c in self.chains):
-            raise RequestError("a recurrent state cannot go back; recompute the sequence from its start")
+            raise RequestError(
+                "a recurrent state cannot go back; recompute the sequence from its start"
+            )
         if n_tokens < self.committed:
             self._check_resumable(n_tokens)
         wants = [min(c.count, c.entries_for(n_tokens, n_tokens)) for c in self.chains]
-        partial = [(c, w - 1) for c, w in zip(self.chains, wants, strict=True) if w and c.partial(n_tokens)]
+        partial = [
+            (c, w - 1) for c, w in zip(self.chains, wants, strict=True) if w and c.partial(n_tokens)
+        ]
         copies = self._own(partial)
         for chain, want in zip(self.chains, wants, strict=True):
             while chain.count > want:
@@ -164,7 +174,9 @@ class BlockTable:
             for block in chain.live():
                 chain.pool.hold(int(block))
         try:
-            copies = twin._own([(c, c.count - 1) for c in twin.chains if c.count and c.partial(self.length)])
+            copies = twin._own(
+                [(c, c.count - 1) for c in twin.chains if c.count and c.partial(self.length)]
+            )
         except CapacityError:
             twin.release()
             raise
@@ -185,19 +197,31 @@ class BlockTable:
             CapacityError: no blocks for the copies; nothing has changed.
         """
         chain = self.chains[chain_index]
-        lossy = chain.group.raw is not None or any(c.group.raw == chain.group.name for c in self.chains)
+        lossy = chain.group.raw is not None or any(
+            c.group.raw == chain.group.name for c in self.chains
+        )
         if chain.group.recurrent or lossy:
-            raise ConfigError(f"group {chain.group.name}: tokens of a lossy or recurrent group cannot be dropped singly")
+            raise ConfigError(
+                f"group {chain.group.name}: tokens of a lossy or recurrent group cannot be dropped singly"
+            )
         wanted = np.asarray(positions, np.int64)
         have = chain.positions(self.length)
-        if len(wanted) and (np.any(np.diff(wanted) <= 0) or wanted[-1] >= self.committed or not np.isin(wanted, have).all()):
-            raise InvariantError("keep takes ascending committed positions that the chain still holds")
+        if len(wanted) and (
+            np.any(np.diff(wanted) <= 0)
+            or wanted[-1] >= self.committed
+            or not np.isin(wanted, have).all()
+        ):
+            raise InvariantError(
+                "keep takes ascending committed positions that the chain still holds"
+            )
         rows = np.concatenate([wanted, have[have >= self.committed]])
         slots = np.searchsorted(chain.all_positions(self.length), rows)
         size = chain.group.block_tokens
         fresh = Chain(chain.group, chain.pool)
         self._grow(fresh, -(-len(rows) // size))
-        self.store.copy_rows(chain.group, chain.ids[slots // size], slots % size, fresh.ids[: fresh.count])
+        self.store.copy_rows(
+            chain.group, chain.ids[slots // size], slots % size, fresh.ids[: fresh.count]
+        )
         fresh.kept, fresh.cut, fresh.sealed = wanted, self.committed, len(wanted) // size
         self._replace(chain, [fresh])
 
@@ -233,7 +257,12 @@ class BlockTable:
                     new.pop()
             raise
         for new in fresh:
-            new.cursor, new.sealed, new.kept, new.cut = chain.cursor, chain.sealed, chain.kept, chain.cut
+            new.cursor, new.sealed, new.kept, new.cut = (
+                chain.cursor,
+                chain.sealed,
+                chain.kept,
+                chain.cut,
+            )
             self.store.copy_tiles(chain.group, chain.live(), new.group, new.live())
         self._replace(chain, fresh)
         return len(self.chains) - 1
@@ -314,10 +343,16 @@ class BlockTable:
     def _check_resumable(self, n: int) -> None:
         for chain in self.chains:
             if chain.kept is not None and n < chain.cut:
-                raise RequestError(f"cannot go back to {n} tokens: tokens before {chain.cut} were dropped")
+                raise RequestError(
+                    f"cannot go back to {n} tokens: tokens before {chain.cut} were dropped"
+                )
             have = chain.positions(self.length)
             for lo, hi in chain.group.span.needs(n):
-                top = hi if chain.group.raw is None else hi // chain.group.block_tokens * chain.group.block_tokens
+                top = (
+                    hi
+                    if chain.group.raw is None
+                    else hi // chain.group.block_tokens * chain.group.block_tokens
+                )
                 if np.count_nonzero((have >= lo) & (have < top)) < top - lo:
                     raise RequestError(
                         f"cannot go back to {n} tokens: group {chain.group.name} has given up what position {n} needs"
