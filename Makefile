@@ -55,11 +55,13 @@ run: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=ci -m "not slow and not gpu"
 
+# Every step runs even when an earlier one failed, so that one call shows everything.
 check: $(INSTALLED)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/lint-imports
-	$(BIN)/mypy
+	@failed=; for step in "ruff format --check --output-format concise ." "ruff check --output-format concise ." \
+	    "lint-imports --no-logo" mypy; do \
+	    echo "== $$step"; $(BIN)/$$step || failed="$$failed $${step%% *}"; \
+	done; \
+	[ -z "$$failed" ] || { echo "make check: failed:$$failed" >&2; exit 1; }
 
 test-long: $(INSTALLED)
 	$(LIMIT) $(MAKE) --no-print-directory test-slow sweep-only
