@@ -36,10 +36,9 @@ class Row:
 
 @dataclass(slots=True)
 class Places:
-    """Index tensors into a view: `slab`, `index` and, for token rows, `row`; all of one shape, int64."""
+    """Index tensors into a view, int64: `at` in units of 64 bytes, `row` for single tokens."""
 
-    slab: torch.Tensor
-    index: torch.Tensor
+    at: torch.Tensor
     row: torch.Tensor | None = None
 
 
@@ -308,8 +307,7 @@ class Step:
         )
 
     def _places(self, group: CacheGroup, blocks: np.ndarray) -> Places:
-        slab, index = self.store.places(group, blocks)
-        return Places(self._tensor(slab), self._tensor(index))
+        return Places(self._tensor(self.store.units(group, blocks)))
 
     def _tensor(self, a: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(
@@ -333,7 +331,7 @@ class Step:
                     x = x[:, list(heads)]
                 if w.tokens is not None:
                     x = x[w.tokens]
-                view[w.places.slab, w.places.index, :, w.places.row] = x.to(view.dtype)
+                view[w.places.at, :, w.places.row] = x.to(view.dtype)
         for s in seals:
             self._seal(layer, s)
 
@@ -341,21 +339,21 @@ class Step:
         codecs = self.layout.codecs_of(s.body)
         dtype = getattr(torch, self.layout.dtype)
         for f in self.layout.fields_of(s.body):
-            x = self.store.view(s.raw, layer, f.name)[s.source.slab, s.source.index].to(dtype)
+            x = self.store.view(s.raw, layer, f.name)[s.source.at].to(dtype)
             for part, stored in codecs[f.name].encode(x, s.pos.unsqueeze(1)).items():
                 view = self.store.view(s.body, layer, f"{f.name}.{part}" if part else f.name)
-                view[s.target.slab, s.target.index] = stored.to(view.dtype)
+                view[s.target.at] = stored.to(view.dtype)
 
     def gather(self, layer: int, read: Read, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One field of what a batch reads: `[R, heads, N, *shape]` in `dtype`, decoded where it is coded."""
-        source = read.source
-        at = read.blocks
+        source, at = read.source, read.blocks.at
 
         def fetch(stored: str) -> torch.Tensor:
-            view = self.store.view(
-                source, layer, stored
-            )  # [slabs, per_slab, heads, block_tokens, *shape]
-            return view.movedim(2, 0)[:, at.slab, at.index]  # [heads, R, n, block_tokens, *shape]
+            rows, heads = self.store.rows(source, layer, stored)
+            index = (at.unsqueeze(1) + heads.view(1, -1, 1)).reshape(-1)
+            f = next(x for x in source.fields if x.name == stored)
+            shape = (source.block_tokens, *f.shape) if f.per == "token" else f.shape
+            return rows.index_select(0, index).view(at.shape[0], len(heads), at.shape[1], *shape)
 
         return self._decode(read, name, dtype, fetch)
 
@@ -373,8 +371,8 @@ class Step:
             else:
                 model = getattr(torch, self.layout.dtype)
                 size = read.source.block_tokens
-                pos = read.kpos.reshape(read.kpos.shape[0], -1, size)
+                pos = read.kpos.reshape(read.kpos.shape[0], 1, -1, size)
                 parts = codec.encode(fetch(name).to(model), pos)
             x = codec.decode(parts, dtype)
-        heads, r, n, size, *shape = x.shape
-        return x.reshape(heads, r, n * size, *shape).transpose(0, 1)
+        r, heads, n, size, *shape = x.shape
+        return x.reshape(r, heads, n * size, *shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from quire.attention.reference import ReferenceBackend, TorchBackend
@@ -93,9 +94,9 @@ class Bridge:
         if any(fresh):
             raise ConfigError("a forward over recurrent layers cannot mix sequences with and without history")
         at, group = self._state_groups[layer]
-        slab, index = self._places(at, group, tables)
+        where = self._units(at, group, tables)
         for (kind, j), f in zip(self.shape.states[layer], group.fields, strict=True):
-            x = self.store.view(group, layer, f.name)[slab, index, 0]
+            x = self.store.view(group, layer, f.name)[where, 0]
             into.dtype, into.device = x.dtype, x.device
             if kind == "conv":
                 into.conv_states[j], into.is_conv_states_initialized[j] = x, True
@@ -109,17 +110,14 @@ class Bridge:
         if layer not in self._state_groups:
             return
         at, group = self._state_groups[layer]
-        slab, index = self._places(at, group, tables)
+        where = self._units(at, group, tables)
         for (kind, j), f in zip(self.shape.states[layer], group.fields, strict=True):
             x = (out_of.conv_states if kind == "conv" else out_of.recurrent_states)[j]
-            self.store.view(group, layer, f.name)[slab, index, 0] = x
+            self.store.view(group, layer, f.name)[where, 0] = x
 
-    def _places(self, at: int, group: CacheGroup, tables: Sequence[BlockTable]) -> tuple[torch.Tensor, torch.Tensor]:
-        import numpy as np
-
+    def _units(self, at: int, group: CacheGroup, tables: Sequence[BlockTable]) -> torch.Tensor:
         blocks = np.array([t.chains[at].ids[0] for t in tables], np.int32)
-        slab, index = self.store.places(group, blocks)
-        return torch.from_numpy(slab).long().to(self.device), torch.from_numpy(index).long().to(self.device)
+        return torch.from_numpy(self.store.units(group, blocks)).to(self.device)
 
     # -- dense fallback ------------------------------------------------------------------------------------------
 

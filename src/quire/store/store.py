@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -9,7 +10,7 @@ from weakref import WeakSet
 import numpy as np
 
 from quire.errors import CapacityError
-from quire.spec import CacheGroup, CacheSpec, Usage
+from quire.spec import ALIGN_BYTES, DTYPE_BYTES, CacheGroup, CacheSpec, Field, Usage
 from quire.store.arena import Arena, fit_slab_bytes
 from quire.store.pool import BlockPool
 from quire.store.table import BlockTable, Copy
@@ -51,6 +52,7 @@ class BlockStore:
         self.tables: WeakSet[BlockTable] = WeakSet()
         self._pools: dict[int, BlockPool] = {}
         self._views: dict[tuple[str, int, str], torch.Tensor] = {}
+        self._rows: dict[tuple[str, int, str], tuple[torch.Tensor, torch.Tensor]] = {}
         for size in sorted(sizes):
             self._pools[size] = BlockPool(self.arena, size)
 
@@ -85,46 +87,65 @@ class BlockStore:
     # -- bytes ---------------------------------------------------------------------------------------------------
 
     def view(self, group: CacheGroup, layer: int, field: str) -> torch.Tensor:
-        """One field of one layer over all places of the arena, as strided memory without a copy.
+        """One field of one layer over the whole arena, as strided memory without a copy.
 
         Returns:
-            `[slabs, per_slab, heads, block_tokens, *shape]`, or without `block_tokens` for a field stored per block.
-            Index the first two dimensions with a block's location.
+            `[units, heads, block_tokens, *shape]`, or without `block_tokens` for a field stored per block. The first
+            dimension counts units of 64 bytes, at which blocks begin (`units`); other rows overlap and mean nothing.
         """
         key = (group.name, layer, field)
         found = self._views.get(key)
         if found is None:
-            found = self._views[key] = self._make_view(group, layer, field)
+            f, shape, width = self._field(group, field)
+            inner = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+            sizes = (len(group.heads(layer)), *shape)
+            found = self._views[key] = self._strided(
+                group, layer, field, sizes, (group.tile_bytes // width, *inner)
+            )
         return found
 
-    def _make_view(self, group: CacheGroup, layer: int, field: str) -> torch.Tensor:
+    def rows(self, group: CacheGroup, layer: int, field: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same memory as whole rows, for gathering at the speed of a copy.
+
+        Returns:
+            `[units, n]` with the n elements of one (block, head) side by side, and the units to add for each head, so
+            that row `units(block) + head_units[h]` is that head's.
+        """
+        key = (group.name, layer, field)
+        found = self._rows.get(key)
+        if found is None:
+            import torch
+
+            _, shape, _ = self._field(group, field)
+            flat = self._strided(group, layer, field, (math.prod(shape),), (1,))
+            heads = torch.arange(len(group.heads(layer)), device=flat.device)
+            found = self._rows[key] = (flat, heads * (group.tile_bytes // ALIGN_BYTES))
+        return found
+
+    def _field(self, group: CacheGroup, field: str) -> tuple[Field, tuple[int, ...], int]:
+        f = next(x for x in group.fields if x.name == field)
+        return f, (group.block_tokens, *f.shape) if f.per == "token" else f.shape, DTYPE_BYTES[f.dtype]
+
+    def _strided(
+        self, group: CacheGroup, layer: int, field: str, sizes: tuple[int, ...], strides: tuple[int, ...]
+    ) -> torch.Tensor:
+        """A view of `sizes` at every unit of the arena where it still fits."""
         import torch
 
-        f = next(x for x in group.fields if x.name == field)
-        dtype = getattr(torch, f.dtype)
-        width = dtype.itemsize
-        shape = (group.block_tokens, *f.shape) if f.per == "token" else f.shape
-        inner = [1] * len(shape)
-        for i in range(len(shape) - 2, -1, -1):
-            inner[i] = inner[i + 1] * shape[i + 1]
-        pool = self.pool_for(group)
-        start = group.tile_index(layer) * group.tile_bytes + group.field_offsets[field]
-        flat = self.arena.buffer.view(dtype)
-        sizes = (self.arena.slabs, pool.per_slab, len(group.heads(layer)), *shape)
-        strides = (
-            self.arena.slab_bytes // width,
-            group.block_bytes // width,
-            group.tile_bytes // width,
-            *inner,
-        )
-        return flat.as_strided(sizes, strides, start // width)
+        f, _, width = self._field(group, field)
+        flat = self.arena.buffer.view(getattr(torch, f.dtype))
+        start = (group.tile_index(layer) * group.tile_bytes + group.field_offsets[field]) // width
+        reach = 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+        unit = ALIGN_BYTES // width
+        return flat.as_strided(((flat.numel() - start - reach) // unit + 1, *sizes), (unit, *strides), start)
 
-    def places(self, group: CacheGroup, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(slab, index within it) of each block: what `view` is indexed with. Blocks that are GONE give (0, 0)."""
+    def units(self, group: CacheGroup, blocks: np.ndarray) -> np.ndarray:
+        """Where blocks begin, in units of 64 bytes: what `view` and `rows` are indexed with. GONE gives some block's."""
         pool = self.pool_for(group)
         where = np.frombuffer(pool.locations, np.int32)[np.maximum(blocks, 0)]
         slab = where // pool.per_slab
-        return slab, where - slab * pool.per_slab
+        step = pool.block_bytes // ALIGN_BYTES
+        return slab.astype(np.int64) * (self.arena.slab_bytes // ALIGN_BYTES) + (where - slab * pool.per_slab) * step
 
     def copy_blocks(self, copies: list[Copy]) -> None:
         """Copies whole blocks and gives the sources' references back."""
@@ -141,18 +162,19 @@ class BlockStore:
         import torch
 
         at = np.arange(len(rows))
-        src, dst = self.places(group, blocks), self.places(group, into[at // group.block_tokens])
-        from_slab, from_i, from_row = (
-            torch.from_numpy(np.ascontiguousarray(x)).long() for x in (*src, rows)
-        )
-        to_slab, to_i, to_row = (
-            torch.from_numpy(np.ascontiguousarray(x)).long()
-            for x in (*dst, at % group.block_tokens)
+        src, row, dst, into_row = (
+            torch.from_numpy(np.ascontiguousarray(x)).long().to(self.arena.device)
+            for x in (
+                self.units(group, blocks),
+                rows,
+                self.units(group, into[at // group.block_tokens]),
+                at % group.block_tokens,
+            )
         )
         for layer in group.layers:
             for f in group.fields:
                 v = self.view(group, layer, f.name)
-                v[to_slab, to_i, :, to_row] = v[from_slab, from_i, :, from_row]
+                v[dst, :, into_row] = v[src, :, row]
 
     def copy_tiles(
         self, group: CacheGroup, blocks: np.ndarray, into_group: CacheGroup, into: np.ndarray
