@@ -1,0 +1,327 @@
+"""Each transform against the processor of the same name in transformers, and the draw against its distribution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from quire.engine import sampling
+from quire.engine.params import SamplingParams
+from quire.engine.request import Request, Sample
+from quire.engine.sampler import draw, score
+
+VOCAB = 300
+
+
+def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
+    return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def a_sample(
+    params: SamplingParams,
+    prompt: list[int],
+    output: list[int] | None = None,
+    *,
+    index: int = 0,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Sample:
+    request = Request("r", prompt, params, 100, params.seed or 0, stop_ids=stop_ids)
+    while len(request.samples) <= index:
+        request.samples.append(Sample(request, len(request.samples), list(prompt), len(prompt)))
+    sample = request.samples[index]
+    sample.tokens += output or []
+    return sample
+
+
+def survivors(logits: Tensor, top_k: list[int], top_p: list[float], min_p: list[float]) -> Tensor:
+    floor = sampling.cutoff(logits, torch.tensor(top_k), torch.tensor(top_p), torch.tensor(min_p))
+    return logits >= floor.unsqueeze(1)
+
+
+def theirs(logits: Tensor, *warpers: object) -> Tensor:
+    return (
+        LogitsProcessorList(warpers)(torch.zeros(len(logits), 1, dtype=torch.int64), logits)
+        > -math.inf
+    )
+
+
+# ---- filters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 50, VOCAB, 10 * VOCAB])
+def test_top_k(k: int) -> None:
+    logits = random_logits(8)
+    assert torch.equal(
+        survivors(logits, [k] * 8, [1.0] * 8, [0.0] * 8), theirs(logits, TopKLogitsWarper(k))
+    )
+
+
+def test_top_k_keeps_ties() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
+    assert torch.equal(survivors(logits, [2], [1.0], [0.0]), theirs(logits, TopKLogitsWarper(2)))
+    assert survivors(logits, [2], [1.0], [0.0]).sum() == 3
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.05, 0.3, 0.5, 0.9, 0.95, 0.999])
+def test_top_p(p: float) -> None:
+    logits = random_logits(8)
+    assert torch.equal(
+        survivors(logits, [0] * 8, [p] * 8, [0.0] * 8), theirs(logits, TopPLogitsWarper(p))
+    )
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3])
+def test_top_p_beyond_the_candidates(scale: float) -> None:
+    """A nucleus wider than the candidates sorted first is still found; narrow rows beside it are not harmed."""
+    logits = scale * random_logits(4, vocab=5000)
+    logits[2] *= 100 / scale
+    mine = survivors(logits, [0] * 4, [0.97] * 4, [0.0] * 4)
+    reference = theirs(logits.double(), TopPLogitsWarper(0.97))
+    assert mine[0].sum() > sampling.CANDIDATES > mine[2].sum()
+    assert (mine != reference).sum(-1).max() <= 1  # the sums are rounded in another order
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 1.0])
+def test_min_p(p: float) -> None:
+    logits = random_logits(8)
+    assert torch.equal(
+        survivors(logits, [0] * 8, [1.0] * 8, [p] * 8), theirs(logits, MinPLogitsWarper(p))
+    )
+
+
+@given(
+    k=st.integers(1, 60),
+    p=st.floats(0.01, 0.99),
+    m=st.floats(0.001, 0.9),
+    temperature=st.floats(0.2, 5.0),
+    seed=st.integers(0, 50),
+)
+def test_filters_compose_in_their_order(
+    k: int, p: float, m: float, temperature: float, seed: int
+) -> None:
+    logits = random_logits(3, seed=seed)
+    mine = survivors(logits / temperature, [k] * 3, [p] * 3, [m] * 3)
+    reference = theirs(
+        logits,
+        TemperatureLogitsWarper(temperature),
+        TopKLogitsWarper(k),
+        TopPLogitsWarper(p),
+        MinPLogitsWarper(m),
+    )
+    assert (mine != reference).sum(-1).max() <= 1  # one token on the very edge may round either way
+    assert (mine != reference).float().mean() < 0.005
+
+
+def test_order_matters() -> None:
+    """The nucleus is taken among what top-k left, not among all."""
+    logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
+    assert survivors(logits, [2], [0.55], [0.0]).tolist() == [[True, False, False, False]]
+    assert survivors(logits, [0], [0.55], [0.0]).tolist() == [[True, True, False, False]]
+
+
+def test_each_row_has_its_own_filters() -> None:
+    logits = random_logits(4)
+    mixed = survivors(logits, [0, 5, 0, 0], [1.0, 1.0, 0.5, 1.0], [0.0, 0.0, 0.0, 0.2])
+    assert mixed[0].all()
+    assert torch.equal(mixed[1:2], theirs(logits[1:2], TopKLogitsWarper(5)))
+    assert torch.equal(mixed[2:3], theirs(logits[2:3], TopPLogitsWarper(0.5)))
+    assert torch.equal(mixed[3:4], theirs(logits[3:4], MinPLogitsWarper(0.2)))
+
+
+# ---- processors -----------------------------------------------------------------------------------------------------
+
+
+def processed(logits: Tensor, samples: list[Sample]) -> Tensor:
+    from quire.engine import sampler
+
+    work = logits.clone()
+    sampler._process(work, samples)
+    return work
+
+
+def test_repetition_penalty() -> None:
+    logits = random_logits(3)
+    prompts, outputs = [[1, 2, 3, 2], [5], [7, 7]], [[9, 9, 1], [], [250]]
+    penalties = [1.3, 0.7, 2.0]
+    samples = [
+        a_sample(SamplingParams(repetition_penalty=x), p, o)
+        for x, p, o in zip(penalties, prompts, outputs, strict=True)
+    ]
+    mine = processed(logits, samples)
+    for row, (x, p, o) in enumerate(zip(penalties, prompts, outputs, strict=True)):
+        reference = RepetitionPenaltyLogitsProcessor(x)(
+            torch.tensor([p + o]), logits[row : row + 1]
+        )
+        torch.testing.assert_close(mine[row : row + 1], reference, rtol=0, atol=0)
+
+
+def test_frequency_and_presence_penalties_count_the_output_only() -> None:
+    logits = random_logits(2)
+    params = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25)
+    mine = processed(logits, [a_sample(params, [4, 4, 6], [6, 6, 8]), a_sample(params, [4], [])])
+    expected = logits.clone()
+    expected[0, 6] -= 2 * 0.5 + 0.25
+    expected[0, 8] -= 0.5 + 0.25
+    torch.testing.assert_close(mine, expected)
+
+
+def test_penalties_come_in_order_and_follow_new_tokens() -> None:
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0, logit_bias={3: 10.0})
+    sample = a_sample(params, [3], [])
+    logits = torch.full((1, 5), 4.0)
+    assert processed(logits, [sample])[0].tolist() == [4.0, 4.0, 4.0, 12.0, 4.0]
+    sample.tokens += [3, 4]
+    assert processed(logits, [sample])[0].tolist() == [4.0, 4.0, 4.0, 11.0, 1.0]
+
+
+def test_logit_bias() -> None:
+    logits = random_logits(2)
+    bias = {5: 4.0, 17: -100.0}
+    mine = processed(logits, [a_sample(SamplingParams(logit_bias=bias), [1])] * 2)
+    theirs_ = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
+    torch.testing.assert_close(mine, theirs_(torch.ones(2, 1, dtype=torch.int64), logits.clone()))
+
+
+def test_min_tokens_forbids_the_end() -> None:
+    logits = random_logits(1)
+    params, stops = SamplingParams(min_tokens=2), frozenset({3, 8})
+    for n_output in range(4):
+        sample = a_sample(params, [1], [2] * n_output, stop_ids=stops)
+        reference = MinNewTokensLengthLogitsProcessor(1, 2, [3, 8])(
+            torch.ones(1, 1 + n_output, dtype=torch.int64), logits
+        )
+        assert torch.equal(processed(logits, [sample]), reference)
+
+
+def test_counts_grow_beyond_their_first_room() -> None:
+    counts = sampling.TokenCounts([5, 5, 7])
+    counts.extend(range(500))
+    counts.extend([7, 499])
+    told = dict(zip(counts.seen().tolist(), counts.output_counts().tolist(), strict=True))
+    assert told == {token: 1 + (token in (7, 499)) for token in range(500)}
+    assert counts.n_output == 502
+
+
+# ---- the draw -------------------------------------------------------------------------------------------------------
+
+
+def test_uniform_is_a_function_of_all_three_and_uniform() -> None:
+    assert sampling.uniform(1, 2, 3) == sampling.uniform(1, 2, 3)
+    near = {sampling.uniform(s, i, p) for s in (1, 2) for i in (0, 1) for p in (0, 1)}
+    assert len(near) == 8
+    draws = torch.tensor([sampling.uniform(11, 0, p) for p in range(20_000)], dtype=torch.float64)
+    assert 0 <= float(draws.min()) < float(draws.max()) < 1
+    assert (torch.histc(draws, 20, 0, 1) - 1000).abs().max() < 150  # 5 sigma
+    assert all(float(torch.tensor(x, dtype=torch.float32)) == x for x in draws[:100].tolist())
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    logits = probabilities.log().repeat(20_000, 1)
+    draws = torch.tensor([sampling.uniform(3, 0, p) for p in range(20_000)])
+    share = torch.bincount(sampling.pick(logits, None, draws), minlength=5) / 20_000
+    assert share[1] == 0
+    torch.testing.assert_close(share, probabilities, rtol=0, atol=0.015)
+
+
+def test_draws_at_the_ends_stay_inside() -> None:
+    logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]]).repeat(2, 1)
+    ends = torch.tensor([0.0, 1 - 2.0**-24])
+    assert sampling.pick(logits, None, ends).tolist() == [1, 2]
+    floor = torch.tensor([1.5, 1.5])
+    assert sampling.pick(logits, floor, ends).tolist() == [2, 2]
+
+
+@given(seed=st.integers(0, 2**64 - 1), data=st.data())
+def test_a_row_gets_the_same_token_alone_and_in_any_batch(seed: int, data: st.DataObject) -> None:
+    kinds = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=seed),
+        SamplingParams(temperature=0.7, top_p=0.9, seed=seed),
+        SamplingParams(temperature=2.0, top_k=10, min_p=0.01, seed=seed),
+        SamplingParams(temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.2, seed=seed),
+        SamplingParams(logit_bias={4: 3.0}, min_tokens=5, logprobs=2),
+        SamplingParams(temperature=1.0, top_k=3, logprobs=0, seed=seed),
+    ]
+    rows = data.draw(st.lists(st.sampled_from(range(len(kinds))), min_size=1, max_size=9))
+    logits = random_logits(len(rows), seed=seed % 1000)
+
+    def samples() -> list[Sample]:
+        return [
+            a_sample(kinds[kind], [1, 2, row], [3] * row, index=row % 3, stop_ids=frozenset({0}))
+            for row, kind in enumerate(rows)
+        ]
+
+    together, logprobs = draw(logits, samples(), None)
+    order = data.draw(st.permutations(range(len(rows))))
+    shuffled, _ = draw(logits, [samples()[i] for i in order], list(order))
+    assert shuffled == [together[i] for i in order]
+    for row, sample in enumerate(samples()):
+        alone, alone_logprobs = draw(logits[row : row + 1], [sample], None)
+        assert alone == [together[row]]
+        if alone_logprobs is not None:
+            assert logprobs is not None
+            assert alone_logprobs[0] == logprobs[row]
+
+
+def test_logits_are_left_alone() -> None:
+    logits = random_logits(2)
+    before = logits.clone()
+    params = SamplingParams(temperature=0.5, repetition_penalty=2.0, logit_bias={1: 1.0}, seed=1)
+    draw(logits, [a_sample(params, [1, 2])] * 2, None)
+    assert torch.equal(logits, before)
+
+
+def test_greedy_with_processors_takes_the_best_of_what_they_leave() -> None:
+    logits = torch.tensor([[0.0, 5.0, 4.0, 3.0]])
+    assert draw(logits, [a_sample(SamplingParams(), [0])], None)[0] == [1]
+    assert draw(logits, [a_sample(SamplingParams(logit_bias={1: -2.0}), [0])], None)[0] == [2]
+    assert draw(logits, [a_sample(SamplingParams(presence_penalty=9.0), [0], [1, 2])], None)[0] == [
+        3
+    ]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0, seed=5)])
+def test_not_a_number_is_told_apart(params: SamplingParams) -> None:
+    logits = random_logits(3)
+    logits[1, 7] = math.nan
+    tokens, _ = draw(logits, [a_sample(params, [1]) for _ in range(3)], None)
+    assert tokens[1] == -1
+    assert min(tokens[0], tokens[2]) >= 0
+
+
+def test_logprobs_are_of_the_model_not_of_the_sampler() -> None:
+    logits = random_logits(2)
+    params = SamplingParams(temperature=0.3, top_k=2, logprobs=3, seed=9)
+    tokens, found = draw(logits, [a_sample(params, [1]), a_sample(SamplingParams(), [1])], None)
+    assert found is not None
+    assert found[1] is None
+    expected = logits[0].log_softmax(-1)
+    assert found[0] is not None
+    assert found[0].token_id == tokens[0]
+    assert found[0].logprob == pytest.approx(float(expected[tokens[0]]))
+    assert found[0].rank == 1 + int((expected > expected[tokens[0]]).sum())
+    assert [token for token, _ in found[0].top] == expected.topk(3).indices.tolist()
+
+
+def test_scores_of_different_widths() -> None:
+    logits = random_logits(3)
+    scores = score(logits, [5, 6, 7], [0, 2, VOCAB + 5])
+    assert [len(s.top) for s in scores] == [0, 2, VOCAB]
+    assert [s.token_id for s in scores] == [5, 6, 7]
+    assert sum(math.exp(lp) for _, lp in scores[2].top) == pytest.approx(1.0, abs=1e-4)
