@@ -299,9 +299,7 @@ def _check_kind(source: Source) -> None:
                 f"{name}: {kind} needs code from its own repository, which Quire does not run; "
                 "choose a model whose type transformers knows"
             )
-        raise ConfigError(
-            f"{name}: transformers knows no model_type {kind!r}; a newer version may"
-        )
+        raise ConfigError(f"{name}: transformers knows no model_type {kind!r}; a newer version may")
     classes = {c for v in CAUSAL.values() for c in ((v,) if isinstance(v, str) else v)}
     known = [a for a in config.get("architectures") or () if a in classes]
     both_ways = kind in MASKED and not config.get("is_decoder")
@@ -311,7 +309,11 @@ def _check_kind(source: Source) -> None:
         or (both_ways and not config.get("architectures"))
         or (both_ways and known and known[0].endswith("LMHeadModel") and _is_encoder(kind))
     ):
-        what = source.architecture if source.architecture == kind else f"{kind} ({source.architecture})"
+        what = (
+            source.architecture
+            if source.architecture == kind
+            else f"{kind} ({source.architecture})"
+        )
         raise ConfigError(
             f"{name}: {what} is no causal language model and cannot write text token by token; "
             "choose a decoder, whose architecture ends in ForCausalLM or LMHeadModel"
@@ -331,7 +333,9 @@ def _from_hub(name: str, folder: Path) -> Source:
     if folder.is_file():
         raise ConfigError(f"{name} is a file; give the folder that holds config.json and weights")
     if not _HUB_ID.fullmatch(name):
-        raise ConfigError(f"there is no folder {name}; give a model folder or a hub id (owner/name)")
+        raise ConfigError(
+            f"there is no folder {name}; give a model folder or a hub id (owner/name)"
+        )
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, "config.json")

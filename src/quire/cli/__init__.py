@@ -1,0 +1,64 @@
+"""The command line: flags, environment and TOML become frozen options here, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+import typer.main
+
+from quire.cli.commands import app
+from quire.errors import InvariantError, QuireError
+
+__all__ = ["app", "invoke", "main"]
+
+UsageError: Any = typer.BadParameter.__mro__[1]
+"""click's, or that of the click inside typer: newer versions carry their own."""
+
+INTERRUPTED = 130
+"""128 + SIGINT, as a shell reports it."""
+
+BROKEN_PIPE = 141
+"""128 + SIGPIPE."""
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Runs one command line; every error that a user can mend is one line on stderr.
+
+    Returns:
+        0; 2 for what was refused; 130 when interrupted; 141 when nobody reads stdout any more; 70 for a bug of ours.
+    """
+    from quire.cli.console import quiet_libraries, say
+
+    command = typer.main.get_command(app)
+    try:
+        with quiet_libraries():
+            code = command.main(list(arguments), prog_name="quire", standalone_mode=False)
+            sys.stdout.flush()
+    except UsageError as e:
+        where = getattr(getattr(e, "ctx", None), "command_path", "quire")
+        message = e.format_message()
+        say(f"{message.rstrip('.')}; see {where} --help", "red")
+        return 2
+    except InvariantError as e:
+        say(f"a bug in Quire, please report it: {e}", "bold red")
+        return e.exit_code
+    except QuireError as e:
+        say(" ".join(str(e).split()), "red")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        say("interrupted", "yellow")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # whoever read stdout has gone; Python must not complain about it at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code if isinstance(code, int) else 0

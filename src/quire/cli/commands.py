@@ -1,0 +1,205 @@
+"""The command line's grammar. Nothing here imports torch: every --help is instant; the work is in the other files."""
+
+# ruff: noqa: ARG001 - typer makes the flags from the signatures; their values travel in `context.params`
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from quire import __version__
+from quire.codecs.recipe import available
+from quire.spec import DEFAULT_BLOCK_TOKENS
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="quire",
+    help="The KV cache for transformer inference as one system.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_MODEL, _CACHE, _SAMPLING, _OUTPUT = "Model", "Cache", "Sampling", "Output"
+
+
+def _option(panel: str, name: str, metavar: str, text: str, *short: str) -> Any:
+    """An option whose default is told in its text: None means not given, so that a config file can speak."""
+    return typer.Option(
+        name, *short, metavar=metavar, help=text, rich_help_panel=panel, show_default=False
+    )
+
+
+Model = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        "--model",
+        "PATH|HUB_ID",
+        "A model folder, or a hub id. Without it the model that QUIRE_MODEL names, else the packaged one.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    _option(
+        _MODEL, "--dtype", "NAME", "float32, bfloat16, float16 or float64; default: the file's."
+    ),
+]
+Device = Annotated[
+    str | None,
+    _option(_MODEL, "--device", "cpu|cuda", "Where it runs; default: cuda where there is one."),
+]
+KV = Annotated[
+    str | None,
+    _option(
+        _CACHE,
+        "--kv",
+        "RECIPE",
+        f"How keys and values are stored: auto (default: the model's own dtype), {', '.join(available())}; "
+        "or none: keep nothing and recompute everything at every step.",
+    ),
+]
+Keep = Annotated[
+    str | None, _option(_CACHE, "--keep", "POLICY", "Which tokens are kept; default: full.")
+]
+Memory = Annotated[
+    str | None,
+    _option(
+        _CACHE,
+        "--memory",
+        "SIZE",
+        "Memory for the cache: 8GiB, 500MB, or a share of what is free; default: 0.5.",
+    ),
+]
+BlockTokens = Annotated[
+    int | None,
+    _option(_CACHE, "--block-tokens", "N", f"Tokens per block; default: {DEFAULT_BLOCK_TOKENS}."),
+]
+Attention = Annotated[
+    str | None, _option(_CACHE, "--attention", "NAME", "auto (default), torch or reference.")
+]
+MaxTokens = Annotated[
+    int | None, _option(_SAMPLING, "--max-tokens", "N", "Most output tokens; default: 128.")
+]
+Temperature = Annotated[
+    float | None,
+    _option(_SAMPLING, "--temperature", "T", "0 (default) always takes the best token."),
+]
+TopP = Annotated[
+    float | None,
+    _option(_SAMPLING, "--top-p", "P", "Keep the best tokens, up to this probability."),
+]
+TopK = Annotated[int | None, _option(_SAMPLING, "--top-k", "K", "Keep the K best tokens.")]
+MinP = Annotated[
+    float | None,
+    _option(
+        _SAMPLING, "--min-p", "P", "Keep tokens at least this fraction as probable as the best."
+    ),
+]
+Seed = Annotated[int | None, _option(_SAMPLING, "--seed", "S", "The same seed, the same text.")]
+Stop = Annotated[
+    list[str] | None, _option(_SAMPLING, "--stop", "STR", "End before this text; may be repeated.")
+]
+Config = Annotated[
+    str | None,
+    _option(
+        _OUTPUT,
+        "--config",
+        "FILE.toml",
+        "The same options from a file, at its top or in a table named like the command; flags win.",
+    ),
+]
+Quiet = Annotated[bool, _option(_OUTPUT, "--quiet", " ", "No figures on stderr.", "-q")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"quire {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def quire(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            metavar=" ",
+            callback=_show_version,
+            is_eager=True,
+            help="Show the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """The KV cache for transformer inference as one system."""
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="Texts to continue; - reads one from stdin."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help='A prompt per line: text, or JSON as {"prompt": "Once", "max_tokens": 5}.',
+        ),
+    ] = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    kv: KV = None,
+    keep: Keep = None,
+    memory: Memory = None,
+    block_tokens: BlockTokens = None,
+    attention: Attention = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    ignore_eos: Annotated[
+        bool, _option(_SAMPLING, "--ignore-eos", " ", "Go on after the end-of-text token.")
+    ] = False,
+    json: Annotated[
+        bool, _option(_OUTPUT, "--json", " ", "One JSON document on stdout and nothing else.")
+    ] = False,
+    compare: Annotated[
+        str | None,
+        _option(
+            _OUTPUT,
+            "--compare",
+            "none",
+            "Run again without a cache: tokens and time per step, side by side.",
+        ),
+    ] = None,
+    trace: Annotated[
+        bool,
+        _option(
+            _OUTPUT, "--trace", " ", "Every step: what was computed, read and cached, and where."
+        ),
+    ] = False,
+    quiet: Quiet = False,
+    config: Config = None,
+) -> None:
+    """Continue one or more prompts.
+
+    The text goes to stdout as it comes, the figures to stderr. Several prompts run as one continuous batch.
+
+    [dim]quire run "Once upon a time" --max-tokens 40[/dim]
+    """
+    from quire.cli.options import RunOptions
+    from quire.cli.run import main
+
+    options = RunOptions.resolve("run", context.params)
+    raise typer.Exit(main(prompt or [], options))

@@ -1,0 +1,118 @@
+"""From options to a model that runs, refusing on the way whatever can be refused before its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from quire.cli.console import quiet_transformers, say, spinner
+from quire.cli.options import NO_CACHE, Options
+from quire.codecs.recipe import parse_recipe
+from quire.errors import CapacityError, ConfigError
+from quire.models.load import Loaded, Source, check_source, load_model
+from quire.plan.layout import KVLayer, build_layout
+from quire.spec import Field, KVConfig
+
+__all__ = ["load", "look", "open_cache", "vocabulary"]
+
+
+def look(options: Options) -> Source:
+    """Checks the cache's choices and the model's files.
+
+    Raises:
+        ConfigError: an unknown codec, policy or backend; a model that cannot run here.
+    """
+    if options.kv != NO_CACHE:
+        parse_recipe(options.kv)
+        unit = KVLayer(0, 1, tuple(Field(n, (64,), "float32") for n in ("k", "v")))
+        build_layout([unit], KVConfig("auto", options.keep, options.block_tokens), dtype="float32")
+    with spinner("looking at the model …", shown=not options.quiet):
+        source = check_source(options.model, dtype=options.dtype, device=options.device)
+        quiet_transformers()
+        from quire.models.bridge import make_backend
+        from quire.models.memory import arena_bytes
+
+        make_backend(options.attention)
+        arena_bytes(options.memory, "cpu")
+    return source
+
+
+def vocabulary(source: Source) -> int:
+    """How many tokens the model knows."""
+    return int(source.hf_config.get_text_config(decoder=True).vocab_size)
+
+
+def load(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -> Loaded:
+    """Loads the weights, after making sure that every sequence would fit the cache.
+
+    Args:
+        source: what `look` found.
+        lengths: of each request: what names it in a message, and the tokens that it will put into the cache.
+    """
+    with spinner("loading the model …", shown=not options.quiet):
+        _fit(source, options, lengths)
+        loaded = load_model(source)
+    if loaded.missing:
+        shown = ", ".join(loaded.missing[:3]) + (", …" if len(loaded.missing) > 3 else "")
+        say(
+            f"warning: the file lacks {len(loaded.missing)} of the model's weights ({shown}); "
+            "they are random, and so is the text",
+            "yellow",
+        )
+    return loaded
+
+
+def open_cache(loaded: Loaded, options: Options) -> Any:
+    """A runner over the loaded model."""
+    from quire.models.open import open_runner
+
+    with spinner("joining model and cache …", shown=not options.quiet):
+        return open_runner(
+            loaded.model,
+            kv=options.kv,
+            keep=options.keep,
+            memory=options.memory,
+            block_tokens=options.block_tokens,
+            attention=options.attention,
+        )
+
+
+def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -> None:
+    """The cache's own arithmetic on the model's shape, found without weights: torch's meta device holds none.
+
+    Models that do not run there are judged when they are loaded.
+    """
+    choices = {"kv", "keep", "memory", "block_tokens"}
+    if options.kv == NO_CACHE or not choices & options.given:
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from quire.models.memory import arena_bytes
+    from quire.models.probe import probe
+    from quire.store.store import BlockStore
+
+    dtype = source.dtype
+    if dtype == "auto":
+        dtype = str(getattr(source.hf_config, "dtype", None) or "float32").removeprefix("torch.")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(source.hf_config, dtype=getattr(torch, dtype))
+        shape = probe(model.eval())
+    except ConfigError:
+        raise
+    except Exception:  # noqa: BLE001 - data-dependent models raise many kinds on the meta device
+        return
+    config = KVConfig(options.kv, options.keep, options.block_tokens)
+    spec = build_layout(shape.layers, config, dtype=dtype, shared=shape.shared).spec
+    device = source.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    store = BlockStore(spec, arena_bytes(options.memory, device))
+    for where, n_tokens in lengths:
+        if not store.fits(n_tokens):
+            raise CapacityError(
+                f"{where}{n_tokens} tokens need {spec.bytes_for(n_tokens):,} bytes of cache and --memory "
+                f"{options.memory} gives {store.arena.total_bytes:,}; give more, ask for fewer tokens, or choose a "
+                "smaller codec"
+            )
