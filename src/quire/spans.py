@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from quire.errors import ConfigError
+
 Interval = tuple[int, int]
 """Half-open `[start, stop)` in logical positions."""
 
@@ -27,6 +29,11 @@ Interval = tuple[int, int]
 def _interval(start: int, stop: int) -> tuple[Interval, ...]:
     start = max(0, start)
     return ((start, stop),) if start < stop else ()
+
+
+def _positive(what: str, tokens: int) -> None:
+    if tokens < 1:
+        raise ConfigError(f"{what} is at least 1 token, not {tokens}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,10 @@ class Span:
         """Whether the query at position `q` reads the key at position `k` (broadcasting)."""
         return k <= q
 
+    def reach(self, n: int) -> tuple[int, ...]:
+        """At most how many positions `needs(b)` holds for b up to n, one number per interval."""
+        return (n,)
+
 
 @dataclass(frozen=True)
 class Full(Span):
@@ -53,11 +64,17 @@ class Window(Span):
 
     tokens: int
 
+    def __post_init__(self) -> None:
+        _positive("a window", self.tokens)
+
     def needs(self, b: int) -> tuple[Interval, ...]:
         return _interval(b - self.tokens + 1, b)
 
     def visible(self, q: Any, k: Any) -> Any:
         return (k <= q) & (k > q - self.tokens)
+
+    def reach(self, n: int) -> tuple[int, ...]:
+        return (min(n, self.tokens - 1),)
 
 
 @dataclass(frozen=True)
@@ -66,11 +83,17 @@ class Chunked(Span):
 
     tokens: int
 
+    def __post_init__(self) -> None:
+        _positive("a chunk", self.tokens)
+
     def needs(self, b: int) -> tuple[Interval, ...]:
         return _interval(b // self.tokens * self.tokens, b)
 
     def visible(self, q: Any, k: Any) -> Any:
         return (k <= q) & (k // self.tokens == q // self.tokens)
+
+    def reach(self, n: int) -> tuple[int, ...]:
+        return (min(n, self.tokens - 1),)
 
 
 @dataclass(frozen=True)
@@ -80,6 +103,10 @@ class Sinks(Span):
     sinks: int
     tokens: int
 
+    def __post_init__(self) -> None:
+        _positive("a window", self.tokens)
+        _positive("the number of sinks", self.sinks)
+
     def needs(self, b: int) -> tuple[Interval, ...]:
         start = max(0, b - self.tokens + 1)
         if start <= self.sinks:
@@ -88,6 +115,9 @@ class Sinks(Span):
 
     def visible(self, q: Any, k: Any) -> Any:
         return (k <= q) & ((k < self.sinks) | (k > q - self.tokens))
+
+    def reach(self, n: int) -> tuple[int, ...]:
+        return min(n, self.sinks), min(n, self.tokens - 1)
 
 
 @dataclass(frozen=True)
@@ -102,6 +132,13 @@ class Residual(Span):
     residual_tokens: int
     inner: Span = field(default_factory=Full)
 
+    def __post_init__(self) -> None:
+        _positive("a block", self.block_tokens)
+        if self.residual_tokens < 0:
+            raise ConfigError(
+                f"a residual window holds 0 tokens or more, not {self.residual_tokens}"
+            )
+
     def start(self, i: Any) -> Any:
         """`s(i)`: the first position that query i reads raw (not clamped at zero when `i` is an array)."""
         s = i // self.block_tokens * self.block_tokens - self.residual_tokens
@@ -114,6 +151,10 @@ class Residual(Span):
     def visible(self, q: Any, k: Any) -> Any:
         return self.inner.visible(q, k) & (k >= self.start(q))
 
+    def reach(self, n: int) -> tuple[int, ...]:
+        whole = min(n, self.residual_tokens + self.block_tokens - 1)
+        return tuple(min(r, whole) for r in self.inner.reach(n))
+
 
 @dataclass(frozen=True)
 class State(Span):
@@ -124,3 +165,6 @@ class State(Span):
 
     def visible(self, q: Any, k: Any) -> Any:
         return k == q - 1
+
+    def reach(self, n: int) -> tuple[int, ...]:
+        return (min(n, 1),)

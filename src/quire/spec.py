@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from quire.errors import ConfigError
@@ -126,23 +127,38 @@ class CacheGroup:
                 f"group {self.name}: block_tokens must be at least 1, not {self.block_tokens}"
             )
 
-    @property
+    def __hash__(self) -> int:
+        """Cheap, because plans look groups up; parts of one split differ in their first or number of coordinates."""
+        return hash((self.name, self.coords[0], len(self.coords)))
+
+    @cached_property
     def recurrent(self) -> bool:
+        """Whether it holds a state per sequence instead of tokens."""
         return isinstance(self.span, State)
 
-    @property
+    @cached_property
     def layers(self) -> tuple[int, ...]:
+        """The layers that it has coordinates in, ascending."""
         return tuple(dict.fromkeys(layer for layer, _ in self.coords))
+
+    @cached_property
+    def _tiles(self) -> dict[int, tuple[int, tuple[int, ...]]]:
+        """Layer to (index of its first tile, its heads)."""
+        out: dict[int, tuple[int, tuple[int, ...]]] = {}
+        for i, (layer, head) in enumerate(self.coords):
+            first, heads = out.get(layer, (i, ()))
+            out[layer] = (first, (*heads, head))
+        return out
 
     def heads(self, layer: int) -> tuple[int, ...]:
         """The KV heads of `layer` that this group stores, ascending."""
-        return tuple(h for at, h in self.coords if at == layer)
+        return self._tiles[layer][1] if layer in self._tiles else ()
 
     def tile_index(self, layer: int) -> int:
         """Index of the first tile of `layer` within a block; its heads follow one another."""
-        return next(i for i, (at, _) in enumerate(self.coords) if at == layer)
+        return self._tiles[layer][0]
 
-    @property
+    @cached_property
     def field_offsets(self) -> dict[str, int]:
         """Byte offset of each field within a tile, aligned to 64 bytes."""
         offsets, at = {}, 0
@@ -151,12 +167,14 @@ class CacheGroup:
             at += aligned(f.bytes_in(self.block_tokens))
         return offsets
 
-    @property
+    @cached_property
     def tile_bytes(self) -> int:
+        """Bytes of one coordinate's share of a block."""
         return sum(aligned(f.bytes_in(self.block_tokens)) for f in self.fields)
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
+        """Bytes of one block: a tile per coordinate."""
         return self.tile_bytes * len(self.coords)
 
     @property
@@ -193,8 +211,14 @@ class CacheSpec:
             raise ConfigError(f"group names must be unique: {', '.join(names)}")
         plain: set[Coord] = set()
         for g in self.groups:
-            if g.raw is not None and self.group(g.raw).coords != g.coords:
-                raise ConfigError(f"group {g.name}: its raw group must cover the same coordinates")
+            if g.raw is not None:
+                raw = next((o for o in self.groups if o.name == g.raw), None)
+                same = raw and (raw.coords, raw.block_tokens) == (g.coords, g.block_tokens)
+                if not same:
+                    raise ConfigError(
+                        f"group {g.name}: its raw group must exist and cover the same coordinates "
+                        "in blocks of as many tokens"
+                    )
             if g.raw is None and not g.recurrent:
                 if plain & set(g.coords):
                     raise ConfigError(
@@ -219,7 +243,7 @@ class CacheSpec:
     @property
     def bytes_per_token(self) -> float:
         """What one more token adds for good: growing groups only (full spans, and bodies rather than raw windows)."""
-        return sum(g.bytes_per_token for g in self.groups if g.span.needs(1 << 40)[0][0] == 0)
+        return sum(g.bytes_per_token for g in self.groups if _grows(g.span))
 
     @property
     def bytes_per_sequence(self) -> int:
@@ -227,23 +251,27 @@ class CacheSpec:
         return sum(g.block_bytes for g in self.groups if g.recurrent)
 
     def blocks_for(self, n_tokens: int, *, chunk_tokens: int = 1) -> dict[str, int]:
-        """Blocks that one sequence of `n_tokens` holds at most, per group, when written `chunk_tokens` at a time."""
+        """Blocks that one sequence holds at most, per group, on its way to `n_tokens`.
+
+        Args:
+            n_tokens: the length reached.
+            chunk_tokens: at most so many tokens, drafts included, are uncommitted at a time.
+
+        Returns:
+            Group name to blocks: never too few; for spans that do not grow, at most one too many per interval.
+        """
+        chunk = max(1, min(chunk_tokens, n_tokens))
         out = {}
         for g in self.groups:
+            size = g.block_tokens
             if g.recurrent:
-                out[g.name] = 1
+                out[g.name] = min(1, n_tokens)
                 continue
-            body = any(o.raw == g.name for o in self.groups)
-            total = (
-                n_tokens // g.block_tokens if g.raw is not None else -(-n_tokens // g.block_tokens)
-            )
-            if g.raw is None and not _grows(g.span):
-                last = n_tokens - min(chunk_tokens, n_tokens)
-                lowest = g.span.needs(last)
-                kept = sum(-(-hi // g.block_tokens) - lo // g.block_tokens for lo, hi in lowest)
-                extra = -(-n_tokens // g.block_tokens) - last // g.block_tokens
-                total = min(total, kept + extra + (1 if body else 0))
-            out[g.name] = total
+            out[g.name] = n_tokens // size if g.raw is not None else -(-n_tokens // size)
+            if not _grows(g.span):
+                *fixed, moving = g.span.reach(n_tokens)
+                most = sum(-(-r // size) for r in fixed) + (moving + chunk + size - 2) // size + 1
+                out[g.name] = min(out[g.name], most)
         return out
 
     def bytes_for(self, n_tokens: int, *, chunk_tokens: int = 1) -> int:
@@ -277,7 +305,7 @@ class CacheSpec:
 
 def _grows(span: Span) -> bool:
     """Whether needs(b) keeps growing with b."""
-    return sum(hi - lo for lo, hi in span.needs(1 << 40)) > (1 << 39)
+    return sum(span.reach(1 << 40)) > (1 << 39)
 
 
 @dataclass(frozen=True)
@@ -353,11 +381,17 @@ class RetentionPolicy(Protocol):
     name: str
     queries: int | Literal["all"] | None
 
-    def score(self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor | None) -> torch.Tensor: ...
+    def score(self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor | None) -> torch.Tensor:
+        """`k: [H_kv, T, D]`, `v: [H_kv, T, D_v]`, `q: [H_q, N, D]` or None; higher stays: `[H_kv, T]`."""
+        ...
 
-    def allocate(self, scores: torch.Tensor, budget_tokens: int) -> torch.Tensor: ...
+    def allocate(self, scores: torch.Tensor, budget_tokens: int) -> torch.Tensor:
+        """How many tokens each head keeps, `[H_kv]`, in all at most `budget_tokens * H_kv`."""
+        ...
 
-    def protect(self, n_tokens: int) -> Sequence[Interval]: ...
+    def protect(self, n_tokens: int) -> Sequence[Interval]:
+        """Positions that stay whatever their score."""
+        ...
 
 
 @runtime_checkable
@@ -366,4 +400,6 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def run(self, step: Any, layer: int, q: torch.Tensor, **options: Any) -> torch.Tensor: ...
+    def run(self, step: Any, layer: int, q: torch.Tensor, **options: Any) -> torch.Tensor:
+        """`q: [n_tokens, H_q, D]` to `[n_tokens, H_q, D_v]`."""
+        ...

@@ -62,7 +62,7 @@ class ReferenceBackend:
                 value,
                 softcap,
                 window,
-                False,
+                want_lse=False,
             )
             return part.out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1).to(q.dtype)
         return self._fold(step, layer, q, reads, share, scale, keys, value, softcap, sinks, window)
@@ -88,7 +88,16 @@ class ReferenceBackend:
                 [h * share + g for h in r.group.heads(layer) for g in range(share)], device=q.device
             )
             part = self._read(
-                step, layer, r, q[r.tokens][:, :, heads], scale, keys, value, softcap, window, True
+                step,
+                layer,
+                r,
+                q[r.tokens][:, :, heads],
+                scale,
+                keys,
+                value,
+                softcap,
+                window,
+                want_lse=True,
             )
             if total is None:
                 dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -119,6 +128,7 @@ class ReferenceBackend:
         value: str,
         softcap: float | None,
         window: int | None,
+        *,
         want_lse: bool,
     ) -> Partial:
         """One batch: `q: [R, T, heads, D]` to Partial over `[R, heads, T]`."""
@@ -127,7 +137,7 @@ class ReferenceBackend:
         }
         k = fields[keys[0]] if len(keys) == 1 else torch.cat([fields[n] for n in keys], -1)
         return self._segment(
-            q.transpose(1, 2), k, fields[value], r.mask(window), scale, softcap, want_lse
+            q.transpose(1, 2), k, fields[value], r.mask(window), scale, softcap, want_lse=want_lse
         )
 
     def _segment(
@@ -138,6 +148,7 @@ class ReferenceBackend:
         mask: torch.Tensor | None,
         scale: float,
         softcap: float | None,
+        *,
         want_lse: bool,
     ) -> Partial:
         """`q: [R, H_q, T, D]`, `k, v: [R, H_kv, N, D]`, `mask: [R, T, N]` or None."""
@@ -171,12 +182,13 @@ class TorchBackend(ReferenceBackend):
         mask: torch.Tensor | None,
         scale: float,
         softcap: float | None,
+        *,
         want_lse: bool,
     ) -> Partial:
         if q.shape[2] == 1 and q.dtype != torch.float64:
-            return self._single(q, k, v, mask, scale, softcap, want_lse)
+            return self._single(q, k, v, mask, scale, softcap, want_lse=want_lse)
         if want_lse or softcap is not None:
-            return super()._segment(q, k, v, mask, scale, softcap, want_lse)
+            return super()._segment(q, k, v, mask, scale, softcap, want_lse=want_lse)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -195,6 +207,7 @@ class TorchBackend(ReferenceBackend):
         mask: torch.Tensor | None,
         scale: float,
         softcap: float | None,
+        *,
         want_lse: bool,
     ) -> Partial:
         """One query per row: the query heads of a KV head are the rows of one product."""

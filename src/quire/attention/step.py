@@ -17,7 +17,7 @@ import torch
 
 from quire.plan.layout import Layout
 from quire.spec import CacheGroup, Residual, Span
-from quire.store.chain import Chain, Extent
+from quire.store.chain import GONE, Chain, Extent
 from quire.store.store import BlockStore
 from quire.store.table import BlockTable
 
@@ -50,6 +50,7 @@ class Read:
     limit: set on a lossy body, where query i reads positions below s(i) only;
     mode: what is read of a lossy group: "raw" rows, "body" codes, or "through" (raw rows encoded and decoded on the
     way, for whole blocks that are not accepted yet).
+    empty: (row, slot) of the slots that are not valid; pos: `[R, n, block_tokens]`, for what is read "through".
     """
 
     group: CacheGroup
@@ -61,10 +62,12 @@ class Read:
     limit: Residual | None = None
     mode: str = "raw"
     contiguous: bool = False
+    empty: tuple[torch.Tensor, torch.Tensor] | None = None
+    pos: torch.Tensor | None = None
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None = None) -> torch.Tensor | None:
-        """`[R, T, N]`: which slots each query reads; None when every query reads all. `window` narrows the span further."""
+        """`[R, T, N]`: which slots each query reads, None for all. `window` narrows the span further."""
         if window not in self._masks:
             self._masks[window] = self._make_mask(window)
         return self._masks[window]
@@ -82,13 +85,18 @@ class Read:
 
 @dataclass(slots=True)
 class Seal:
-    """Blocks to encode: places of the raw blocks, places of the body blocks, `pos: [n, block_tokens]`."""
+    """Blocks to encode: places of the raw blocks, places of the body blocks, `pos: [n, block_tokens]`.
+
+    chains: with the number of entries that are encoded once every layer in `todo` is.
+    """
 
     body: CacheGroup
     raw: CacheGroup
     source: Places
     target: Places
     pos: torch.Tensor
+    chains: list[tuple[Chain, int]]
+    todo: set[int]
 
 
 @dataclass(slots=True)
@@ -182,18 +190,18 @@ class Step:
         raws: dict[int, Chain],
     ) -> None:
         size = body.block_tokens
-        source, target, pos = [], [], []
+        source, target, pos, done = [], [], [], []
         for at, chain in chains:
             row = self.rows[at]
-            first, last = (
-                chain.slot(row.start) // size,
-                min(chain.count, chain.slot(row.table.accepted) // size),
-            )
-            first = max(first, chain.sealed)
-            if first < last:
-                source.append(raws[at].ids[first:last])
-                target.append(chain.ids[first:last])
-                pos.append(np.arange(first * size, last * size).reshape(-1, size))
+            last = min(chain.count, min(row.table.accepted, row.stop) // size)
+            entries = np.arange(chain.encoded, last)
+            entries = entries[chain.ids[entries] != GONE]  # a window may have passed over some
+            if len(entries):
+                source.append(raws[at].ids[entries])
+                target.append(chain.ids[entries])
+                pos.append(entries[:, None] * size + np.arange(size))
+            if last > chain.encoded:
+                done.append((chain, last))
         if source:
             self.seals.append(
                 Seal(
@@ -202,6 +210,8 @@ class Step:
                     self._places(raw, np.concatenate(source)),
                     self._places(body, np.concatenate(target)),
                     self._tensor(np.concatenate(pos)),
+                    done,
+                    set(body.layers),
                 )
             )
 
@@ -237,7 +247,7 @@ class Step:
             size = chain.group.block_tokens
             low, high = chain.count * size, raw.group.span.start(row.stop - 1)
             if low < high:
-                out.append((at, Extent(raw.ids[low // size : high // size], low, high)))
+                out.append((at, Extent(raw.ids[low // size : -(-high // size)], low, low, high)))
         return out
 
     def _batch(
@@ -257,8 +267,10 @@ class Step:
         single.sort(key=lambda x: len(x[1].blocks))
         batch: list[tuple[int, Extent]] = []
         for at, e in single:
-            if batch and len(e.blocks) > max(
-                PAD_RATIO * len(batch[0][1].blocks), len(batch[0][1].blocks) + 2
+            if batch and (
+                len(e.blocks)
+                > max(PAD_RATIO * len(batch[0][1].blocks), len(batch[0][1].blocks) + 2)
+                or any(at == other for other, _ in batch)  # a row's extents are merged, not joined
             ):
                 self._read(group, source, mode, limit, batch, firsts)
                 batch = []
@@ -286,8 +298,13 @@ class Step:
                 if e.positions is None
                 else e.positions
             )
-            kpos[i, : len(at)] = np.where(at < e.stop, at, -1)
+            kpos[i, : len(at)] = np.where((at >= e.start) & (at < e.stop), at, -1)
             kpos[i, : len(e.blocks) * size][np.repeat(e.blocks < 0, size)] = -1
+        row, slot = (kpos < 0).nonzero()
+        pos = None
+        if mode == "through":
+            firsts_of = np.array([e.first for _, e in batch])
+            pos = self._tensor(firsts_of[:, None, None] + np.arange(n * size).reshape(n, size))
         rows = [self.rows[at] for at, _ in batch]
         tokens = np.stack([np.arange(firsts[at], firsts[at + 1]) for at, _ in batch])
         qpos = np.stack([np.arange(r.start, r.stop) for r in rows])
@@ -303,6 +320,8 @@ class Step:
                 mode,
                 contiguous=tokens.size == self.n_tokens
                 and bool((tokens.ravel() == np.arange(tokens.size)).all()),
+                empty=(self._tensor(row), self._tensor(slot)) if len(row) else None,
+                pos=pos,
             )
         )
 
@@ -325,12 +344,10 @@ class Step:
         writes, seals, _ = self.of_layer(layer)
         for w in writes:
             heads = w.group.heads(layer)
-            for name, x in values.items():
+            for name, every in values.items():
                 view = self.store.view(w.group, layer, name)
-                if len(heads) != x.shape[1]:
-                    x = x[:, list(heads)]
-                if w.tokens is not None:
-                    x = x[w.tokens]
+                x = every if len(heads) == every.shape[1] else every[:, list(heads)]
+                x = x if w.tokens is None else x[w.tokens]
                 view[w.places.at, :, w.places.row] = x.to(view.dtype)
         for s in seals:
             self._seal(layer, s)
@@ -364,15 +381,19 @@ class Step:
             x = fetch(name).to(dtype)
         else:
             codec = self.layout.codecs_of(read.group)[name]
+            f = next(f for f in self.layout.fields_of(read.group) if f.name == name)
+            stored = codec.stored(f, read.group.block_tokens)
             if read.mode == "body":
-                f = next(f for f in self.layout.fields_of(read.group) if f.name == name)
-                stored = codec.stored(f, read.group.block_tokens)
                 parts = {s.name.partition(".")[2]: fetch(s.name) for s in stored}
             else:
                 model = getattr(torch, self.layout.dtype)
-                size = read.source.block_tokens
-                pos = read.kpos.reshape(read.kpos.shape[0], 1, -1, size)
-                parts = codec.encode(fetch(name).to(model), pos)
+                assert read.pos is not None
+                parts = codec.encode(fetch(name).to(model), read.pos.unsqueeze(1))
+                kept = {s.name.partition(".")[2]: getattr(torch, s.dtype) for s in stored}
+                parts = {part: y.to(kept[part]) for part, y in parts.items()}
             x = codec.decode(parts, dtype)
         r, heads, n, size, *shape = x.shape
-        return x.reshape(r, heads, n * size, *shape)
+        x = x.reshape(r, heads, n * size, *shape)
+        if read.empty is not None:  # what was never written may be no number, and 0 x NaN is NaN
+            x[read.empty[0], :, read.empty[1]] = 0
+        return x

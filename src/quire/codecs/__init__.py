@@ -1,8 +1,8 @@
 """Codecs, one per file: the file's name is the codec's name on the command line.
 
-A file holds a frozen dataclass `Codec` with the protocol's methods (`quire.spec.KVCodec`); its fields are the parameters
-that a recipe may set (`"kivi:bits=2,residual=128"`). Packages outside register the same class under the entry point
-group `quire.codecs`. Reading parameters and bytes never imports torch.
+A file holds a frozen dataclass `Codec` with the protocol's methods (`quire.spec.KVCodec`); its fields are the
+parameters that a recipe may set (`"kivi:bits=2,residual=128"`). Packages outside register the same class under the
+entry point group `quire.codecs`. Reading parameters and bytes never imports torch.
 """
 
 from quire.codecs.recipe import Recipe, available, load_codec, parse_recipe

@@ -1,6 +1,6 @@
 """`bf16`: every element as bfloat16.
 
-Source: bfloat16. Cost: 2 bytes per element. Exact for a model that computes in bfloat16 or narrower within its range.
+Source: bfloat16. Cost: 2 bytes per element. Exact for a model that computes in bfloat16.
 """
 
 from __future__ import annotations

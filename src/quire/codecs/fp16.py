@@ -1,6 +1,6 @@
 """`fp16`: every element as float16.
 
-Source: IEEE binary16. Cost: 2 bytes per element. Exact for a model that computes in float16 or narrower within its range.
+Source: IEEE binary16. Cost: 2 bytes per element. Exact for a model that computes in float16.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`fp32`: every element as float32.
 
-Source: IEEE binary32. Cost: 4 bytes per element. Exact for a model that computes in float32 or narrower within its range.
+Source: IEEE binary32. Cost: 4 bytes per element. Exact for a model that computes in float32.
 """
 
 from __future__ import annotations

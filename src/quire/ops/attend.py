@@ -19,7 +19,8 @@ import torch
 class Partial(NamedTuple):
     """Attention over a part of the keys.
 
-    `out: [..., H_q, T, D_v]` in the accumulation dtype, `lse: [..., H_q, T]` natural logarithm, -inf where no key was seen.
+    `out: [..., H_q, T, D_v]` in the accumulation dtype; `lse: [..., H_q, T]`, natural logarithm, -inf where no key was
+    seen.
     """
 
     out: torch.Tensor

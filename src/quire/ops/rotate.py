@@ -21,4 +21,5 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
         y = y.reshape(-1, d // (2 * width), 2, width)
         y = torch.stack([y[:, :, 0] + y[:, :, 1], y[:, :, 0] - y[:, :, 1]], 2)
         width *= 2
-    return (y.reshape(x.shape) * d**-0.5).to(x.dtype)
+    out: torch.Tensor = y.reshape(x.shape) * d**-0.5
+    return out.to(x.dtype)

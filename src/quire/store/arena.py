@@ -67,7 +67,8 @@ class Arena:
         self.slabs = int(total_bytes) // slab_bytes
         if self.slabs < 1:
             raise CapacityError(
-                f"the arena of {int(total_bytes):,} bytes is smaller than one slab of {slab_bytes:,} bytes; give it more"
+                f"the arena of {int(total_bytes):,} bytes is smaller than one slab of {slab_bytes:,} "
+                "bytes; give it more"
             )
         self.device = device
         self.pools: list[BlockPool] = []
@@ -77,15 +78,21 @@ class Arena:
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all slabs."""
         return self.slabs * self.slab_bytes
 
     @property
     def free_slabs(self) -> int:
+        """Slabs that no pool has."""
         return self._free_count
 
     @property
     def buffer(self) -> torch.Tensor:
-        """The bytes: `[slabs * slab_bytes] uint8`, allocated when first asked for. Raises ConfigError without a device."""
+        """The bytes, `[slabs * slab_bytes] uint8`, allocated when first asked for.
+
+        Raises:
+            ConfigError: the arena has no device.
+        """
         if self._buffer is None:
             if self.device is None:
                 raise ConfigError(
@@ -97,7 +104,7 @@ class Arena:
         return self._buffer
 
     def take(self, pool: BlockPool) -> int:
-        """A free slab; clears the least worthy slab of another pool when none is free. Returns -1 when there is none."""
+        """A free slab, or -1; when none is free, the slab of another pool that is worth least is cleared."""
         if not self._free_count:
             self._reclaim(pool)
         if not self._free_count:

@@ -17,11 +17,13 @@ GONE = -1
 class Extent:
     """Blocks that a read covers, in order, and the logical position of each of their slots.
 
-    `positions` is None when slot j of the extent holds position `first + j`; positions at or above `stop` are not valid.
+    `positions` is None when slot j of the extent holds position `first + j`. Positions outside [start, stop) are not
+    the extent's: what lies there is empty, not needed, or another extent's (sinks and a window may share a block).
     """
 
     blocks: np.ndarray
     first: int
+    start: int
     stop: int
     positions: np.ndarray | None = None
 
@@ -32,7 +34,18 @@ class Chain:
     slots    |kept[0] kept[1] ... |cut cut+1 cut+2 ...         after `keep` at committed length `cut`
     """
 
-    __slots__ = ("count", "cursor", "cut", "group", "held", "ids", "kept", "pool", "sealed")
+    __slots__ = (
+        "count",
+        "cursor",
+        "cut",
+        "encoded",
+        "group",
+        "held",
+        "ids",
+        "kept",
+        "pool",
+        "sealed",
+    )
 
     def __init__(self, group: CacheGroup, pool: BlockPool) -> None:
         self.group = group
@@ -42,6 +55,7 @@ class Chain:
         self.held = 0  # of them not GONE
         self.cursor = 0  # entries before this one are settled: GONE, or needed for good
         self.sealed = 0  # entries before this one are sealed
+        self.encoded = 0  # of a lossy body: entries before this one have their bytes in every layer
         self.kept: np.ndarray | None = None
         self.cut = 0
 
@@ -70,6 +84,7 @@ class Chain:
         return self.group.raw is None and self.slot(length) % self.group.block_tokens > 0
 
     def push(self, block: int) -> None:
+        """Appends an entry that holds a block, reference included."""
         if self.count == len(self.ids):
             self.ids = np.concatenate([self.ids, np.full(len(self.ids), GONE, np.int32)])
         self.ids[self.count] = block
@@ -85,18 +100,27 @@ class Chain:
             self.pool.release(block)
         self.cursor = min(self.cursor, self.count)
         self.sealed = min(self.sealed, self.count)
+        self.encoded = min(self.encoded, self.count)
 
     def live(self) -> np.ndarray:
         """Ids of all blocks that are held, in order."""
         ids = self.ids[: self.count]
-        return ids[ids != GONE]
+        there: np.ndarray = ids[ids != GONE]
+        return there
 
-    def drop_behind(self, n: int) -> None:
-        """Gives back whole entries that hold nothing a query at `n` or later may read. O(1) amortised."""
+    def drop_behind(self, n: int, unsealed: int | None = None) -> None:
+        """Gives back whole entries that hold nothing a query at `n` or later may read. O(1) amortised.
+
+        Args:
+            n: the committed boundary.
+            unsealed: positions from here on stay too: they are still to be encoded.
+        """
         needs = self.group.span.needs(n)
         if len(needs) == 1 and needs[0][0] == 0:
             return
         last = needs[-1][0] if needs else n
+        if unsealed is not None:
+            last = min(last, unsealed)
         size = self.group.block_tokens
         end = min(self.count, self.slot(n) // size)
         while self.cursor < end:
@@ -125,24 +149,27 @@ class Chain:
     def positions(self, length: int) -> np.ndarray:
         """Logical positions that are there to be read, ascending."""
         everything = self.all_positions(length)
-        return everything[self.ids[np.arange(len(everything)) // self.group.block_tokens] != GONE]
+        blocks = self.ids[np.arange(len(everything)) // self.group.block_tokens]
+        there: np.ndarray = everything[blocks != GONE]
+        return there
 
     def extents(self, start: int, stop: int) -> list[Extent]:
-        """What queries [start, stop) may read: one extent per interval of `needs(start)`, the last running on to `stop`.
+        """What queries [start, stop) may read: an extent per interval of `needs(start)`, the last up to `stop`.
 
         A lossy body ends with its last whole block.
         """
         size = self.group.block_tokens
         if self.kept is not None:
             everything = self.all_positions(stop)
-            return [Extent(self.ids[: -(-len(everything) // size)], 0, stop, everything)]
+            return [Extent(self.ids[: -(-len(everything) // size)], 0, 0, stop, everything)]
         if self.group.raw is not None:
             stop = min(stop, self.count * size)
         out = []
         for lo, hi in joined(self.group.span.needs(start), start, stop):
             end = min(hi, stop)
             if lo < end:
-                out.append(Extent(self.ids[lo // size : -(-end // size)], lo // size * size, end))
+                blocks = self.ids[lo // size : -(-end // size)]
+                out.append(Extent(blocks, lo // size * size, lo, end))
         return out
 
     def places(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,12 +181,8 @@ class Chain:
         """The same entries, no references taken."""
         twin = Chain(self.group, self.pool)
         twin.ids, twin.count, twin.held = self.ids.copy(), self.count, self.held
-        twin.cursor, twin.sealed, twin.kept, twin.cut = (
-            self.cursor,
-            self.sealed,
-            self.kept,
-            self.cut,
-        )
+        twin.cursor, twin.sealed, twin.encoded = self.cursor, self.sealed, self.encoded
+        twin.kept, twin.cut = self.kept, self.cut
         return twin
 
 

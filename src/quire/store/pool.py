@@ -73,19 +73,10 @@ class BlockPool:
             CapacityError: every block is held, and the arena has nothing to give.
         """
         if self._open == _NONE:
-            slab = self.arena.take(self) if self._may_grow() else _NONE
-            if slab != _NONE:
-                self._adopt(slab)
-            elif self._idle_first != _NONE:
-                self.evict(self._idle_first)
-            else:
-                slab = self.arena.take(self)
-                if slab == _NONE:
-                    raise CapacityError(
-                        f"no block of {self.block_bytes:,} bytes left: {self.held} held, arena "
-                        f"{self.arena.total_bytes:,} bytes"
-                    )
-                self._adopt(slab)
+            if not self.arena.free_slabs and self._idle_first != _NONE:
+                self.evict(self._idle_first)  # where a slab is one block, this gives the slab back
+            if self._open == _NONE:
+                self._grow()
         slab = self._open
         block = self._pop_free(slab)
         self._refs[block] = 1
@@ -127,11 +118,7 @@ class BlockPool:
         """Gives up a cached block: forgets its name and frees it."""
         if self._refs[block] or not self._named[block]:
             raise InvariantError(f"block {block} is not cached")
-        if self.on_evict is not None:
-            self.on_evict(block)
-        self._named[block] = 0
-        self._unlink_idle(block)
-        self.cached -= 1
+        self._forget(block)
         self._push_free(block, self._slab(block))
 
     # -- names, references, places -------------------------------------------------------------------------------
@@ -151,9 +138,11 @@ class BlockPool:
                 self.evict(block)
 
     def refs(self, block: int) -> int:
+        """How many references hold the block; 0 where it is cached or free."""
         return self._refs[block]
 
     def named(self, block: int) -> bool:
+        """Whether the block stays cached when its last reference goes."""
         return bool(self._named[block])
 
     def location(self, block: int) -> tuple[int, int]:
@@ -186,13 +175,11 @@ class BlockPool:
     # -- giving slabs to others ----------------------------------------------------------------------------------
 
     def clearable(self) -> Iterator[int]:
-        """Slabs whose held blocks would fit into what is free in the pool's other slabs."""
-        free = self.slabs * self.per_slab - self.held - self.cached
-        for slab in range(self.arena.slabs):
-            if self._owned[slab] and self._slab_held[slab] <= free - (
-                self.per_slab - self._used[slab]
-            ):
-                yield slab
+        """Slabs that could be given up: all or none, for held blocks can be moved and cached ones evicted."""
+        if self.held <= (self.slabs - 1) * self.per_slab:
+            for slab in range(self.arena.slabs):
+                if self._owned[slab]:
+                    yield slab
 
     def worth(self, slab: int) -> tuple[int, int]:
         """What clearing would cost: blocks to move first, then how lately its idle blocks were used."""
@@ -203,17 +190,18 @@ class BlockPool:
         if self._used[slab] < self.per_slab:
             self._close(slab)  # nothing may be taken from it while it is being emptied
         base = slab * self.per_slab
-        for at in range(base, base + self._fresh[slab]):
+        places = range(base, base + self._fresh[slab])
+        for at in places:
+            block = self._at[at]
+            if self._named[block] and not self._refs[block]:
+                self._forget(block)
+                self._used[slab] -= 1
+        for at in places:
             block = self._at[at]
             if self._refs[block]:
+                if self._open == _NONE:
+                    self.evict(self._idle_first)
                 self._move(block, slab)
-            elif self._named[block]:
-                if self.on_evict is not None:
-                    self.on_evict(block)
-                self._named[block] = 0
-                self._unlink_idle(block)
-                self.cached -= 1
-                self._used[slab] -= 1
         self._return(slab)
 
     def _move(self, block: int, slab: int) -> None:
@@ -233,9 +221,25 @@ class BlockPool:
 
     # -- lists ---------------------------------------------------------------------------------------------------
 
-    def _may_grow(self) -> bool:
-        """Whether a slab can be had without disturbing another pool."""
-        return self.arena.free_slabs > 0
+    def _grow(self) -> None:
+        """One more slab. Raises CapacityError."""
+        slab = self.arena.take(self)
+        if slab == _NONE:
+            raise CapacityError(
+                f"no block of {self.block_bytes:,} bytes left: {self.held} held, arena "
+                f"{self.arena.total_bytes:,} bytes",
+                needed_bytes=self.block_bytes,
+                free_bytes=0,
+            )
+        self._adopt(slab)
+
+    def _forget(self, block: int) -> None:
+        """A cached block loses its name and its place in the idle queue."""
+        if self.on_evict is not None:
+            self.on_evict(block)
+        self._named[block] = 0
+        self._unlink_idle(block)
+        self.cached -= 1
 
     def _slab(self, block: int) -> int:
         return self._where[block] // self.per_slab

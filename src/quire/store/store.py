@@ -51,8 +51,8 @@ class BlockStore:
         self.arena = Arena(int(total_bytes), slab, device=device)
         self.tables: WeakSet[BlockTable] = WeakSet()
         self._pools: dict[int, BlockPool] = {}
-        self._views: dict[tuple[str, int, str], torch.Tensor] = {}
-        self._rows: dict[tuple[str, int, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._views: dict[tuple[CacheGroup, int, str], torch.Tensor] = {}
+        self._rows: dict[tuple[CacheGroup, int, str], tuple[torch.Tensor, torch.Tensor]] = {}
         for size in sorted(sizes):
             self._pools[size] = BlockPool(self.arena, size)
 
@@ -71,9 +71,11 @@ class BlockStore:
 
     @property
     def pools(self) -> Mapping[int, BlockPool]:
+        """The pools by their size of block in bytes."""
         return self._pools
 
     def usage(self) -> Usage:
+        """Held, cached and free bytes over all sequences."""
         return self.arena.usage()
 
     def fits(self, n_tokens: int, *, chunk_tokens: int = 1) -> bool:
@@ -93,10 +95,10 @@ class BlockStore:
             `[units, heads, block_tokens, *shape]`, or without `block_tokens` for a field stored per block. The first
             dimension counts units of 64 bytes, at which blocks begin (`units`); other rows overlap and mean nothing.
         """
-        key = (group.name, layer, field)
+        key = (group, layer, field)
         found = self._views.get(key)
         if found is None:
-            f, shape, width = self._field(group, field)
+            _, shape, width = self._field(group, field)
             inner = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
             sizes = (len(group.heads(layer)), *shape)
             found = self._views[key] = self._strided(
@@ -111,7 +113,7 @@ class BlockStore:
             `[units, n]` with the n elements of one (block, head) side by side, and the units to add for each head, so
             that row `units(block) + head_units[h]` is that head's.
         """
-        key = (group.name, layer, field)
+        key = (group, layer, field)
         found = self._rows.get(key)
         if found is None:
             import torch
@@ -124,10 +126,19 @@ class BlockStore:
 
     def _field(self, group: CacheGroup, field: str) -> tuple[Field, tuple[int, ...], int]:
         f = next(x for x in group.fields if x.name == field)
-        return f, (group.block_tokens, *f.shape) if f.per == "token" else f.shape, DTYPE_BYTES[f.dtype]
+        return (
+            f,
+            (group.block_tokens, *f.shape) if f.per == "token" else f.shape,
+            DTYPE_BYTES[f.dtype],
+        )
 
     def _strided(
-        self, group: CacheGroup, layer: int, field: str, sizes: tuple[int, ...], strides: tuple[int, ...]
+        self,
+        group: CacheGroup,
+        layer: int,
+        field: str,
+        sizes: tuple[int, ...],
+        strides: tuple[int, ...],
     ) -> torch.Tensor:
         """A view of `sizes` at every unit of the arena where it still fits."""
         import torch
@@ -137,15 +148,19 @@ class BlockStore:
         start = (group.tile_index(layer) * group.tile_bytes + group.field_offsets[field]) // width
         reach = 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
         unit = ALIGN_BYTES // width
-        return flat.as_strided(((flat.numel() - start - reach) // unit + 1, *sizes), (unit, *strides), start)
+        return flat.as_strided(
+            ((flat.numel() - start - reach) // unit + 1, *sizes), (unit, *strides), start
+        )
 
     def units(self, group: CacheGroup, blocks: np.ndarray) -> np.ndarray:
-        """Where blocks begin, in units of 64 bytes: what `view` and `rows` are indexed with. GONE gives some block's."""
+        """Where blocks begin, in units of 64 bytes, for `view` and `rows`. GONE gives some block's place."""
         pool = self.pool_for(group)
         where = np.frombuffer(pool.locations, np.int32)[np.maximum(blocks, 0)]
         slab = where // pool.per_slab
         step = pool.block_bytes // ALIGN_BYTES
-        return slab.astype(np.int64) * (self.arena.slab_bytes // ALIGN_BYTES) + (where - slab * pool.per_slab) * step
+        base = slab.astype(np.int64) * (self.arena.slab_bytes // ALIGN_BYTES)
+        out: np.ndarray = base + (where - slab * pool.per_slab) * step
+        return out
 
     def copy_blocks(self, copies: list[Copy]) -> None:
         """Copies whole blocks and gives the sources' references back."""
@@ -193,5 +208,5 @@ class BlockStore:
 
 def _slab_for(sizes: set[int], total_bytes: int) -> int:
     """About 2 MiB, smaller for a small arena: at least eight slabs per size of block where that is possible."""
-    target = min(2 << 20, max(max(sizes), total_bytes // (8 * len(sizes))))
+    target = min(2 << 20, max(*sizes, total_bytes // (8 * len(sizes))))
     return fit_slab_bytes(sizes, target)

@@ -84,6 +84,9 @@ class BlockTable:
     def commit(self, n_tokens: int | None = None) -> list[tuple[int, int]]:
         """Tokens [0, n) are final (all accepted ones by default), and every query before n has been answered.
 
+        A lossy block becomes sealed once a `Step` has encoded it. Tokens that were drafts when they were computed
+        are encoded by the next one; their raw blocks wait for it.
+
         Returns:
             (chain index, entry) of each block that became sealed.
         """
@@ -94,14 +97,22 @@ class BlockTable:
             )
         self.committed = n
         sealed: list[tuple[int, int]] = []
+        bodies = {c.group.raw: c for c in self.chains if c.group.raw is not None}
         for at, chain in enumerate(self.chains):
+            size = chain.group.block_tokens
             if chain.group.recurrent:
                 continue
-            whole = min(chain.slot(n) // chain.group.block_tokens, chain.count)
+            whole = min(chain.slot(n) // size, chain.count)
+            if chain.group.raw is not None:
+                if self.store.arena.device is None:
+                    chain.encoded = chain.count  # nothing to encode where memory is only counted
+                whole = min(whole, chain.encoded)
             if whole > chain.sealed:
-                sealed.extend((at, entry) for entry in range(chain.sealed, whole))
+                there = chain.ids[chain.sealed : whole] != GONE
+                sealed.extend((at, chain.sealed + int(i)) for i in np.flatnonzero(there))
                 chain.sealed = whole
-            chain.drop_behind(n)
+            body = bodies.get(chain.group.name)
+            chain.drop_behind(n, None if body is None else body.encoded * size)
         return sealed
 
     # -- shrinking -----------------------------------------------------------------------------------------------
@@ -135,7 +146,8 @@ class BlockTable:
         for chain, want in zip(self.chains, wants, strict=True):
             while chain.count > want:
                 chain.pop()
-            chain.sealed = min(chain.sealed, chain.slot(n_tokens) // chain.group.block_tokens)
+            whole = chain.slot(n_tokens) // chain.group.block_tokens
+            chain.sealed, chain.encoded = min(chain.sealed, whole), min(chain.encoded, whole)
         self.store.copy_blocks(copies)
         self.length = n_tokens
         self.accepted = min(self.accepted, n_tokens)
@@ -146,7 +158,7 @@ class BlockTable:
         for chain in self.chains:
             while chain.count:
                 chain.pop()
-            chain.cursor = chain.sealed = chain.cut = 0
+            chain.cursor = chain.sealed = chain.encoded = chain.cut = 0
             chain.kept = None
         self.length = self.accepted = self.committed = 0
 
@@ -282,8 +294,8 @@ class BlockTable:
         """Bytes of the rows among them that hold a token or a state: the rest is what partly filled blocks waste."""
         used = 0
         for c in self.chains:
-            tokens = c.group.block_tokens if c.group.recurrent else len(c.positions(self.length))
-            used += tokens * c.group.block_bytes // c.group.block_tokens
+            rows = c.held if c.group.recurrent else len(c.positions(self.length))
+            used += rows * c.group.block_bytes // c.group.block_tokens
         return used
 
     # -- within --------------------------------------------------------------------------------------------------
