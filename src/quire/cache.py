@@ -1,9 +1,9 @@
 """The facade for people who have a transformers model and call its `generate()`.
 
-    with quire.attach(model, kv="bf16") as attached:
-        out = model.generate(ids, max_new_tokens=200)          # uses the cache, nothing else changes
-        cache = attached.cache()                               # or hold it yourself, across calls
-        out = model.generate(ids, past_key_values=cache)
+with quire.attach(model, kv="bf16") as attached:
+    out = model.generate(ids, max_new_tokens=200)          # uses the cache, nothing else changes
+    cache = attached.cache()                               # or hold it yourself, across calls
+    out = model.generate(ids, past_key_values=cache)
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def attach(
 ) -> Attachment:
     """Makes a causal transformers model keep its keys and values in Quire's blocks.
 
-    `generate()` with left padding, sampling, beams, assisted decoding and streaming works as before. The change is undone
-    by `detach()` or at the end of a `with` block.
+    `generate()` with left padding, sampling, beams, assisted decoding and streaming works as before. `detach()`, or
+    the end of a `with` block, undoes the change. Cached forwards are inference: no gradient flows through them.
 
     Args:
         model: loaded, in eval mode, on its device.

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import zoo
-
 from quire.engine import Engine, SamplingParams
 from quire.engine.schedule import SchedulerConfig
 from quire.models.open import open_runner

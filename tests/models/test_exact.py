@@ -7,17 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from transformers import AutoModelForCausalLM
 
+import zoo
+from models.driving import engine_texts, reference, runner_for
 from quire.attention.reference import ReferenceBackend
 from quire.models.runner import ModelRunner
 from quire.spec import Full
 
-from models.driving import engine_texts, reference, runner_for
-
 MAIN = [
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "mixtral", "olmo2", "granite"),
+    *(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "mixtral",
+        "olmo2",
+        "granite",
+    ),
     *("cohere2", "gpt_oss", "llama4", "deepseek_v2", "deepseek_v3", "gemma3n", "falcon"),
     *("jamba", "qwen3_next", "bamba", "mamba2"),
 ]
@@ -78,7 +90,10 @@ def test_sixteen_bits_stay_close(dtype: torch.dtype) -> None:
     with torch.no_grad():
         want = [model(torch.tensor([t])).logits[0, -1].float() for t in texts]
     runner = runner_for(model)
-    assert runner.bridge.layout.spec.groups[0].codec == {"float16": "fp16", "bfloat16": "bf16"}[str(dtype)[6:]]
+    assert (
+        runner.bridge.layout.spec.groups[0].codec
+        == {"float16": "fp16", "bfloat16": "bf16"}[str(dtype)[6:]]
+    )
     got = _first_logits(runner, texts)
     for a, b in zip(got, want, strict=True):
         assert float((a - b).abs().max() / b.std()) < 0.15

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers.cache_utils import DynamicCache
 
 from quire.errors import ConfigError
-from quire.models.bridge import WAYS, Bridge
+from quire.models.bridge import WAYS, Bridge, make_backend
 from quire.models.forward import NAME
 from quire.models.hf_cache import KVCache
 from quire.models.memory import arena_bytes
 from quire.models.patches import Patches, cached_heads
-from quire.models.probe import Shape, probe, run_model, spans, text_config
+from quire.models.probe import Shape, probe, run_model, text_config
 from quire.models.rope import Regimes
 from quire.models.runner import ModelRunner
-from quire.plan.layout import KVLayer, Layout, build_layout
+from quire.plan.layout import KVLayer, Layout, build_layout, check_config
 from quire.spec import Full, KVConfig
 from quire.store.store import BlockStore
 
@@ -34,7 +35,7 @@ class _Share:
     """An item of the self-test."""
 
     table: Any
-    tokens: list[int]
+    tokens: Sequence[int]
     start: int
     stop: int
     logits: int
@@ -63,13 +64,15 @@ def connect(
         ConfigError: the model cannot be served, with the reason.
         CapacityError: the memory is too small.
     """
-    if way is not None and way not in WAYS:
-        raise ConfigError(f"unknown way {way!r}; known: {', '.join(WAYS)}")
+    check_choices(config, attention, way)
+    total_bytes = arena_bytes(memory, model.device)
     if getattr(text_config(model), "_attn_implementation", None) == NAME:
-        raise ConfigError("this model (or one that shares its config) is attached already; detach it first")
+        raise ConfigError(
+            "this model (or one that shares its config) is attached already; detach it first"
+        )
     shape = probe(model)
     dtype = str(model.dtype).removeprefix("torch.")
-    reasons = []
+    reasons: list[str] = []
     for candidate in [way] if way else _candidates(shape):
         patches = Patches(model)
         try:
@@ -77,26 +80,36 @@ def connect(
                 reasons.append(f"{candidate}: the model offers no such way")
                 continue
             chunked = _self_test(model, candidate, shape, patches, dtype) if self_test else True
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 - whatever a model's code raises under a way: not this way
             patches.undo()
-            if way or candidate == "dense":
-                reasons.append(f"{candidate}: {e}")
-                break
             reasons.append(f"{candidate}: {e}")
             continue
-        layout = _layout(model, shape, candidate, config, dtype)
         try:
-            store = BlockStore(layout.spec, arena_bytes(memory, model.device), device=str(model.device))
+            layout = _layout(model, shape, candidate, config, dtype)
+            store = BlockStore(layout.spec, total_bytes, device=str(model.device))
+            bridge = Bridge(model, candidate, shape, layout, store, patches, attention)
         except BaseException:
             patches.undo()
             raise
-        bridge = Bridge(model, candidate, shape, layout, store, patches, attention)
         bridge.chunked_prefill = chunked and Regimes(model).chunked_prefill
-        log.info("%s: attached as %s%s", type(model).__name__, candidate, "" if bridge.chunked_prefill else ", whole prompts only")
+        log.info(
+            "%s: attached as %s%s",
+            type(model).__name__,
+            candidate,
+            "" if bridge.chunked_prefill else ", whole prompts only",
+        )
         for r in reasons:
             log.info("  not %s", r)
         return bridge
     raise ConfigError(f"{type(model).__name__} cannot be served: {'; '.join(reasons)}")
+
+
+def check_choices(config: KVConfig, attention: str = "auto", way: str | None = None) -> None:
+    """Refuses what needs no model to be refused. Raises ConfigError."""
+    if way is not None and way not in WAYS:
+        raise ConfigError(f"unknown way {way!r}; known: {', '.join(WAYS)}")
+    check_config(config)
+    make_backend(attention)
 
 
 def _candidates(shape: Shape) -> list[str]:
@@ -123,10 +136,16 @@ def _enter(way: str, shape: Shape, patches: Patches) -> bool:
 def _layout(model: Any, shape: Shape, way: str, config: KVConfig, dtype: str) -> Layout:
     layers = shape.layers
     if way == "dense":
-        layers = [KVLayer(x.layer, x.heads, x.fields, Full()) if isinstance(x, KVLayer) else x for x in layers]
+        layers = [
+            KVLayer(x.layer, x.heads, x.fields, Full()) if isinstance(x, KVLayer) else x
+            for x in layers
+        ]
     elif way == "patched":
         heads = cached_heads(model)
-        layers = [replace(x, heads=heads.get(x.layer, x.heads)) if isinstance(x, KVLayer) else x for x in layers]
+        layers = [
+            replace(x, heads=heads.get(x.layer, x.heads)) if isinstance(x, KVLayer) else x
+            for x in layers
+        ]
     return build_layout(layers, config, dtype=dtype, shared=shape.shared)
 
 
@@ -141,11 +160,18 @@ def _self_test(model: Any, way: str, shape: Shape, patches: Patches, dtype: str)
         ConfigError: they differ, chunked and whole.
     """
     vocab = int(text_config(model).vocab_size)
-    prompts = [[(7 * i + 3) % vocab for i in range(1, 12)], [(5 * i + 1) % vocab for i in range(1, 7)]]
+    prompts = [
+        [(7 * i + 3) % vocab for i in range(1, 12)],
+        [(5 * i + 1) % vocab for i in range(1, 7)],
+    ]
     patches_before = Patches(model)
     want = _own_logits(model, shape, prompts, patches)
     layout = _layout(model, shape, way, KVConfig(block_tokens=4), dtype)
-    store = BlockStore(layout.spec, 4 * sum(layout.spec.bytes_for(24) + 2 * g.block_bytes for g in layout.spec), device=str(model.device))
+    store = BlockStore(
+        layout.spec,
+        4 * sum(layout.spec.bytes_for(24) + 2 * g.block_bytes for g in layout.spec),
+        device=str(model.device),
+    )
     bridge = Bridge(model, way, shape, layout, store, patches_before)
     worst = {}
     for chunked in (True, False):
@@ -153,16 +179,21 @@ def _self_test(model: Any, way: str, shape: Shape, patches: Patches, dtype: str)
         bridge.chunked_prefill = runner.chunked_prefill = True
         got = _chunk_logits(runner, prompts, cuts=(5, 3) if chunked else (11, 6))
         worst[chunked] = max(
-            float((a - b).abs().max() / b.std().clamp_min(1e-9)) for a, b in zip(got, want, strict=True)
+            float((a - b).abs().max() / b.std().clamp_min(1e-9))
+            for a, b in zip(got, want, strict=True)
         )
         if worst[chunked] <= _TOLERANCE.get(model.dtype, 0.2):
             return chunked
         if not shape.recurrent:
             break
-    raise ConfigError(f"differs from the model's own attention by {min(worst.values()):.2g} standard deviations of its logits")
+    raise ConfigError(
+        f"differs from the model's own attention by {min(worst.values()):.2g} standard deviations of its logits"
+    )
 
 
-def _own_logits(model: Any, shape: Shape, prompts: list[list[int]], patches: Patches) -> list[torch.Tensor]:
+def _own_logits(
+    model: Any, shape: Shape, prompts: list[list[int]], patches: Patches
+) -> list[torch.Tensor]:
     """Logits at each prompt's last position and after one more token, by the model as it was."""
     out = []
     with patches.suspended():
@@ -170,14 +201,20 @@ def _own_logits(model: Any, shape: Shape, prompts: list[list[int]], patches: Pat
             cache = DynamicCache(config=text_config(model))
             ids = torch.tensor([p], device=model.device)
             extra = {"position_ids": torch.arange(len(p), device=model.device)[None]}
-            first = run_model(model, ids, cache, shape.cache_name, shape.accepts, **extra)[0, -1].float()
+            first = run_model(model, ids, cache, shape.cache_name, shape.accepts, **extra)[
+                0, -1
+            ].float()
             extra = {"position_ids": torch.tensor([[len(p)]], device=model.device)}
-            nxt = run_model(model, ids[:, :1], cache, shape.cache_name, shape.accepts, **extra)[0, -1].float()
+            nxt = run_model(model, ids[:, :1], cache, shape.cache_name, shape.accepts, **extra)[
+                0, -1
+            ].float()
             out += [first, nxt]
     return out
 
 
-def _chunk_logits(runner: ModelRunner, prompts: list[list[int]], cuts: tuple[int, int]) -> list[torch.Tensor]:
+def _chunk_logits(
+    runner: ModelRunner, prompts: list[list[int]], cuts: tuple[int, int]
+) -> list[torch.Tensor]:
     """The same through the runner: both prompts together, cut in two, then one more token each."""
     tables = [runner.open() for _ in prompts]
     tokens = [[*p, p[0]] for p in prompts]
@@ -208,7 +245,9 @@ class Attachment:
         self.bridge = bridge
         model = bridge.model
         self._original = model.__dict__.get("_prepare_cache_for_generation")
-        object.__setattr__(model, "_prepare_cache_for_generation", MethodType(_prepare_for(bridge), model))
+        object.__setattr__(
+            model, "_prepare_cache_for_generation", MethodType(_prepare_for(bridge), model)
+        )
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -237,7 +276,7 @@ class Attachment:
                 object.__setattr__(model, "_prepare_cache_for_generation", self._original)
         self.bridge.close()
 
-    def __enter__(self) -> Attachment:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -245,17 +284,32 @@ class Attachment:
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get(self.bridge.shape.cache_name)
-        if not isinstance(cache, KVCache) or cache._token is not None or cache is not _own(cache, self.bridge):
+        if (
+            not isinstance(cache, KVCache)
+            or cache._token is not None
+            or cache is not _own(cache, self.bridge)
+        ):
             return
-        ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else (args[0] if args else None)
+        ids = (
+            kwargs.get("input_ids")
+            if kwargs.get("input_ids") is not None
+            else (args[0] if args else None)
+        )
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         if ids is None:
             return
-        cache.begin(ids.shape[0], ids.shape[1], kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        cache.begin(
+            ids.shape[0], ids.shape[1], kwargs.get("attention_mask"), kwargs.get("position_ids")
+        )
         self._running.append((cache, ids.shape[1]))
 
-    def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not self._running or kwargs.get(self.bridge.shape.cache_name) is not self._running[-1][0]:
+    def _after(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if (
+            not self._running
+            or kwargs.get(self.bridge.shape.cache_name) is not self._running[-1][0]
+        ):
             return
         cache, queries = self._running.pop()
         if output is None:
@@ -274,14 +328,20 @@ def _prepare_for(bridge: Bridge) -> Any:
     original = type(bridge.model)._prepare_cache_for_generation
 
     def prepare(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch: int, length: int
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch: int,
+        length: int,
     ) -> Any:
         name = bridge.shape.cache_name
         if model_kwargs.get(name) is not None or generation_config.use_cache is False:
             return original(self, generation_config, model_kwargs, generation_mode, batch, length)
         if generation_config.cache_implementation is not None:
             raise ConfigError(
-                f"cache_implementation={generation_config.cache_implementation!r} on an attached model; drop it, or detach()"
+                f"cache_implementation={generation_config.cache_implementation!r} does not go with an attached model; "
+                "drop it, or detach() first"
             )
         cache = bridge.cache()
         if getattr(generation_config, "is_assistant", False):
@@ -290,6 +350,3 @@ def _prepare_for(bridge: Bridge) -> Any:
         return None
 
     return prepare
-
-
-__all__ = ["Attachment", "connect", "spans"]

@@ -38,7 +38,14 @@ class Bridge:
     """What attachment and engine share. Made by `quire.models.attach.connect`."""
 
     def __init__(
-        self, model: Any, way: str, shape: Shape, layout: Layout, store: BlockStore, patches: Patches, backend: str = "auto"
+        self,
+        model: Any,
+        way: str,
+        shape: Shape,
+        layout: Layout,
+        store: BlockStore,
+        patches: Patches,
+        backend: str = "auto",
     ) -> None:
         self.model = model
         self.way = way
@@ -59,7 +66,10 @@ class Bridge:
             for layer in g.layers
         }
         self._state_groups: dict[int, tuple[int, CacheGroup]] = {
-            layer: (at, g) for at, g in enumerate(layout.spec.groups) if g.recurrent for layer in g.layers
+            layer: (at, g)
+            for at, g in enumerate(layout.spec.groups)
+            if g.recurrent
+            for layer in g.layers
         }
 
     def field_names(self, layer: int) -> tuple[str, str]:
@@ -71,7 +81,13 @@ class Bridge:
         return self.shape.n_states.get(layer, 1)
 
     def forward(
-        self, step: Step, batch: int, queries: int, valid: torch.Tensor | None = None, *, packed: bool = False
+        self,
+        step: Step,
+        batch: int,
+        queries: int,
+        valid: torch.Tensor | None = None,
+        *,
+        packed: bool = False,
     ) -> Forward:
         """A `Forward` over a planned step."""
         return Forward(step, self.backend, batch, queries, valid, self._windows, packed)
@@ -92,7 +108,9 @@ class Bridge:
         if all(fresh) or layer not in self._state_groups:
             return
         if any(fresh):
-            raise ConfigError("a forward over recurrent layers cannot mix sequences with and without history")
+            raise ConfigError(
+                "a forward over recurrent layers cannot mix sequences with and without history"
+            )
         at, group = self._state_groups[layer]
         where = self._units(at, group, tables)
         for (kind, j), f in zip(self.shape.states[layer], group.fields, strict=True):
@@ -129,9 +147,17 @@ class Bridge:
         for r in step.of_layer(layer)[2]:
             x = step.gather(layer, r, name, dtype)[0]
             mask = r.mask()
-            keep = torch.arange(x.shape[1], device=x.device) if mask is None else mask[0, 0].nonzero().squeeze(-1)
+            keep = (
+                torch.arange(x.shape[1], device=x.device)
+                if mask is None
+                else mask[0, 0].nonzero().squeeze(-1)
+            )
             if out is None:
-                heads = sum(len(g.heads(layer)) for g in self.layout.spec.groups if layer in g.layers and g.raw is None)
+                heads = sum(
+                    len(g.heads(layer))
+                    for g in self.layout.spec.groups
+                    if layer in g.layers and g.raw is None
+                )
                 out = x.new_zeros(heads, row.stop, x.shape[2])
             at = r.kpos[0, keep]
             for i, h in enumerate(r.group.heads(layer)):

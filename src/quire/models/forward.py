@@ -1,7 +1,7 @@
 """What one forward of a model is about, and the attention function that a model calls in place of its own.
 
-    model.forward ── attention layer ── KVCache.update(k, v, layer)   writes the new tokens into blocks, returns them as they are
-                                     └─ quire_attention(q, k, v)      reads the blocks: the layer is known by k's identity
+    model.forward ── attention layer ── KVCache.update(k, v, layer)   writes the new tokens into blocks, returns them
+                                     └─ quire_attention(q, k, v)      reads the blocks; k's identity tells the layer
 
 A context variable holds the current `Forward`. Without one (training, a call without a cache) the function computes
 plain attention with transformers' own masks.
@@ -29,11 +29,16 @@ NAME = "quire"
 """The attention implementation's name in transformers' registries."""
 
 _HARMLESS = frozenset(
-    "dropout is_causal position_ids cache_position use_cache output_attentions output_hidden_states return_dict "
-    "output_router_logits past_key_values layer_past layer_idx position_embeddings token_type_ids input_ids "
-    "num_items_in_batch logits_to_keep deterministic cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k "
-    "per_layer_input attention_dropout is_prefill shared_kv_states mm_token_type_ids".split()
+    {
+        *("dropout", "attention_dropout", "is_causal", "is_prefill", "deterministic", "layer_idx"),
+        *("position_ids", "cache_position", "position_embeddings", "input_ids", "token_type_ids"),
+        *("past_key_values", "layer_past", "use_cache", "shared_kv_states", "logits_to_keep"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch"),
+        *("per_layer_input", "mm_token_type_ids"),
+    }
 )
+"""Tensor arguments that models hand on to their attention and that change nothing in it."""
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Forward:
             x = full
         return x.view(self.batch, self.queries, *x.shape[1:])
 
+    @torch.no_grad()
     def write(self, layer: int, names: tuple[str, str], k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores a layer's new keys and values, and remembers whose they are."""
         self.step.write(layer, {names[0]: self.tokens(k), names[1]: self.tokens(v)})
@@ -83,9 +89,12 @@ class Forward:
         """The layer whose cache the tensors are. Raises ConfigError when the model rearranged them after `update`."""
         layer = self.owner.get(id(k))
         if layer is None or self.owner.get(id(v)) != layer:
-            raise ConfigError(f"{type(module).__name__} changes keys or values after storing them in the cache")
+            raise ConfigError(
+                f"{type(module).__name__} changes keys or values after storing them in the cache"
+            )
         return layer
 
+    @torch.no_grad()
     def attend(
         self,
         layer: int,
@@ -140,13 +149,19 @@ def quire_attention(
     """
     odd = sorted(k for k, x in kwargs.items() if isinstance(x, torch.Tensor) and k not in _HARMLESS)
     if odd:
-        raise ConfigError(f"{type(module).__name__} passes {', '.join(odd)} to its attention, which the cache cannot honour")
+        raise ConfigError(
+            f"{type(module).__name__} passes {', '.join(odd)} to its attention, which the cache cannot honour"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     now = CURRENT.get()
     if now is None:
         return _plain(query, key, value, attention_mask, scale, softcap, s_aux), None
     layer = now.layer_of(module, key, value)
-    if now.packed and getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+    if (
+        now.packed
+        and getattr(module, "attn_temperature_tuning", False)
+        and not getattr(module, "use_rope", True)
+    ):
         query = _at_own_positions(module, now, query)
     if hasattr(module, "quire_absorbed"):
         return absorbed(module, now, layer, query, scale), None
@@ -163,20 +178,31 @@ def absorbed(module: Any, now: Forward, layer: int, q: torch.Tensor, scale: floa
     w = module.kv_b_proj.weight.view(q.shape[1], dn + dv, r)
     latent = torch.einsum("bhtd,hdr->bhtr", q[..., :dn], w[:, :dn])
     out = now.attend(
-        layer, torch.cat([latent, q[..., dn:]], -1), scale=scale, keys=("latent", "k_rope"), value="latent"
+        layer,
+        torch.cat([latent, q[..., dn:]], -1),
+        scale=scale,
+        keys=("latent", "k_rope"),
+        value="latent",
     )
     return torch.einsum("bthr,hdr->bthd", out, w[:, dn:]).contiguous()
 
 
 def _at_own_positions(module: Any, now: Forward, q: torch.Tensor) -> torch.Tensor:
-    """Llama-4 scales the queries of its NoPE layers by position, which it takes from the cache's length instead of
-    `position_ids`; in a packed row that is the place in the row. Puts each token's own scale in its place."""
+    """Puts right the scale by position that Llama-4 gives the queries of its NoPE layers.
+
+    It takes the position from the cache's length, not `position_ids`; in a packed row that is the place in the row.
+    """
 
     def scales(positions: torch.Tensor) -> torch.Tensor:
-        return torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        return (
+            torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale))
+            * module.attn_scale
+            + 1.0
+        )
 
     ratio = scales(now.step.positions()) / scales(torch.arange(q.shape[2], device=q.device))
-    return (q * ratio[:, None]).to(q.dtype)
+    turned: torch.Tensor = (q * ratio[:, None]).to(q.dtype)
+    return turned
 
 
 def _plain(
@@ -195,7 +221,11 @@ def _plain(
     if softcap is None and sinks is None:
         share = q.shape[1] // k.shape[1]
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, repeat_kv(k, share), repeat_kv(v, q.shape[1] // v.shape[1]), attn_mask=mask, scale=scale
+            q,
+            repeat_kv(k, share),
+            repeat_kv(v, q.shape[1] // v.shape[1]),
+            attn_mask=mask,
+            scale=scale,
         )
         return out.transpose(1, 2).contiguous()
     part = attend(q, k, v, scale=scale, mask=mask.squeeze(1), softcap=softcap)
@@ -216,7 +246,9 @@ def quire_mask(*args: Any, mask_function: Any = None, **kwargs: Any) -> torch.Te
         )
         return full
     if getattr(mask_function, "__name__", "") == "or_mask":
-        raise RequestError("this input lets tokens see ahead of themselves (an image block); the cache keeps causal text only")
+        raise RequestError(
+            "this input lets tokens see ahead of themselves (an image block); the cache keeps causal text only"
+        )
     return None
 
 

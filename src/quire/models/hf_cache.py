@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 )
 
 from quire.attention.step import Row, Step
-from quire.errors import ConfigError, InvariantError, RequestError
+from quire.errors import CapacityError, ConfigError, InvariantError, RequestError
 from quire.models.forward import CURRENT, Forward
 from quire.store.table import BlockTable
 
@@ -112,7 +112,9 @@ class KVCache(Cache):
 
     # -- a forward inside generate() -----------------------------------------------------------------------------
 
-    def begin(self, batch: int, queries: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+    def begin(
+        self, batch: int, queries: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> None:
         """Makes room for a forward over `[batch, queries]` and makes it current.
 
         Raises:
@@ -122,7 +124,9 @@ class KVCache(Cache):
         if not self.tables:
             self.tables = [self.bridge.store.open() for _ in range(batch)]
         if len(self.tables) != batch:
-            raise RequestError(f"this cache holds {len(self.tables)} sequences, the batch has {batch}")
+            raise RequestError(
+                f"this cache holds {len(self.tables)} sequences, the batch has {batch}"
+            )
         valid = None
         counts = [queries] * batch
         if mask is not None and mask.ndim == 2:
@@ -141,7 +145,7 @@ class KVCache(Cache):
             raise
         rows = [Row(t, s, t.length) for t, s in zip(self.tables, self._starts, strict=True)]
         step = Step(self.bridge.store, self.bridge.layout, rows, self.bridge.device)
-        self.bind([t for t in self.tables])
+        self.bind(list(self.tables))
         self._token = CURRENT.set(self.bridge.forward(step, batch, queries, valid))
 
     def end(self, queries: int) -> None:
@@ -166,8 +170,15 @@ class KVCache(Cache):
                 else:
                     t.truncate(start)
 
-    def _check_positions(self, position_ids: torch.Tensor | None, valid: torch.Tensor | None, counts: list[int]) -> None:
-        if position_ids is None or position_ids.ndim != 2 or not any(self._starts) or valid is not None:
+    def _check_positions(
+        self, position_ids: torch.Tensor | None, valid: torch.Tensor | None, counts: list[int]
+    ) -> None:
+        if (
+            position_ids is None
+            or position_ids.ndim != 2
+            or not any(self._starts)
+            or valid is not None
+        ):
             return
         if int(position_ids[0, 0]) == 0 and self._starts[0] > 0 and counts[0] > 1:
             raise RequestError(
@@ -176,7 +187,12 @@ class KVCache(Cache):
             )
 
     def _check_states(self, queries: int) -> None:
-        if self.bridge.has_state and not self.bridge.chunked_prefill and queries > 1 and any(self._starts):
+        if (
+            self.bridge.has_state
+            and not self.bridge.chunked_prefill
+            and queries > 1
+            and any(self._starts)
+        ):
             raise RequestError(
                 "this model (Mamba-1 kind) restarts its scan on several tokens at once; feed one token, or start afresh"
             )
@@ -247,10 +263,18 @@ class KVCache(Cache):
         """Row i continues what row `beam_idx[i]` was: forks where a row is wanted again, releases what nobody wants."""
         order = beam_idx.tolist()
         used: set[int] = set()
-        fresh = []
-        for i in order:
-            fresh.append(self.tables[i].fork() if i in used else self.tables[i])
-            used.add(i)
+        fresh: list[BlockTable] = []
+        forks: list[BlockTable] = []
+        try:
+            for i in order:
+                if i in used:
+                    forks.append(self.tables[i].fork())
+                fresh.append(forks[-1] if i in used else self.tables[i])
+                used.add(i)
+        except CapacityError:
+            for t in forks:
+                t.release()
+            raise
         for i, t in enumerate(self.tables):
             if i not in used:
                 t.release()
@@ -281,7 +305,9 @@ class KVCache(Cache):
 
     # -- looking -------------------------------------------------------------------------------------------------
 
-    def history(self, now: Forward, layer: int, names: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def history(
+        self, now: Forward, layer: int, names: tuple[str, str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense fallback: all keys and values of the batch, `[B, heads, columns + T, D]`, zeros where padding was."""
         rows = now.step.rows
         longest = self.columns + now.queries
@@ -296,14 +322,22 @@ class KVCache(Cache):
 
     def held_bytes(self) -> int:
         """Bytes of the blocks that the rows reference, a shared block once."""
-        seen = {(id(c.pool), int(b)): c.group.block_bytes for t in self.tables for c in t.chains for b in c.live()}
+        seen = {
+            (id(c.pool), int(b)): c.group.block_bytes
+            for t in self.tables
+            for c in t.chains
+            for b in c.live()
+        }
         return sum(seen.values())
 
     def __repr__(self) -> str:
-        return f"KVCache({len(self.tables)} rows, lengths {[t.length for t in self.tables]}, {self.held_bytes():,} bytes)"
+        lengths = [t.length for t in self.tables]
+        return f"KVCache({len(lengths)} rows, lengths {lengths}, {self.held_bytes():,} bytes)"
 
 
 def check_layers(kinds: Sequence[str]) -> None:
     """Refuses a model none of whose layers keeps anything."""
     if not any(k in ("attention", "state", "hybrid") for k in kinds):
-        raise ConfigError("this model hands nothing to a cache: no keys, no values, no recurrent state")
+        raise ConfigError(
+            "this model hands nothing to a cache: no keys, no values, no recurrent state"
+        )

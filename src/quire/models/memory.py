@@ -9,7 +9,17 @@ import torch
 
 from quire.errors import ConfigError
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
 
 
 def free_bytes(device: torch.device | str) -> int:
@@ -32,10 +42,14 @@ def arena_bytes(memory: int | float | str, device: torch.device | str) -> int:
     if isinstance(memory, str):
         memory = _parse(memory)
     if isinstance(memory, bool) or memory <= 0:
-        raise ConfigError(f"memory must be above zero, not {memory!r}; for example 8GiB, 0.5 or 50%")
+        raise ConfigError(
+            f"memory must be above zero, not {memory!r}; for example 8GiB, 0.5 or 50%"
+        )
     if isinstance(memory, float):
         if memory > 1:
-            raise ConfigError(f"memory as a share must lie in (0, 1], not {memory}; for bytes give a unit, as in 8GiB")
+            raise ConfigError(
+                f"memory as a share must lie in (0, 1], not {memory}; for bytes give a unit, as in 8GiB"
+            )
         return int(memory * free_bytes(device))
     return memory
 
@@ -48,7 +62,9 @@ def _parse(text: str) -> int | float:
     if unit == "%":
         return float(number) / 100
     if unit not in _UNITS:
-        raise ConfigError(f"memory {text!r}: unknown unit {found[2]!r}; known: KiB, MiB, GiB, KB, MB, GB, %")
+        raise ConfigError(
+            f"memory {text!r}: unknown unit {found[2]!r}; known: KiB, MiB, GiB, KB, MB, GB, %"
+        )
     if not unit and "." in number:
         return float(number)
     return int(float(number) * _UNITS[unit])

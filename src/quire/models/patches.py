@@ -1,4 +1,4 @@
-"""Changes to a model that an attachment makes and undoes: the attention's name, MLA's expansion, and a few own attentions.
+"""Changes to a model that an attachment makes and undoes: the attention's name, MLA's expansion, a few own attentions.
 
 Models outside transformers' attention interface that are served all the same are in `_ATTENTIONS`, by the class name of
 their attention module. Each entry replaces one method per instance.
@@ -10,12 +10,13 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from quire.models.forward import CURRENT, NAME
 from quire.models.probe import attention_modules
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Patches:
@@ -60,10 +61,12 @@ class Patches:
     def _named(self, name: str) -> Any:
         """The argument that sets the text decoder only, leaving vision and audio towers alone."""
         config = self.model.config
-        subs = [n for n in getattr(config, "sub_configs", {}) if getattr(config, n, None) is not None]
+        subs = [
+            n for n in getattr(config, "sub_configs", {}) if getattr(config, n, None) is not None
+        ]
         text = config.get_text_config(decoder=True)
         own = [n for n in subs if getattr(config, n) is text]
-        return {n: name for n in own} if own else name
+        return dict.fromkeys(own, name) if own else name
 
     def absorb_latents(self) -> bool:
         """MLA: the attention gets latents instead of expanded keys and values. False when there are none."""
@@ -105,17 +108,25 @@ def _or_original(function: Callable[..., Any], original: Callable[..., Any]) -> 
     """The model's own method while no `Forward` is current (a call without our cache)."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs) if CURRENT.get() is None else function(self, *args, **kwargs)
+        return (
+            original(*args, **kwargs) if CURRENT.get() is None else function(self, *args, **kwargs)
+        )
 
     return call
 
 
-def _keep_latents(self: Any, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _keep_latents(
+    self: Any, latent: torch.Tensor, k_rope: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return latent, k_rope
 
 
 def _gptj_attention(
-    self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
 ) -> tuple[torch.Tensor, None]:
     """GPT-J and CodeGen: `[B, H, T, D]` in and out."""
     now = CURRENT.get()
@@ -126,7 +137,11 @@ def _gptj_attention(
 
 
 def _gptneo_attention(
-    self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
 ) -> tuple[torch.Tensor, None]:
     """GPT-Neo: unscaled scores; local layers have a window that only the module knows."""
     now = CURRENT.get()

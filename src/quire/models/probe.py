@@ -54,10 +54,18 @@ class _Recorder(DynamicCache):
     seen: dict[int, tuple[torch.Size, torch.Size]]
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.seen[layer_idx] = (key_states.shape, value_states.shape)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        kept: tuple[torch.Tensor, torch.Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return kept
 
 
 def text_config(model: Any) -> Any:
@@ -70,7 +78,9 @@ def check_causal(model_or_config: Any) -> None:
     config = getattr(model_or_config, "config", model_or_config)
     kind = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"{kind} is an encoder-decoder model; Quire caches decoder-only (causal) models")
+        raise ConfigError(
+            f"{kind} is an encoder-decoder model; Quire caches decoder-only (causal) models"
+        )
 
 
 def spans(config: Any, *, dense: bool = False) -> tuple[list[str], list[Span], list[int]]:
@@ -88,7 +98,11 @@ def spans(config: Any, *, dense: bool = False) -> tuple[list[str], list[Span], l
 
 def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that expand latents (MLA) in a form that can be absorbed."""
-    return [m for m in model.modules() if hasattr(m, "expand_kv") and hasattr(m, "kv_b_proj") and hasattr(m, "kv_lora_rank")]
+    return [
+        m
+        for m in model.modules()
+        if hasattr(m, "expand_kv") and hasattr(m, "kv_b_proj") and hasattr(m, "kv_lora_rank")
+    ]
 
 
 @torch.no_grad()
@@ -102,13 +116,19 @@ def probe(model: Any) -> Shape:
     accepts = frozenset(inspect.signature(model.forward).parameters)
     cache_name = next((n for n in ("past_key_values", "cache_params") if n in accepts), None)
     if cache_name is None:
-        raise ConfigError(f"{type(model).__name__} takes no cache; Quire needs a causal model that transformers can cache")
+        raise ConfigError(
+            f"{type(model).__name__} takes no cache; Quire needs a causal model that transformers can cache"
+        )
     config = text_config(model)
     try:
         types, spans_, counts = spans(config)
         recorder = _Recorder(config=config)
-    except Exception as e:  # transformers raises many kinds here for layer types it has no cache for
-        raise ConfigError(f"{type(model).__name__}: transformers has no cache for its layers ({e})") from e
+    except (
+        Exception
+    ) as e:  # transformers raises many kinds here for layer types it has no cache for
+        raise ConfigError(
+            f"{type(model).__name__}: transformers has no cache for its layers ({e})"
+        ) from e
     recorder.seen = {}
     run_model(model, torch.tensor([[1, 2]], device=model.device), recorder, cache_name, accepts)
     kinds: list[str] = []
@@ -123,7 +143,9 @@ def probe(model: Any) -> Shape:
             k, v = recorder.seen[i]
             first, second = ("latent", "k_rope") if shape.mla else ("k", "v")
             if k[1] != v[1]:
-                raise ConfigError(f"layer {i} has {k[1]} key heads and {v[1]} value heads; they must agree")
+                raise ConfigError(
+                    f"layer {i} has {k[1]} key heads and {v[1]} value heads; they must agree"
+                )
             stored = (Field(first, (k[3],), dtype), Field(second, (v[3],), dtype))
             layers.append(KVLayer(i, int(k[1]), stored, spans_[i] if i < len(spans_) else Full()))
         if fields:
@@ -137,7 +159,9 @@ def probe(model: Any) -> Shape:
         if both:
             shape.n_states[i] = counts[i] if i < len(counts) else 1
     if not layers:
-        raise ConfigError(f"{type(model).__name__} hands nothing to a transformers cache: no keys, values or states")
+        raise ConfigError(
+            f"{type(model).__name__} hands nothing to a transformers cache: no keys, values or states"
+        )
     shape.shared = _shared(config, types)
     return shape
 
@@ -150,7 +174,14 @@ def _state_fields(layer: Any) -> tuple[tuple[Field, ...], list[tuple[str, int]]]
     for kind, states in (("conv", layer.conv_states), ("rec", layer.recurrent_states)):
         for j, x in states.items():
             if x is not None:
-                fields.append(Field(f"{kind}{j}", tuple(x.shape[1:]), str(x.dtype).removeprefix("torch."), "block"))
+                fields.append(
+                    Field(
+                        f"{kind}{j}",
+                        tuple(x.shape[1:]),
+                        str(x.dtype).removeprefix("torch."),
+                        "block",
+                    )
+                )
                 names.append((kind, j))
     return tuple(fields), names
 
@@ -166,7 +197,12 @@ def _shared(config: Any, types: list[str]) -> dict[int, int]:
 
 
 def run_model(
-    model: Any, ids: torch.Tensor, cache: Any, cache_name: str, accepts: frozenset[str], **extra: Any
+    model: Any,
+    ids: torch.Tensor,
+    cache: Any,
+    cache_name: str,
+    accepts: frozenset[str],
+    **extra: Any,
 ) -> torch.Tensor:
     """One forward with a cache; returns logits. Only arguments that the model takes are passed."""
     given = {k: v for k, v in extra.items() if k in accepts or "kwargs" in accepts}
@@ -177,4 +213,6 @@ def run_model(
 
 def holds_states(layer: Any) -> bool:
     """Whether a transformers cache layer carries recurrent state."""
-    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(
+        layer, CacheLayerMixin
+    )

@@ -3,8 +3,8 @@
 transformers chooses LongRoPE's factors and dynamic NTK's base by the largest position of the whole forward
 (`modeling_rope_utils.dynamic_rope_update`), so one long request would change short ones beside it.
 
-    longrope   two regimes, up to the original context and beyond it; a sequence that crosses over is computed anew, since
-               its earlier keys were turned by the other factors
+    longrope   two regimes, up to the original context and beyond it; a sequence that crosses over is computed anew,
+               since its earlier keys were turned by the other factors
     dynamic    beyond the original context every length has its own base: such a sequence runs alone, its prompt whole
 """
 
@@ -22,15 +22,27 @@ class Regimes:
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config(decoder=True)
         found = _parameters(config)
-        self.kind = next((k for k in ("dynamic", "longrope") if any(_kind(p) == k for p in found)), "fixed")
+        self.kind = next(
+            (k for k in ("dynamic", "longrope") if any(_kind(p) == k for p in found)), "fixed"
+        )
         limits = [p.get("original_max_position_embeddings") for p in found if _kind(p) == self.kind]
-        named = getattr(config, "original_max_position_embeddings", None) if self.kind == "longrope" else None
+        named = (
+            getattr(config, "original_max_position_embeddings", None)
+            if self.kind == "longrope"
+            else None
+        )
         known = [int(x) for x in (*limits, named) if x]
-        self.limit = min(known) if known else int(getattr(config, "max_position_embeddings", 0) or 0)
+        self.limit = (
+            min(known) if known else int(getattr(config, "max_position_embeddings", 0) or 0)
+        )
         factors = [float(p.get("factor") or 1.0) for p in found if self.kind == "dynamic"]
         self.stretch = max(factors, default=1.0)
         """How far beyond `max_position_embeddings` the context reaches."""
-        self._modules = [m for m in model.modules() if hasattr(m, "max_seq_len_cached") and hasattr(m, "original_max_seq_len")]
+        self._modules = [
+            m
+            for m in model.modules()
+            if hasattr(m, "max_seq_len_cached") and hasattr(m, "original_max_seq_len")
+        ]
 
     @property
     def chunked_prefill(self) -> bool:
@@ -55,7 +67,11 @@ class Regimes:
             if m.max_seq_len_cached != m.original_max_seq_len:
                 m.max_seq_len_cached = m.original_max_seq_len
                 with torch.no_grad():
-                    m.register_buffer("inv_freq", m.original_inv_freq.to(m.inv_freq.device).clone(), persistent=False)
+                    m.register_buffer(
+                        "inv_freq",
+                        m.original_inv_freq.to(m.inv_freq.device).clone(),
+                        persistent=False,
+                    )
 
 
 def _parameters(config: Any) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -97,7 +98,9 @@ class ModelRunner:
         way = self.bridge.way
         for i, item in enumerate(items):
             key: Any = self._regimes.of(item.stop)
-            if way == "dense" or (way == "rows" and not (item.stop - item.start == 1 and item.start > 0)):
+            if way == "dense" or (
+                way == "rows" and not (item.stop - item.start == 1 and item.start > 0)
+            ):
                 key = ("alone", i)
             groups.setdefault(key, []).append(i)
         return list(groups.values())
@@ -110,19 +113,31 @@ class ModelRunner:
         if self.bridge.has_state and not self.chunked_prefill:
             for r in rows:
                 if r.start and r.stop - r.start > 1:
-                    raise InvariantError("a Mamba-1 kind restarts its scan on several tokens at once; prefill whole prompts")
+                    raise InvariantError(
+                        "a Mamba-1 kind restarts its scan on several tokens at once; prefill whole prompts"
+                    )
         ids = torch.tensor(
-            [t for x, r in zip(items, rows, strict=True) for t in x.tokens[r.start : r.stop]], device=self.device
+            [t for x, r in zip(items, rows, strict=True) for t in x.tokens[r.start : r.stop]],
+            device=self.device,
         )
         if ids.numel() and int(ids.max()) >= self.vocab_size:
-            raise RequestError(f"token id {int(ids.max())} is outside the vocabulary of {self.vocab_size}")
+            raise RequestError(
+                f"token id {int(ids.max())} is outside the vocabulary of {self.vocab_size}"
+            )
         step = Step(self.bridge.store, self.bridge.layout, rows, self.device)
         wanted = [x.logits for x in items]
         batched = self.bridge.way in ("rows", "dense")
         shape = (len(items), -1) if batched else (1, -1)
         last = torch.tensor([r.stop - r.start for r in rows], device=self.device).cumsum(0)
-        index = torch.cat([torch.arange(int(e) - n, int(e), device=self.device) for e, n in zip(last, wanted, strict=True)])
-        logits = self._call(step, ids.view(shape), step.positions().view(shape), rows, index, batched)
+        index = torch.cat(
+            [
+                torch.arange(int(e) - n, int(e), device=self.device)
+                for e, n in zip(last, wanted, strict=True)
+            ]
+        )
+        logits = self._call(
+            step, ids.view(shape), step.positions().view(shape), rows, index, batched=batched
+        )
         return list(logits.split(wanted))
 
     def _row(self, item: Item) -> Row:
@@ -138,17 +153,26 @@ class ModelRunner:
         size = max(g.block_tokens for g in self.bridge.layout.spec.groups)
         cuts = [item.start, *range((item.start // size + 1) * size, item.stop, size), item.stop]
         parts = []
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in itertools.pairwise(cuts):
             row = Row(item.table, a, b)
             step = Step(self.bridge.store, self.bridge.layout, [row], self.device)
             n = max(0, min(b - a, b - (item.stop - item.logits)))
             ids = torch.tensor([list(item.tokens[a:b])], device=self.device)
             index = torch.arange(b - a - n, b - a, device=self.device)
-            parts.append(self._call(step, ids, step.positions().view(1, -1), [row], index, True))
+            parts.append(
+                self._call(step, ids, step.positions().view(1, -1), [row], index, batched=True)
+            )
         return [torch.cat(parts)]
 
     def _call(
-        self, step: Step, ids: torch.Tensor, pos: torch.Tensor, rows: list[Row], index: torch.Tensor, batched: bool
+        self,
+        step: Step,
+        ids: torch.Tensor,
+        pos: torch.Tensor,
+        rows: list[Row],
+        index: torch.Tensor,
+        *,
+        batched: bool,
     ) -> torch.Tensor:
         """One forward of the model; logits of the flat token positions `index`, float32."""
         accepts = self.bridge.shape.accepts

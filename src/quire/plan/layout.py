@@ -85,8 +85,7 @@ def build_layout(
     Raises:
         ConfigError: the recipe cannot serve this model.
     """
-    if config.keep != "full":
-        raise ConfigError(f"keep={config.keep!r} is not known; keep='full' is what exists so far")
+    check_config(config)
     recipe = parse_recipe(config.kv if codecs is None else "auto")
     n_layers = 1 + max(x.layer for x in layers)
     if any(not -n_layers <= s < n_layers for s in recipe.skip_layers):
@@ -101,6 +100,13 @@ def build_layout(
         chosen = {f.name: _choose(f, x.layer, n_layers, recipe, codecs, dtype) for f in x.fields}
         made.add_tokens(x, chosen)
     return made.layout(dict(shared or {}))
+
+
+def check_config(config: KVConfig) -> None:
+    """Refuses a configuration that no model can have. Raises ConfigError."""
+    if config.keep != "full":
+        raise ConfigError(f"keep={config.keep!r} is not known; known: full")
+    parse_recipe(config.kv)
 
 
 def _choose(
