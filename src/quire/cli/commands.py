@@ -203,3 +203,49 @@ def run(
 
     options = RunOptions.resolve("run", context.params)
     raise typer.Exit(main(prompt or [], options))
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    session: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Keep the conversation and its cache here; resume it when the file is there.",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", show_default=False, help="What the model is told first."),
+    ] = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    kv: KV = None,
+    keep: Keep = None,
+    memory: Memory = None,
+    block_tokens: BlockTokens = None,
+    attention: Attention = None,
+    max_tokens: Annotated[
+        int | None, _option(_SAMPLING, "--max-tokens", "N", "Most tokens of a reply; default: 256.")
+    ] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    quiet: Quiet = False,
+    config: Config = None,
+) -> None:
+    """Talk to a model that keeps its cache between turns.
+
+    Each turn computes only what is new in it, and says how much that saved. Lines may also be piped in.
+    Inside, /help lists the commands.
+    """
+    from quire.cli.chat import main
+    from quire.cli.options import ChatOptions
+
+    raise typer.Exit(main(ChatOptions.resolve("chat", context.params)))

@@ -13,7 +13,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -107,6 +107,7 @@ class Loaded:
         tokenizer: None when it comes without one.
         name: as the user wrote it.
         eos_token_ids: what ends its texts, by its generation config, its config and its tokenizer.
+        config: config.json.
         missing: weights that the file lacks and that were drawn at random: the text will be noise.
     """
 
@@ -114,6 +115,7 @@ class Loaded:
     tokenizer: Any
     name: str
     eos_token_ids: tuple[int, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 
     @cached_property
@@ -416,7 +418,8 @@ def load_model(
         raise ConfigError(f"{source.name}: its weights cannot be loaded ({_line(e)})") from e
     missing = tuple(sorted(str(k) for k in info.get("missing_keys", ())))
     tokenizer = source.tokenizer
-    return Loaded(model.eval(), tokenizer, source.name, _eos(model, tokenizer), missing)
+    eos = _eos(model, tokenizer)
+    return Loaded(model.eval(), tokenizer, source.name, eos, source.config, missing)
 
 
 def _eos(model: Any, tokenizer: Any) -> tuple[int, ...]:

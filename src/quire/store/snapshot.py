@@ -1,0 +1,287 @@
+"""One sequence's cache as a file, and back, bit for bit.
+
+    safetensors   header: {"quire": json}       what the blocks are: spec, lengths, the order of every chain
+                  chain0: [n, block_bytes] u8   the blocks of the first chain that are still held, in order
+                  chain1: ...
+
+Nothing in the file is executed, and nothing is trusted: a checksum covers blocks and header, and a file of another
+`CacheSpec` is refused, because its bytes would mean something else. Bytes behind the last token are written as zeros:
+memory that belonged to somebody else does not leave the process.
+
+Reading a header needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quire.errors import CapacityError, ConfigError, InvariantError, TierError
+from quire.spec import CacheGroup, CacheSpec
+from quire.store.chain import GONE, Chain
+
+if TYPE_CHECKING:
+    from quire.store.store import BlockStore
+    from quire.store.table import BlockTable
+
+__all__ = ["Snapshot", "load_table", "read_snapshot", "save_table", "spec_digest"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a file says about itself.
+
+    Args:
+        path: where it lies.
+        spec: digest of the `CacheSpec` that its blocks follow.
+        length: logical tokens.
+        chains: per chain: group name, coords, entries, which of them are held, and where it was cut.
+        extra: what the caller put in, strings only.
+        checksum: SHA-256 over all of the above and the blocks.
+    """
+
+    path: Path
+    spec: str
+    length: int
+    chains: tuple[Mapping[str, Any], ...]
+    extra: Mapping[str, str]
+    checksum: str
+
+
+def spec_digest(spec: CacheSpec) -> str:
+    """SHA-256 over all that gives a block's bytes their meaning: groups, coordinates, fields, codecs, sizes."""
+    groups = [
+        (g.name, g.coords, g.fields, g.span, g.codec, g.retention, g.block_tokens, g.raw)
+        for g in spec.groups
+    ]
+    return hashlib.sha256(repr((FORMAT, groups, sorted(spec.shared.items()))).encode()).hexdigest()
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def save_table(
+    path: str | os.PathLike[str], table: BlockTable, extra: Mapping[str, str] | None = None
+) -> None:
+    """Writes a sequence's blocks to a file, which appears whole or not at all.
+
+    Args:
+        path: where to; a file there is replaced.
+        table: all of its tokens committed.
+        extra: kept beside them, for instance the tokens.
+
+    Raises:
+        ConfigError: the file cannot be written.
+        InvariantError: the table has tokens that are not final.
+
+    Cost: the held blocks once through host memory.
+    """
+    from safetensors.numpy import save_file
+
+    if table.closed or table.committed != table.length:
+        raise InvariantError(
+            f"only settled tables can be saved: {table.committed} of {table.length} tokens committed"
+        )
+    blocks = {f"chain{i}": _bytes_of(table, chain) for i, chain in enumerate(table.chains)}
+    meta = {
+        "format": FORMAT,
+        "spec": spec_digest(table.store.spec),
+        "length": table.length,
+        "chains": [_record(chain) for chain in table.chains],
+        "extra": dict(extra or {}),
+    }
+    document = json.dumps(meta | {"checksum": _checksum(meta, blocks)})
+    target = Path(path)
+    half = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        save_file(blocks, half, metadata={"quire": document})
+        half.replace(target)
+    except OSError as e:
+        half.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{target} cannot be written ({e.strerror or e}); choose another place"
+        ) from e
+
+
+def _record(chain: Chain) -> dict[str, Any]:
+    ids = chain.ids[: chain.count]
+    return {
+        "group": chain.group.name,
+        "coords": [list(c) for c in chain.group.coords],
+        "held": "".join("0" if b == GONE else "1" for b in ids),
+        "cursor": chain.cursor,
+        "sealed": chain.sealed,
+        "cut": chain.cut,
+        "kept": None if chain.kept is None else [int(p) for p in chain.kept],
+    }
+
+
+def _bytes_of(table: BlockTable, chain: Chain) -> np.ndarray:
+    """`[held, block_bytes] uint8`: the chain's blocks, zeros where no token is."""
+    size, pool, buffer = chain.group.block_bytes, chain.pool, table.store.arena.buffer
+    live = [int(b) for b in chain.live()]
+    out = np.zeros((len(live), size), np.uint8)
+    for row, block in enumerate(live):
+        at = pool.byte_offset(block)
+        out[row] = buffer[at : at + size].cpu().numpy()
+    if live and chain.ids[chain.count - 1] != GONE and chain.partial(table.length):
+        _blank(out[-1], chain, table.length)
+    return out
+
+
+def _blank(block: np.ndarray, chain: Chain, length: int) -> None:
+    """Zeros the rows of a partly filled block that hold no token."""
+    group = chain.group
+    used = chain.slot(length) % group.block_tokens
+    if group.recurrent or not used:
+        return
+    offsets = group.field_offsets
+    for tile in range(len(group.coords)):
+        for f in group.fields:
+            if f.per == "token":
+                start = tile * group.tile_bytes + offsets[f.name]
+                block[start + used * f.item_bytes : start + f.bytes_in(group.block_tokens)] = 0
+
+
+def _checksum(meta: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) -> str:
+    found = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name in sorted(blocks):
+        found.update(f"{name} {blocks[name].shape}".encode())
+        found.update(np.ascontiguousarray(blocks[name]).data)
+    return found.hexdigest()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
+    """The header alone: enough to refuse a file before a model is loaded. Its checksum is not verified yet.
+
+    Raises:
+        ConfigError: there is no such file, or it is no snapshot.
+        TierError: it is damaged.
+    """
+    return _open(Path(path), blocks=False)[0]
+
+
+def load_table(snapshot: Snapshot, store: BlockStore) -> BlockTable:
+    """A sequence as it was when it was saved, in blocks of `store`.
+
+    Raises:
+        ConfigError: the store's spec is another one.
+        TierError: the file is damaged, or was changed since its header was read.
+        CapacityError: the store has no room for it; nothing was taken.
+    """
+    if snapshot.spec != spec_digest(store.spec):
+        raise ConfigError(
+            f"{snapshot.path} was saved with another model, codec or block size; use the same ones, or another file"
+        )
+    now, blocks = _open(snapshot.path, blocks=True)
+    meta = {
+        "format": FORMAT,
+        "spec": now.spec,
+        "length": now.length,
+        "chains": [dict(c) for c in now.chains],
+        "extra": dict(now.extra),
+    }
+    if now.checksum != snapshot.checksum or _checksum(meta, blocks) != now.checksum:
+        raise _damaged(snapshot.path)
+    table = store.open()
+    table.chains = []
+    try:
+        for i, record in enumerate(now.chains):
+            _restore(table, record, blocks[f"chain{i}"])
+    except (KeyError, TypeError, ValueError) as e:
+        table.release()
+        raise _damaged(snapshot.path) from e
+    except CapacityError:
+        table.release()
+        raise
+    table.length = table.accepted = table.committed = now.length
+    return table
+
+
+def _open(path: Path, *, blocks: bool) -> tuple[Snapshot, dict[str, np.ndarray]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="numpy") as f:
+            document = (f.metadata() or {}).get("quire")
+            found = {n: f.get_tensor(n) for n in f.keys()} if blocks else {}  # noqa: SIM118 - no mapping
+    except SafetensorError as e:
+        raise _damaged(path) from e
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read ({e.strerror or e})") from e
+    if document is None:
+        raise ConfigError(f"{path} is a safetensors file, but holds no cache of Quire's")
+    try:
+        meta = json.loads(document)
+        if meta["format"] != FORMAT:
+            raise ConfigError(
+                f"{path} has format {meta['format']}; this version reads format {FORMAT}"
+            )
+        head = Snapshot(
+            path,
+            str(meta["spec"]),
+            int(meta["length"]),
+            tuple(dict(c) for c in meta["chains"]),
+            {str(k): str(v) for k, v in meta["extra"].items()},
+            str(meta["checksum"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        if isinstance(e, ConfigError):
+            raise
+        raise _damaged(path) from e
+    return head, found
+
+
+def _restore(table: BlockTable, record: Mapping[str, Any], rows: np.ndarray) -> None:
+    """One more chain of the table, over blocks of its own, with the saved bytes."""
+    import torch
+
+    store = table.store
+    group = _group(store.spec, record)
+    if rows.dtype != np.uint8 or rows.shape != (record["held"].count("1"), group.block_bytes):
+        raise ValueError(f"{rows.dtype} {rows.shape} for {group.name}")
+    pool = store.pool_for(group)
+    chain = Chain(group, pool)
+    table.chains.append(chain)
+    buffer, at = store.arena.buffer, 0
+    for held in record["held"]:
+        if held == "1":
+            block = pool.take()
+            chain.push(block)
+            start = pool.byte_offset(block)
+            buffer[start : start + group.block_bytes] = torch.from_numpy(rows[at]).to(buffer.device)
+            at += 1
+        else:
+            chain.push(GONE)
+            chain.held -= 1
+    chain.cursor, chain.sealed, chain.cut = (int(record[k]) for k in ("cursor", "sealed", "cut"))
+    chain.kept = None if record["kept"] is None else np.asarray(record["kept"], np.int64)
+
+
+def _group(spec: CacheSpec, record: Mapping[str, Any]) -> CacheGroup:
+    """The group that a chain belongs to, narrowed where a sequence had split it."""
+    name = record["group"]
+    group = spec.group(name.partition("/")[0])
+    coords = tuple((int(a), int(b)) for a, b in record["coords"])
+    same = group.name == name and group.coords == coords
+    return group if same else replace(group, name=name, coords=coords)
+
+
+def _damaged(path: Path) -> TierError:
+    return TierError(
+        f"{path} is damaged: its content does not match its checksum; restore a copy, or begin a new file"
+    )
