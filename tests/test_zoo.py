@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from functools import cache
 
 import pytest
 import torch
 
+import sweep_models
 import zoo
+import zoo_sweep
 
 N_TOKENS = 24
 CONTROLS = [(entry.name, feature) for entry in zoo.ZOO.values() for feature in entry.controls]
@@ -88,3 +92,67 @@ def test_refused_entries_are_what_they_say() -> None:
     assert zoo.build("t5").config.is_encoder_decoder
     assert zoo.names("refused")
     assert not set(zoo.names("refused")) & set(zoo.names())
+
+
+# --- The sweep ------------------------------------------------------------------------------------
+
+
+class RefusedError(Exception):
+    """Stands for an exception of the package."""
+
+    __module__ = "quire.errors"
+
+
+def fake_check(model: torch.nn.Module) -> tuple[str, int, int, float]:
+    """Says something else of every class."""
+    kind = type(model).__name__
+    if kind == "Qwen2ForCausalLM":
+        raise RefusedError("not today,\n  because")
+    if kind == "PhiForCausalLM":
+        raise KeyError("oops")
+    return ("packed", 3, 3, 2e-6) if kind == "LlamaForCausalLM" else ("rows", 2, 3, 0.5)
+
+
+def test_sweep_writes_a_page_that_tells_right_from_wrong() -> None:
+    types = ["llama", "mamba2", "qwen2", "phi", "gemma4_assistant"]
+    rows = {row.model_type: row for row in sweep_models.sweep(types, fake_check)}
+    assert rows["llama"].good
+    assert not rows["mamba2"].good
+    assert (rows["qwen2"].way, rows["qwen2"].reason) == ("refused", "not today, because")
+    assert (rows["phi"].way, rows["phi"].reason) == ("failed", "KeyError: 'oops'")
+    assert rows["gemma4_assistant"].way == "not built"
+    count = sweep_models.totals(list(rows.values()))
+    assert (count["packed"], count["all"], count["wrong"], count["refused"]) == (1, 1, 1, 1)
+    page = sweep_models.page(list(rows.values()), versions="v")
+    assert "| llama | LlamaForCausalLM | packed | 3/3 | 2e-06 |  |" in page
+    assert "| mamba2 | Mamba2ForCausalLM | **rows: wrong** | 2/3 | 5e-01 |  |" in page
+    assert "| **all ways** | **1** |" in page
+
+
+def test_sweep_outlives_a_class_that_hangs_and_one_that_dies() -> None:
+    def check(model: torch.nn.Module) -> tuple[str, int, int, float]:
+        os._exit(7) if type(model).__name__ == "LlamaForCausalLM" else time.sleep(60)
+        raise AssertionError
+
+    rows = {r.model_type: r for r in sweep_models.sweep(["llama", "phi"], check, limit_s=8.0)}
+    assert rows["llama"].reason == "died, exit 7"
+    assert rows["phi"].reason == "no answer within 8 s"
+
+
+def test_recipe_knows_the_whole_mapping() -> None:
+    types = zoo_sweep.all_causal_types()
+    assert {"llama", "jamba", "gemma3"} <= set(types)
+    assert set(zoo_sweep.EXCLUDED) <= set(types)
+    assert set(zoo_sweep.SPECIAL) <= set(types)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3", "bart", "falcon_h1"])
+def test_swept_models_can_tell_right_from_wrong(model_type: str) -> None:
+    model = zoo_sweep.build_any(model_type)
+    again = zoo_sweep.build_any(model_type).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+    tokens, logits = zoo.reference(model, zoo_sweep.TEXTS, zoo_sweep.N_TOKENS)
+    assert len({t for text in tokens for t in text}) >= 8
+    assert zoo.no_near_ties(logits)
+    assert zoo_sweep.first_error([text[0] for text in logits], logits) == 0
+    assert zoo_sweep.first_error([text[1] for text in logits], logits) > 0.1
