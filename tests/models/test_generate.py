@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +149,26 @@ def test_deepcopy_is_a_fork() -> None:
         del twins, cache
         gc.collect()
         assert pool.held == 0
+
+
+def test_saved_cache_continues(tmp_path: Path) -> None:
+    """A batch of unlike rows to files and back, in another attachment: the next tokens are the same."""
+    with attach(zoo.build("mistral")) as attached:
+        cache = attached.cache()
+        attached.bridge.model.generate(**padded(), past_key_values=cache, do_sample=False, **NEW)
+        cache.save(tmp_path / "saved")
+        want = attached.bridge.model(torch.tensor([[3]] * 3), past_key_values=cache).logits
+    with attach(zoo.build("mistral")) as again:
+        loaded = again.load(tmp_path / "saved")
+        assert [t.length for t in loaded.tables] == [len(t) + 11 for t in TEXTS]
+        got = again.bridge.model(torch.tensor([[3]] * 3), past_key_values=loaded).logits
+        assert torch.equal(got, want)
+    with (
+        attach(zoo.build("mistral"), kv="bf16") as other,
+        pytest.raises(quire.QuireError) as caught,
+    ):
+        other.load(tmp_path / "saved")
+    assert "\n" not in str(caught.value)
 
 
 def test_streaming() -> None:

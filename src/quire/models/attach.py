@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -262,6 +263,10 @@ class Attachment:
     def cache(self) -> KVCache:
         """An empty cache, to be passed as `past_key_values`; `generate()` makes one by itself."""
         return self.bridge.cache()
+
+    def load(self, folder: str | os.PathLike[str]) -> KVCache:
+        """A cache that `KVCache.save` wrote. Raises ConfigError, TierError, CapacityError."""
+        return KVCache.load(self.bridge, folder)
 
     def detach(self) -> None:
         """Gives the model its own attention and cache back. Idempotent."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers.cache_utils import (
 from quire.attention.step import Row, Step
 from quire.errors import CapacityError, ConfigError, InvariantError, RequestError
 from quire.models.forward import CURRENT, Forward
+from quire.store.snapshot import load_table, read_snapshot, save_table
 from quire.store.table import BlockTable
 
 if TYPE_CHECKING:
@@ -291,6 +294,49 @@ class KVCache(Cache):
         for t in self.tables:
             t.release()
         self.tables, self.columns = [], 0
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes every row to a file of its own in `folder`, bit for bit; `load` continues from there.
+
+        Raises:
+            ConfigError: nothing to save, or the folder cannot be written.
+        """
+        if not self.tables:
+            raise ConfigError("this cache is empty; there is nothing to save")
+        place = Path(folder)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(
+                f"{place} cannot be made ({e.strerror}); choose another folder"
+            ) from e
+        for i, table in enumerate(self.tables):
+            about = {"row": str(i), "rows": str(len(self.tables)), "columns": str(self.columns)}
+            save_table(place / f"row{i}.safetensors", table, about)
+
+    @classmethod
+    def load(cls, bridge: Bridge, folder: str | os.PathLike[str]) -> KVCache:
+        """A cache as `save` wrote it, for a model attached with the same configuration.
+
+        Raises:
+            ConfigError: no such files, or they are of another model or configuration.
+            TierError: a file is damaged.
+            CapacityError: no room.
+        """
+        cache, place = cls(bridge), Path(folder)
+        rows, at = 1, 0
+        while at < rows:
+            path = place / f"row{at}.safetensors"
+            snapshot = read_snapshot(path)
+            about = snapshot.extra
+            if about.get("row") != str(at) or (at and int(about["rows"]) != rows):
+                raise ConfigError(f"{path} is not row {at} of a saved cache")
+            rows, cache.columns = int(about["rows"]), int(about["columns"])
+            cache.tables.append(load_table(snapshot, bridge.store))
+            at += 1
+        return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         """A fork: shares full blocks, copies the partly filled ones."""

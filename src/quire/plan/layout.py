@@ -63,6 +63,7 @@ class Layout:
         return self.codecs[group.name.partition("/")[0]]
 
     def fields_of(self, group: CacheGroup) -> tuple[Field, ...]:
+        """The model's own fields of a group, before any codec."""
         return self.fields[group.name.partition("/")[0]]
 
 
@@ -92,6 +93,7 @@ def build_layout(
         raise ConfigError(
             f"kv={config.kv!r}: skip_layers must lie within -{n_layers}..{n_layers - 1}"
         )
+    _check_fields(config.kv, recipe, layers)
     made = _Groups(config, dtype)
     for x in layers:
         if isinstance(x, StateLayer):
@@ -107,6 +109,20 @@ def check_config(config: KVConfig) -> None:
     if config.keep != "full":
         raise ConfigError(f"keep={config.keep!r} is not known; known: full")
     parse_recipe(config.kv)
+
+
+def _check_fields(kv: str, recipe: Recipe, layers: Sequence[KVLayer | StateLayer]) -> None:
+    """Refuses a recipe that names what the model does not have, rather than ignore it."""
+    have = {f.name for x in layers if isinstance(x, KVLayer) for f in x.fields}
+    asked = {name for name in recipe.codecs if name}
+    if not have and (recipe.codecs.get("") != "auto" or asked or recipe.skip_layers):
+        raise ConfigError(
+            f"kv={kv!r}: this model keeps recurrent state only, which is stored as it is; use kv='auto'"
+        )
+    if asked - have:
+        raise ConfigError(
+            f"kv={kv!r}: this model caches {', '.join(sorted(have))}, not {', '.join(sorted(asked - have))}"
+        )
 
 
 def _choose(

@@ -1,0 +1,82 @@
+"""docs/matrix.md has a cell for every pair of what exists, and says what a run says."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from quire.codecs import available
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "matrix.md"
+
+
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("matrix", ROOT / "tools" / "matrix.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["matrix"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def cells() -> dict[tuple[str, str, str], str]:
+    """(section, row, column) to text."""
+    found: dict[tuple[str, str, str], str] = {}
+    section, head = "", []
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            section, head = line[3:], []
+        elif line.startswith("|") and not line.startswith("| ---"):
+            parts = [p.strip().strip("`") for p in line.strip("|").split("|")]
+            if head:
+                found.update(
+                    {(section, parts[0], c): p for c, p in zip(head, parts[1:], strict=True)}
+                )
+            else:
+                head = parts[1:]
+    return found
+
+
+def test_no_cell_is_missing_or_untested() -> None:
+    matrix, page = tool(), cells()
+    for variant in matrix.VARIANTS:
+        for codec in [*available(), "auto", "none"]:
+            assert ("attention × codec", variant, codec) in page
+        for batching in matrix.BATCHING:
+            assert ("attention × batching", variant, batching) in page
+    for codec in [*available(), "auto", "none"]:
+        for batching in matrix.BATCHING:
+            assert ("codec × batching", codec, batching) in page
+    assert all(text == "yes" or text.startswith("refused [") for text in page.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "kv", "batching", "says"),
+    [
+        ("llama", "auto", "preempted", "yes"),
+        ("deepseek_v3", "k=fp32,v=bf16", "continuous, chunked", "caches k_rope, latent"),
+        ("mamba2", "bf16", "alone", "recurrent state only"),
+        ("llama", "none", "generate, padded", "kv=none is a mode"),
+    ],
+)
+def test_some_cells_again(name: str, kv: str, batching: str, says: str) -> None:
+    assert says in tool().cell(name, kv, batching)
+
+
+def test_a_wrong_text_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = tool()
+    monkeypatch.setitem(matrix.BATCHING, "alone", lambda model, kv: [[0] * matrix.N_TOKENS] * 3)
+    with pytest.raises(AssertionError, match="wrong text"):
+        matrix.cell("llama", "auto", "alone")
+
+
+@pytest.mark.slow
+def test_the_page_is_what_a_run_writes() -> None:
+    matrix = tool()
+    assert matrix.write(matrix.tables()) == PAGE.read_text(encoding="utf-8")

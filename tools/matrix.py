@@ -1,0 +1,298 @@
+"""Which choices compose: tries every pair and writes yes, or refused with the reason, to a table.
+
+    python tools/matrix.py --write docs/matrix.md
+
+Axes are enumerated, not listed by hand where a folder can be read: codecs from `quire.codecs`, policies from
+`quire.retention` once it exists. A cell is *yes* when the texts are those of transformers' own `generate()`, or, for a
+codec that rounds, those of the same codec with the request alone. *refused* quotes the error that a user gets, from the
+same code. Anything else fails the run: there is no untested cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
+
+import quire  # noqa: E402
+import zoo  # noqa: E402 - the tests' models
+from quire.codecs import available  # noqa: E402
+from quire.engine import Engine, SamplingParams  # noqa: E402
+from quire.engine.schedule import SchedulerConfig  # noqa: E402
+from quire.models.open import open_runner  # noqa: E402
+
+N_TOKENS = 10
+TEXTS = zoo.prompts()[:3]
+MEMORY = "32MiB"
+
+VARIANTS = {
+    "multi-head": "gpt2",
+    "grouped-query": "llama",
+    "multi-query": "falcon",
+    "window": "mistral",
+    "local/global": "gemma3",
+    "softcap": "gemma2",
+    "sinks": "gpt_oss",
+    "chunked": "llama4",
+    "latent (MLA)": "deepseek_v3",
+    "shared KV": "gemma3n",
+    "hybrid, Mamba-1": "jamba",
+    "hybrid, delta rule": "qwen3_next",
+    "recurrent only": "mamba2",
+    "ALiBi (dense)": "bloom",
+}
+
+
+def codecs() -> list[str]:
+    """Every codec of the folder, the mode without a cache, and one recipe of each kind."""
+    return ["auto", *available(), "k=fp32,v=bf16", "bf16;skip_layers=0", "none"]
+
+
+@dataclass
+class Table:
+    """Cells of one pair of axes."""
+
+    rows: str
+    columns: str
+    cells: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+# --- The ways to run ----------------------------------------------------------------------------
+
+
+def run_engine(
+    model: Any,
+    kv: str,
+    texts: Sequence[zoo.Tokens],
+    *,
+    memory: int | str = MEMORY,
+    budget: int = 12,
+    n: int = 1,
+) -> tuple[list[list[int]], int]:
+    """Texts of a continuous batch, and how often a request was preempted."""
+    runner = open_runner(model, kv=kv, memory=memory, block_tokens=8)
+    try:
+        engine = Engine(runner, config=SchedulerConfig(step_tokens=budget))
+        params = SamplingParams(max_tokens=N_TOKENS, ignore_eos=True, n=n)
+        outputs = engine.generate([list(t) for t in texts], params)
+        assert engine.runner.usage().held_bytes == 0
+        return [
+            list(c.token_ids) for o in outputs for c in o.outputs
+        ], engine.stats().scheduler.preemptions
+    finally:
+        close = getattr(getattr(runner, "bridge", None), "close", None)
+        if close is not None:
+            close()
+
+
+def alone(model: Any, kv: str) -> list[list[int]]:
+    return [run_engine(model, kv, [t], budget=64)[0][0] for t in TEXTS]
+
+
+def together(model: Any, kv: str) -> list[list[int]]:
+    return run_engine(model, kv, TEXTS)[0]
+
+
+def forked(model: Any, kv: str) -> list[list[int]]:
+    both = run_engine(model, kv, TEXTS, n=2)[0]
+    assert both[0::2] == both[1::2], "two greedy samples of one prompt differ"
+    return both[0::2]
+
+
+def preempted(model: Any, kv: str) -> list[list[int]]:
+    """An arena in which the three do not fit at once."""
+    if kv == "none":
+        return together(model, kv)
+    probe = open_runner(model, kv=kv, memory=MEMORY, block_tokens=8)
+    spec = probe.bridge.layout.spec  # type: ignore[union-attr]
+    probe.bridge.close()  # type: ignore[union-attr]
+    longest = max(len(t) for t in TEXTS) + N_TOKENS
+    need = spec.bytes_for(longest, chunk_tokens=longest)
+    for share in (1.3, 1.5, 1.8, 2.2):
+        texts, times = run_engine(model, kv, TEXTS, memory=int(need * share) + (64 << 10))
+        if times:
+            return texts
+    return texts  # a recurrent-only model holds one block a sequence: nothing to preempt for
+
+
+NEW: dict[str, Any] = {
+    "max_new_tokens": N_TOKENS,
+    "min_new_tokens": N_TOKENS,
+    "do_sample": False,
+    "pad_token_id": 0,
+}
+
+
+def attached(kind: str) -> Callable[[Any, str], list[list[int]]]:
+    """The model's own `generate()` with our cache."""
+
+    def run(model: Any, kv: str) -> list[list[int]]:
+        if kv == "none":
+            raise quire.ConfigError(
+                "kv=none is a mode of quire run, not a cache to attach; leave the model as it is"
+            )
+        with quire.attach(model, kv=kv, memory=MEMORY, block_tokens=8):
+            return own(kind)(model, kv)
+
+    return run
+
+
+def own(kind: str) -> Callable[[Any, str], list[list[int]]]:
+    def run(model: Any, _kv: str) -> list[list[int]]:
+        width = max(map(len, TEXTS))
+        ids = torch.tensor([[0] * (width - len(t)) + t for t in TEXTS])
+        mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in TEXTS])
+        if kind == "padded":
+            out = model.generate(ids, attention_mask=mask, **NEW)
+            return out[:, width:].tolist()
+        rows = []
+        for t in TEXTS:
+            extra = {"num_beams": 3} if kind == "beams" else {"prompt_lookup_num_tokens": 3}
+            rows.append(model.generate(torch.tensor([t]), **NEW, **extra)[0, len(t) :].tolist())
+        return rows
+
+    return run
+
+
+BATCHING: dict[str, Callable[[Any, str], list[list[int]]]] = {
+    "alone": alone,
+    "continuous, chunked": together,
+    "forked (n)": forked,
+    "preempted": preempted,
+    "generate, padded": attached("padded"),
+    "generate, beams": attached("beams"),
+    "generate, drafts": attached("drafts"),
+}
+GENERATE = {name: name.split(", ")[1] for name in BATCHING if name.startswith("generate")}
+
+
+# --- What is right ------------------------------------------------------------------------------
+
+
+@cache
+def truth(name: str, kind: str) -> list[list[int]]:
+    """transformers' own texts."""
+    model = zoo.build(name)
+    if kind in ("padded", "beams", "drafts"):
+        return own(kind)(model, "auto")
+    return zoo.reference(model, TEXTS, N_TOKENS)[0]
+
+
+@cache
+def rounded(name: str, kv: str, kind: str) -> list[list[int]]:
+    """The same codec without the choice that is being tried."""
+    model = zoo.build(name)
+    return attached("beams")(model, kv) if kind == "beams" else alone(model, kv)
+
+
+def exact(kv: str) -> bool:
+    return kv in ("auto", "fp32", "none")
+
+
+def cell(name: str, kv: str, batching: str) -> str:
+    """yes, or the refusal. Raises AssertionError on a wrong text."""
+    kind = GENERATE.get(batching, "")
+    try:
+        want = truth(name, kind) if exact(kv) else None
+    except ValueError as e:
+        return f"refused: transformers itself: {str(e).splitlines()[0]}"
+    try:
+        got = BATCHING[batching](zoo.build(name), kv)
+        if want is None:
+            want = rounded(name, kv, kind)
+    except quire.QuireError as e:
+        return f"refused: {e}"
+    except ValueError as e:
+        return f"refused: transformers itself: {str(e).splitlines()[0]}"
+    assert got == want, f"{name}, kv={kv}, {batching}: wrong text"
+    return "yes"
+
+
+def tables() -> list[Table]:
+    """Every pair, the third axis at its default."""
+    by_codec = Table("attention", "codec")
+    by_batch = Table("attention", "batching")
+    pairs = Table("codec", "batching")
+    for title, name in VARIANTS.items():
+        for kv in codecs():
+            by_codec.cells[title, kv] = cell(name, kv, "continuous, chunked")
+        for batching in BATCHING:
+            by_batch.cells[title, batching] = cell(name, "auto", batching)
+        print(f"  {title}", file=sys.stderr)
+    for kv in codecs():
+        for batching in BATCHING:
+            pairs.cells[kv, batching] = cell("llama", kv, batching)
+        print(f"  {kv}", file=sys.stderr)
+    return [by_codec, by_batch, pairs]
+
+
+def write(found: Sequence[Table]) -> str:
+    """The page."""
+    lines = [
+        "# What composes",
+        "",
+        "Written by `make matrix`; every cell was run. *yes*: the texts equal transformers' own `generate()` (or,",
+        "for a codec that rounds, the same codec with each request alone). A number refers to the reasons below: the",
+        "error that `quire run`, `quire.attach` or the engine gives for the same choice. Retention, sharing, tiers and",
+        "the engine's speculation have no entries yet: what does not exist is not an axis.",
+        "",
+    ]
+    reasons: list[str] = []
+    for t in found:
+        rows = list(dict.fromkeys(r for r, _ in t.cells))
+        columns = list(dict.fromkeys(c for _, c in t.cells))
+        lines += [
+            f"## {t.rows} × {t.columns}",
+            "",
+            f"| {t.rows} | "
+            + " | ".join(f"`{c}`" if t.columns == "codec" else c for c in columns)
+            + " |",
+        ]
+        lines.append("| --- |" + " --- |" * len(columns))
+        for r in rows:
+            marks = []
+            for c in columns:
+                text = t.cells[r, c]
+                if text != "yes":
+                    if text not in reasons:
+                        reasons.append(text)
+                    text = f"refused [{reasons.index(text) + 1}]"
+                marks.append(text)
+            lines.append(f"| {r} | " + " | ".join(marks) + " |")
+        lines.append("")
+    if reasons:
+        lines += [
+            "## Reasons",
+            "",
+            *(f"{i}. {r.removeprefix('refused: ')}" for i, r in enumerate(reasons, 1)),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", type=Path, help="file to write; standard output without it")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    page = write(tables())
+    if options.write:
+        options.write.write_text(page, encoding="utf-8")
+    else:
+        print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
