@@ -8,6 +8,7 @@ loses, repeats or mixes up a token changes what comes out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -135,9 +136,7 @@ class FakeRunner:
         self.window = window
         self.can_fork = fork
         self.device = "cpu"
-        self.matrix = sharpness * torch.randn(
-            4096, vocab_size, generator=torch.Generator().manual_seed(7)
-        )
+        self.matrix = _matrix(vocab_size, sharpness)
         self.steps: list[list[tuple[int, int, int]]] = []  # (start, stop, logits) of every forward
         self.adapters: list[str | None] = []
         self.fail_at: int | None = None
@@ -207,6 +206,12 @@ class FlatRunner(FakeRunner):
 
     def open(self) -> FakeTable:
         return FlatTable(self.pool, self.window)
+
+
+@cache
+def _matrix(vocab_size: int, sharpness: float) -> torch.Tensor:
+    """[4096, vocab_size] float32: one row of logits per residue of a prefix hash."""
+    return sharpness * torch.randn(4096, vocab_size, generator=torch.Generator().manual_seed(7))
 
 
 def prefix_hashes(tokens: Sequence[int]) -> list[int]:

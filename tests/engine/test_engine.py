@@ -467,6 +467,27 @@ def test_logits_that_are_not_numbers_fail_their_request_only() -> None:
         engine.generate([[7, 1, 1, 1, 1]], SamplingParams(n=2))
 
 
+def test_one_broken_sample_ends_its_request_once() -> None:
+    class Half(FakeRunner):
+        def forward(self, items: Any, adapter: str | None = None) -> torch.Tensor:
+            logits = super().forward(items, adapter)
+            if len(self.steps) == 4:
+                logits[1] = math.nan
+            return logits
+
+    runner = Half()
+    engine = Engine(runner)
+    seen: list[Delta] = []
+    params = SamplingParams(max_tokens=4, n=3, temperature=1.0)
+    engine.add_request([1, 2], params, on_delta=seen.append)
+    while engine.has_work:
+        engine.step()
+    assert [delta.output is not None for delta in seen] == [False] * (len(seen) - 1) + [True]
+    assert isinstance(seen[-1].error, RequestError)
+    assert runner.pool.opened == 0
+    assert sum(engine.stats().finished.values()) == 3
+
+
 def test_a_pool_that_promised_too_much_fails_one_request_clearly() -> None:
     class Optimist(FakeRunner):
         def fits(self, n_tokens: int) -> bool:
@@ -493,6 +514,16 @@ def test_closing() -> None:
     engine.close()
     with pytest.raises(RequestError, match="closed"):
         engine.add_request([1], GREEDY)
+
+
+def test_a_request_that_comes_while_closing_is_told() -> None:
+    engine = Engine(FakeRunner())
+    request = engine._prepare([1], GREEDY)
+    engine.close()
+    seen: list[Delta] = []
+    engine._submit(request, seen.append)
+    assert "closed" in str(seen[-1].error)
+    assert not engine.has_work
 
 
 def test_an_item_is_what_the_runner_documents() -> None:

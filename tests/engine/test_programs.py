@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.fake_runner import Clock, FakeRunner, FlatRunner
@@ -204,7 +204,6 @@ class Watched:
 
 
 @given(program=st.lists(ops, max_size=40), runner=runners, config=configs)
-@settings(max_examples=150)
 def test_everybody_finishes_with_the_tokens_they_get_alone(
     program: list[Any], runner: dict[str, Any], config: SchedulerConfig
 ) -> None:

@@ -49,7 +49,11 @@ def a_sample(
 
 
 def survivors(logits: Tensor, top_k: list[int], top_p: list[float], min_p: list[float]) -> Tensor:
-    floor = sampling.cutoff(logits, torch.tensor(top_k), torch.tensor(top_p), torch.tensor(min_p))
+    best = logits.sort(dim=-1, descending=True).values
+    floor, complete = sampling.cutoff(
+        logits, best, torch.tensor(top_k), torch.tensor(top_p), torch.tensor(min_p)
+    )
+    assert complete.all()
     return logits >= floor.unsqueeze(1)
 
 
@@ -85,15 +89,39 @@ def test_top_p(p: float) -> None:
     )
 
 
-@pytest.mark.parametrize("scale", [0.01, 0.3])
-def test_top_p_beyond_the_candidates(scale: float) -> None:
-    """A nucleus wider than the candidates sorted first is still found; narrow rows beside it are not harmed."""
-    logits = scale * random_logits(4, vocab=5000)
-    logits[2] *= 100 / scale
-    mine = survivors(logits, [0] * 4, [0.97] * 4, [0.0] * 4)
-    reference = theirs(logits.double(), TopPLogitsWarper(0.97))
-    assert mine[0].sum() > sampling.CANDIDATES > mine[2].sum()
-    assert (mine != reference).sum(-1).max() <= 1  # the sums are rounded in another order
+@given(
+    seed=st.integers(0, 100),
+    scale=st.sampled_from([0.01, 0.3, 1.0]),
+    coarse=st.booleans(),
+    filters=st.tuples(
+        st.sampled_from([0, 1, 2, 30, 40, 1500]),
+        st.sampled_from([1.0, 0.97, 0.5]),
+        st.sampled_from([0.0, 0.01, 0.9]),
+    ),
+)
+def test_looking_at_the_best_only_changes_nothing(
+    seed: int, scale: float, coarse: bool, filters: tuple[int, float, float]
+) -> None:
+    """The narrow way, with its second look at rows that have more survivors, draws what the whole sort draws."""
+    logits = scale * random_logits(6, vocab=3000, seed=seed)
+    logits[2] *= 10 / scale
+    if coarse:  # as from bfloat16: many ties
+        logits = (logits * 4).round() / 4
+    k, p, m = filters
+    top_k, top_p, min_p = torch.tensor([k] * 6), torch.tensor([p] * 6), torch.tensor([m] * 6)
+    draws = torch.rand(6, generator=torch.Generator().manual_seed(seed))
+    n_best = sampling.width(k, p, 3000)
+    mine = sampling.choose(logits, top_k, top_p, min_p, draws, n_best)
+    best = logits.sort(dim=-1, descending=True).values
+    floor, _ = sampling.cutoff(logits, best, top_k, top_p, min_p)
+    assert torch.equal(mine, sampling.pick(logits, floor, draws))
+
+
+def test_a_row_is_looked_at_alike_in_every_batch() -> None:
+    assert sampling.width(0, 1.0, 5000) == 0
+    assert sampling.width(0, 0.9, 5000) == sampling.CANDIDATES
+    assert sampling.width(0, 0.9, 300) == 300
+    assert sampling.width(50, 0.9, 5000) == sampling.width(50, 1.0, 5000) == 128
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 1.0])
@@ -279,8 +307,12 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch(seed: int, data: st.Da
             assert alone_logprobs[0] == logprobs[row]
 
 
-def test_logits_are_left_alone() -> None:
-    logits = random_logits(2)
+@pytest.mark.parametrize("mode", ["plain", "inference", "grad"])
+def test_logits_are_left_alone(mode: str) -> None:
+    """Whatever the runner computed them under."""
+    with torch.inference_mode(mode == "inference"):
+        logits = random_logits(2)
+    logits.requires_grad_(mode == "grad")
     before = logits.clone()
     params = SamplingParams(temperature=0.5, repetition_penalty=2.0, logit_bias={1: 1.0}, seed=1)
     draw(logits, [a_sample(params, [1, 2])] * 2, None)

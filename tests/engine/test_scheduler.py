@@ -132,6 +132,14 @@ def test_a_whole_prompt_runner_gets_one_prompt_at_a_time_beyond_the_budget() -> 
     assert rig.step() == [("b", 1), ("c", 1), ("a", 23)]
 
 
+def test_whole_prompts_do_not_share_a_step_even_when_they_would_fit() -> None:
+    rig = Rig(FakeRunner(chunked_prefill=False))
+    rig.add("a", 3)
+    rig.add("b", 3)
+    assert rig.step() == [("a", 3)]
+    assert rig.step() == [("a", 1), ("b", 3)]
+
+
 def test_chunks_are_cut_where_the_runner_says() -> None:
     def every_eight(start: int, stop: int, prompt_tokens: int) -> int:
         edges = [e for e in (*range(8, 64, 8), prompt_tokens) if start < e <= stop]
@@ -265,16 +273,30 @@ def test_the_last_one_waits_with_what_it_holds() -> None:
 
 
 def test_nobody_enters_behind_a_stalled_one() -> None:
-    rig = Rig(FakeRunner(6))
-    rig.add("a", 12)
-    rig.add("b", 8)
+    """The little room there is belongs to the one that waits for more of it."""
+    rig = Rig(FakeRunner(20), SchedulerConfig(step_tokens=8, watermark=0.0))
+    foreign = rig.runner.open()
+    foreign.append(4 * 15)
+    rig.add("a", 4)
+    rig.add("b", 40)
     rig.step()
+    assert rig.step() == [("a", 1), ("b", 7)]  # five blocks; b's next chunk wants two more
+    foreign.truncate(4 * 14)
     rig.add("c", 3)
-    rig.step()  # a takes the last block, b stalls; c would fit nowhere anyway
-    for _ in range(3):
-        rig.step()
-    assert rig.running()[0] == "a"
-    assert "c" in rig.waiting()
+    assert rig.step() == [("a", 1)]
+    assert (rig.running(), rig.waiting()) == (["a", "b"], ["c"])
+    rig.add("high", 3, priority=1)  # before the stalled one it may be served
+    assert rig.step() == [("a", 1), ("high", 3)]
+
+
+def test_what_a_victim_had_of_the_budget_is_spent_again() -> None:
+    rig = Rig(FakeRunner(4), SchedulerConfig(step_tokens=16, watermark=0.0))
+    rig.add("low", 12, priority=-1)
+    rig.step()
+    rig.step()
+    rig.add("high", 16)
+    assert rig.step() == [("high", 16)]
+    assert rig.waiting() == ["low"]
 
 
 def test_admission_takes_from_the_lower_only() -> None:

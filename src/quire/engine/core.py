@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from quire.engine.request import (
     Completion,
@@ -24,9 +27,6 @@ from quire.engine.sampler import draw, score
 from quire.engine.scheduler import Scheduler
 from quire.engine.text import Transcript
 from quire.errors import CapacityError, RequestError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Core"]
 
@@ -72,6 +72,7 @@ class Core:
         self.live[request.request_id] = request
         self.scheduler.add(request)
 
+    @torch.inference_mode()
     def step(self) -> None:
         """Run one step of what is there; nothing, when nothing is."""
         plan = self.scheduler.schedule()
@@ -159,8 +160,9 @@ class Core:
                 if token >= 0:
                     logprob = None if logprobs is None else logprobs[at]
                     deltas.append((sample, self._append(sample, token, logprob, now)))
-                elif sample.request.request_id in self.live:
-                    self._not_a_number(sample)
+            if min(tokens) < 0:
+                broken = [s for s, token in zip(drawing, tokens, strict=True) if token < 0]
+                deltas = self._not_numbers(broken, deltas)
         for sample in ended:
             sample.finish_reason = "length"
             delta = Delta(sample.request.request_id, sample.index, [], "", finish_reason="length")
@@ -228,14 +230,19 @@ class Core:
         targets = sample.tokens[first + 1 : stop + 1]
         scores += score(wanted, targets, [width] * len(targets))
 
-    def _not_a_number(self, sample: Sample) -> None:
-        self.fail(
-            sample.request,
-            RequestError(
-                f"request {sample.request.request_id}: the model's logits are not numbers at output position "
-                f"{sample.output_tokens}; a wider dtype (float32, bfloat16) may help"
-            ),
-        )
+    def _not_numbers(self, broken: Sequence[Sample], deltas: Done) -> Done:
+        """Fail the requests of samples whose logits are NaN; returns what the others have to tell."""
+        for sample in broken:
+            request = sample.request
+            if request.request_id in self.live:
+                self.fail(
+                    request,
+                    RequestError(
+                        f"request {request.request_id}: the model's logits are not numbers at output position "
+                        f"{sample.output_tokens}; a wider dtype (float32, bfloat16) may help"
+                    ),
+                )
+        return [(sample, delta) for sample, delta in deltas if sample.state is not State.FINISHED]
 
     def _close(self, done: Done) -> None:
         """Finish samples; the delta of a request's last one gets the request's output."""

@@ -218,6 +218,8 @@ class Engine:
         while self._inbox and self._lock.acquire(blocking=False):
             try:
                 self._drain()
+                if self._closed:  # it came while the engine was closing
+                    self.core.abort(RequestError("the engine was closed"))
                 self._flush()
             finally:
                 self._lock.release()

@@ -68,6 +68,7 @@ class RequestFigures:
         kv_bytes_held: bytes its tables reference now; samples that share a prompt's blocks each count them.
         kv_bytes_peak: most it ever held.
         kv_bytes_end: held at the last step of each sample, before its release.
+        kv_bytes_used_end: of those, bytes that hold a token or a state; the rest is what partly filled blocks waste.
     """
 
     prompt_tokens: int = 0
@@ -79,6 +80,7 @@ class RequestFigures:
     kv_bytes_held: int = 0
     kv_bytes_peak: int = 0
     kv_bytes_end: int = 0
+    kv_bytes_used_end: int = 0
     arrival_s: float = 0.0
     admitted_s: float | None = None
     first_token_s: float | None = None

@@ -17,17 +17,19 @@ from quire.engine.request import Sample, TokenLogprob
 from quire.engine.sampling import (
     TokenCounts,
     add_bias_,
-    cutoff,
+    choose,
     forbid_,
     pick,
     repetition_penalty_,
     subtract_penalties_,
     uniform,
+    width,
 )
 
 __all__ = ["draw", "score"]
 
 
+@torch.inference_mode()
 def draw(
     logits: Tensor, samples: Sequence[Sample], rows: Sequence[int] | None
 ) -> tuple[list[int], list[TokenLogprob | None] | None]:
@@ -69,6 +71,7 @@ def draw(
     return tokens, found
 
 
+@torch.inference_mode()
 def score(logits: Tensor, tokens: Sequence[int], widths: Sequence[int]) -> list[TokenLogprob]:
     """Log-probabilities of given tokens under the model's own distribution, and of the best alternatives.
 
@@ -118,20 +121,33 @@ def _choose(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
         logits = logits[_index(warm, logits)]
     params = [samples[i].request.params for i in warm]
     logits /= _column([p.temperature for p in params], logits).unsqueeze(1)
-    floor = None
-    if any(p.top_k or p.top_p < 1.0 or p.min_p for p in params):
-        floor = cutoff(
-            logits,
-            _index([p.top_k for p in params], logits),
-            _column([p.top_p for p in params], logits),
-            _column([p.min_p for p in params], logits),
-        )
-    draws = [
-        uniform(samples[i].request.seed, samples[i].index, samples[i].output_tokens) for i in warm
-    ]
-    for i, token in zip(warm, pick(logits, floor, _column(draws, logits)).tolist(), strict=True):
-        tokens[i] = token
+    groups: dict[int, list[int]] = {}
+    for at, p in enumerate(params):
+        groups.setdefault(width(p.top_k, p.top_p, logits.shape[-1]), []).append(at)
+    for n_best, rows in groups.items():
+        part = logits if len(groups) == 1 else logits[_index(rows, logits)]
+        for at, token in zip(
+            rows, _filtered(part, [samples[warm[r]] for r in rows], n_best), strict=True
+        ):
+            tokens[warm[at]] = token
     return tokens
+
+
+def _filtered(logits: Tensor, samples: Sequence[Sample], n_best: int) -> list[int]:
+    """Draw from rows whose filters look at equally many tokens."""
+    params = [sample.request.params for sample in samples]
+    draws = [uniform(s.request.seed, s.index, s.output_tokens) for s in samples]
+    at = _column(draws, logits)
+    if not n_best and not any(p.min_p for p in params):
+        return pick(logits, None, at).tolist()
+    return choose(
+        logits,
+        _index([p.top_k for p in params], logits),
+        _column([p.top_p for p in params], logits),
+        _column([p.min_p for p in params], logits),
+        at,
+        n_best,
+    ).tolist()
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

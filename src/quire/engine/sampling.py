@@ -25,16 +25,21 @@ from torch import Tensor
 __all__ = [
     "TokenCounts",
     "add_bias_",
+    "choose",
     "cutoff",
     "forbid_",
     "pick",
     "repetition_penalty_",
     "subtract_penalties_",
     "uniform",
+    "width",
 ]
 
 CANDIDATES = 1024
 """Best tokens that are sorted in search of a nucleus; a row whose nucleus is wider is sorted whole."""
+
+TIES = 32
+"""How many more than the k best are looked at, so that tokens tied with the k-th are seen."""
 
 _UNIT = 2.0**-24
 
@@ -135,7 +140,20 @@ def forbid_(logits: Tensor, rows: Tensor, ids: Tensor) -> None:
     logits[rows, ids] = -math.inf
 
 
-def cutoff(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def width(top_k: int, top_p: float, n_vocab: int) -> int:
+    """How many of a row's best tokens to look at first; 0: none are needed, only sums over the vocabulary.
+
+    A function of the row's own parameters, so that a row is treated alike in every batch.
+    """
+    if not top_k and top_p >= 1.0:
+        return 0
+    wanted = 1 << (top_k + TIES - 1).bit_length() if top_k else CANDIDATES
+    return min(wanted, n_vocab)
+
+
+def cutoff(
+    logits: Tensor, best: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> tuple[Tensor, Tensor]:
     """The least logit that survives top-k, then top-p, then min-p.
 
     All three keep the best tokens and drop the rest, so their composition is one threshold per row; tokens tied with
@@ -143,40 +161,31 @@ def cutoff(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tenso
 
     Args:
         logits: [R, V] float32, temperature applied.
+        best: [R, n] the n largest of them in falling order; n = 0 where neither top-k nor top-p is asked.
         top_k: [R] int64; 0: off.
         top_p: [R] float32 in (0, 1]; 1: off.
         min_p: [R] float32 in [0, 1]; 0: off.
 
     Returns:
-        [R] float32; -inf keeps all.
+        [R] float32, -inf keeps all; and [R] bool, whether every survivor is among the best: otherwise more of them are
+        needed, and the threshold is only a bound.
 
-    Cost: one partial sort of the largest k (1,024 where top-p asks); a whole sort only of rows whose nucleus is wider.
     Differs: `TopPLogitsWarper` keeps one of several tied tokens at the edge of the nucleus, whichever its unstable sort
-        put last; here all stay, so that the result does not depend on the batch.
+        put last; here all stay, so that the result does not depend on the sort.
     """
-    n_vocab = logits.shape[-1]
-    off = float("-inf")
-    floor = torch.full_like(top_p, off)
-    wants_p = top_p < 1.0
-    k_most, any_p = int(top_k.max()), bool(wants_p.any())
-    if k_most or any_p:
-        n_best = min(n_vocab, max(k_most, CANDIDATES if any_p else 0))
-        best = logits.topk(n_best, dim=-1).values
-        kth = best.gather(1, (top_k.clamp(1, n_best) - 1).unsqueeze(1)).squeeze(1)
-        floor = torch.where(top_k > 0, kth, floor)
-        if any_p:
-            nucleus, complete = _nucleus(logits, best, floor, top_p)
-            wider = torch.nonzero(wants_p & ~complete).squeeze(1)
-            if len(wider):
-                whole = logits[wider]
-                ordered = whole.sort(dim=-1, descending=True).values
-                nucleus[wider] = _nucleus(whole, ordered, floor[wider], top_p[wider])[0]
-            floor = torch.where(wants_p, nucleus, floor)
-    limit = logits.amax(dim=-1) + min_p.log()
-    return torch.maximum(floor, limit)
+    floor = logits.amax(dim=-1) + min_p.log()
+    n_best = best.shape[1]
+    if not n_best:
+        return floor, torch.ones_like(floor, dtype=torch.bool)
+    kth = best.gather(1, (top_k.clamp(1, n_best) - 1).unsqueeze(1)).squeeze(1)
+    kth = torch.where(top_k > 0, kth, -math.inf)
+    if bool((top_p < 1.0).any()):
+        kth = torch.where(top_p < 1.0, _nucleus(logits, best, kth, top_p), kth)
+    floor = torch.maximum(floor, kth)
+    return floor, (floor > best[:, -1]) | (n_best == logits.shape[1])
 
 
-def _nucleus(logits: Tensor, best: Tensor, floor: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+def _nucleus(logits: Tensor, best: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:
     """The least logit of each row's nucleus, sought among its best tokens.
 
     Args:
@@ -186,20 +195,52 @@ def _nucleus(logits: Tensor, best: Tensor, floor: Tensor, top_p: Tensor) -> tupl
         top_p: [R].
 
     Returns:
-        [R] the threshold; [R] bool, whether the nucleus ends within `best`.
+        [R]; the last of the best where the nucleus goes on beyond them.
     """
     kept = best >= floor.unsqueeze(1)
     inside = torch.where(kept, best, -math.inf)
-    # with a floor all survivors are among the best, else the sum runs over the vocabulary
-    total = torch.where(floor == -math.inf, logits.logsumexp(-1), inside.logsumexp(-1))
+    # what top-k left is all among the best; otherwise the sum runs over the vocabulary
+    total = inside.logsumexp(-1)
+    if best.shape[1] < logits.shape[1]:
+        total = torch.where(floor == -math.inf, logits.logsumexp(-1), total)
     mass = (inside - total.unsqueeze(1)).exp()
-    reached = mass.cumsum(-1)
-    before = reached - mass
-    keep = kept & (before < top_p.unsqueeze(1))
+    keep = kept & (mass.cumsum(-1) - mass < top_p.unsqueeze(1))
     keep[:, 0] = True
-    last = keep.sum(-1, keepdim=True) - 1
-    complete = (reached[:, -1] >= top_p) | ~kept[:, -1] | (best.shape[1] == logits.shape[1])
-    return inside.gather(1, last).squeeze(1), complete
+    return inside.gather(1, keep.sum(-1, keepdim=True) - 1).squeeze(1)
+
+
+def choose(
+    logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, draws: Tensor, n_best: int
+) -> Tensor:
+    """Filter and draw one token per row.
+
+    Args:
+        logits: [R, V] float32, temperature applied.
+        top_k: [R] int64, see `cutoff`.
+        top_p: [R] float32.
+        min_p: [R] float32.
+        draws: [R] float32 in [0, 1), see `uniform`.
+        n_best: how many of the best tokens to look at first, see `width`.
+
+    Returns:
+        [R] int64; -1 where the logits are not numbers.
+
+    Cost: one partial sort and work on n_best tokens per row; a whole sort only of rows with more survivors than that.
+    """
+    if not n_best:
+        return pick(logits, cutoff(logits, logits[:, :0], top_k, top_p, min_p)[0], draws)
+    best, ids = logits.topk(n_best, dim=-1)
+    floor, complete = cutoff(logits, best, top_k, top_p, min_p)
+    ids, order = ids.sort(dim=-1)  # vocabulary order
+    at = pick(best.gather(1, order), floor, draws)
+    tokens = torch.where(at < 0, at, ids.gather(1, at.clamp(0).unsqueeze(1)).squeeze(1))
+    wide = torch.nonzero(~complete & (at >= 0)).squeeze(1)
+    if len(wide):
+        rows = logits[wide]
+        best = rows.sort(dim=-1, descending=True).values
+        floor, _ = cutoff(rows, best, top_k[wide], top_p[wide], min_p[wide])
+        tokens[wide] = pick(rows, floor, draws[wide])
+    return tokens
 
 
 def pick(logits: Tensor, floor: Tensor | None, draws: Tensor) -> Tensor:
@@ -207,7 +248,7 @@ def pick(logits: Tensor, floor: Tensor | None, draws: Tensor) -> Tensor:
 
     Args:
         logits: [R, V] float32, transformed.
-        floor: [R]: tokens below it are out; None: all are in.
+        floor: [R] tokens below it are out; None: all are in.
         draws: [R] float32 in [0, 1), see `uniform`.
 
     Returns:

@@ -145,7 +145,10 @@ class Scheduler:
         sample.item = None
         request = sample.request
         if sample.table is not None:
-            request.figures.kv_bytes_end += sample.table.held_bytes()
+            held = sample.table.held_bytes()
+            request.figures.kv_bytes_end += held
+            used = getattr(sample.table, "used_bytes", None)
+            request.figures.kv_bytes_used_end += held if used is None else used()
             self._release(sample)
         request.unfinished -= 1
 
