@@ -124,12 +124,11 @@ class Programs(RuleBasedStateMachine):
     @rule(n=st.integers(1, 6), drafts=st.integers(0, 9))
     def decode(self, n: int, drafts: int) -> None:
         """A batch of single tokens, or of one token and its drafts, some of which are then rejected."""
+        extra = max(0, drafts - 5)
         for _ in range(n):
-            self.forward(
-                [(i, 1 + max(0, drafts - 5), 5 + max(0, drafts - 5), True) for i in range(4)]
-            )
-            for i in range(len(self.world.seqs)):
-                self.truncate(i, min(drafts // 2, len(self.pick(i).tokens) - self.pick(i).accepted))
+            self.forward([(i, 1 + extra, 5 + extra, True) for i in range(4)])
+            for i, seq in enumerate(self.world.seqs):
+                self.truncate(i, min(drafts // 2, len(seq.tokens) - seq.accepted))
                 self.accept(i, MAX_TOKENS)
 
     @precondition(some)
@@ -263,8 +262,10 @@ class Programs(RuleBasedStateMachine):
             self.world.drain()
 
 
-_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 TestPrograms = Programs.TestCase
 TestPrograms.settings = settings(
-    max_examples=50, stateful_step_count=30, suppress_health_check=_FINE
+    settings.default,
+    max_examples=max(120, settings.default.max_examples),
+    stateful_step_count=30,
+    suppress_health_check=list(HealthCheck),
 )

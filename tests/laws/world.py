@@ -229,6 +229,8 @@ class World:
         now: dict[tuple[int, int], bytes] = {}
         places: set[tuple[int, int]] = set()
         pools = {id(p): p for p in self.store.arena.pools}
+        for p in pools.values():
+            self._watch(p)
         for seq in self.seqs:
             for c in seq.table.chains:
                 places |= {(id(c.pool), b) for b in c.ids[: c.sealed].tolist() if b >= 0}
@@ -244,6 +246,18 @@ class World:
             before = self.sealed_bytes.get((at, block))
             assert before is None or before == now[at, block], "sealed bytes changed"
         self.sealed_bytes = now
+
+    def _watch(self, pool: BlockPool) -> None:
+        """A block that is taken begins anew."""
+        if "take" not in vars(pool):
+            take = pool.take
+
+            def taken() -> int:
+                block = take()
+                self.sealed_bytes.pop((id(pool), block), None)
+                return block
+
+            vars(pool)["take"] = taken
 
     def drain(self) -> None:
         """Law 9: after everything is released nothing is held; after eviction nothing is left."""
