@@ -18,6 +18,8 @@ TORCH ?= auto
 PROMPT ?= The KV cache
 JOBS ?= 2
 LIMIT ?= timeout --kill-after=30s 45m
+# Fails when fewer model classes run than once did.
+SWEEP = $(BIN)/python tools/sweep_models.py --check quire_check:check --jobs $(JOBS) --need-packed 89 --need-all 117
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -53,7 +55,7 @@ run: $(INSTALLED)
 	$(BIN)/quire run "$(PROMPT)"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=ci -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=ci -m "not slow and not gpu" --durations=10
 
 # Every step runs even when an earlier one failed, so that one call shows everything.
 check: $(INSTALLED)
@@ -64,24 +66,24 @@ check: $(INSTALLED)
 	[ -z "$$failed" ] || { echo "make check: failed:$$failed" >&2; exit 1; }
 
 test-long: $(INSTALLED)
-	$(LIMIT) $(MAKE) --no-print-directory test-slow sweep-only
+	$(LIMIT) $(MAKE) --no-print-directory --keep-going test-slow sweep-only
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=long -m "(slow or law) and not gpu"
 
 sweep-only: $(INSTALLED)
 	@mkdir -p out
-	$(BIN)/python tools/sweep.py --write out/models.md
+	$(SWEEP) --out out/models.md
 
 matrix: $(INSTALLED)
 	$(BIN)/python tools/matrix.py --write docs/matrix.md
 
 sweep: $(INSTALLED)
-	$(BIN)/python tools/sweep.py --write docs/models.md
+	$(SWEEP)
 
 bench: $(INSTALLED)
 	@mkdir -p out/bench
-	@set -e; for file in benchmarks/[a-z]*.py; do \
+	@set -e; for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
 	    name=$$(basename $$file .py); echo "== $$name"; \
 	    $(BIN)/python $$file --json > out/bench/$$name.json; \
 	done
