@@ -11,15 +11,13 @@ import typer
 import typer.main
 
 from quire.cli.commands import app
+from quire.cli.console import INTERRUPTED, ReaderGoneError, quiet_libraries, say
 from quire.errors import InvariantError, QuireError
 
 __all__ = ["app", "invoke", "main"]
 
 UsageError: Any = typer.BadParameter.__mro__[1]
 """click's, or that of the click inside typer: newer versions carry their own."""
-
-INTERRUPTED = 130
-"""128 + SIGINT, as a shell reports it."""
 
 BROKEN_PIPE = 141
 """128 + SIGPIPE."""
@@ -36,8 +34,6 @@ def invoke(arguments: Sequence[str]) -> int:
     Returns:
         0; 2 for what was refused; 130 when interrupted; 141 when nobody reads stdout any more; 70 for a bug of ours.
     """
-    from quire.cli.console import quiet_libraries, say
-
     command = typer.main.get_command(app)
     try:
         with quiet_libraries():
@@ -57,7 +53,7 @@ def invoke(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted", "yellow")
         return INTERRUPTED
-    except BrokenPipeError:
+    except ReaderGoneError:
         # whoever read stdout has gone; Python must not complain about it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE

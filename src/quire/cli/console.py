@@ -13,7 +13,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["err", "quiet_libraries", "say", "spinner", "write"]
+__all__ = [
+    "INTERRUPTED",
+    "ReaderGoneError",
+    "err",
+    "quiet_libraries",
+    "quiet_transformers",
+    "say",
+    "spinner",
+    "write",
+]
 
 _NOISE = (
     "is falling back to its reference",  # "correct but slower": our figures show the speed
@@ -23,6 +32,14 @@ _NOISE = (
     "longer than the specified maximum sequence length",  # refused by us, in our words
 )
 """Parts of library warnings that say nothing to who runs a command."""
+
+
+INTERRUPTED = 130
+"""Exit code: 128 + SIGINT, as a shell reports it."""
+
+
+class ReaderGoneError(Exception):
+    """Nobody reads stdout any more, as after `quire run … | head -1`."""
 
 
 def err() -> Console:
@@ -40,11 +57,14 @@ def write(text: str) -> None:
     if not text:
         return
     try:
-        sys.stdout.write(text)
-    except UnicodeEncodeError:
-        encoding = sys.stdout.encoding or "ascii"
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError:
+            encoding = sys.stdout.encoding or "ascii"
+            sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError as e:
+        raise ReaderGoneError from e
 
 
 @contextmanager

@@ -28,6 +28,11 @@ NO_CACHE = "none"
 """--kv none: nothing is kept, everything is computed at every step."""
 
 
+def _given(value: Any) -> bool:
+    """Whether the command line sets it: 0 does, a flag that is not there does not."""
+    return value is not None and value is not False and value not in ([], ())
+
+
 def flag(name: str) -> str:
     """`max_tokens` to `--max-tokens`."""
     return "--" + name.replace("_", "-")
@@ -75,8 +80,7 @@ class Options:
             read = _read_config(Path(flags["config"]), table, cls)
             values |= read
             given |= set(read)
-        set_flags = {k: v for k, v in flags.items() if k in known and v not in (None, False, ())}
-        set_flags = {k: v for k, v in set_flags.items() if v != []}
+        set_flags = {k: v for k, v in flags.items() if k in known and _given(v)}
         values |= set_flags
         given |= set(set_flags)
         if "stop" in values:

@@ -7,7 +7,7 @@ from typing import Any
 
 from quire.cli.console import quiet_transformers, say, spinner
 from quire.cli.options import NO_CACHE, Options
-from quire.codecs.recipe import parse_recipe
+from quire.codecs.recipe import load_codec, parse_recipe
 from quire.errors import CapacityError, ConfigError
 from quire.models.load import Loaded, Source, check_source, load_model
 from quire.plan.layout import KVLayer, build_layout
@@ -77,13 +77,21 @@ def open_cache(loaded: Loaded, options: Options) -> Any:
         )
 
 
+def _depends_on_shape(options: Options) -> bool:
+    """Whether a choice can fail on one model and work on another: worth the seconds that its shape takes to find."""
+    recipe = parse_recipe(options.kv)
+    coded = [c for c in recipe.codecs.values() if c != "auto" and not load_codec(c).plain]
+    return bool(
+        "memory" in options.given or options.keep != "full" or recipe.skip_layers or coded
+    )
+
+
 def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -> None:
     """The cache's own arithmetic on the model's shape, found without weights: torch's meta device holds none.
 
     Models that do not run there are judged when they are loaded.
     """
-    choices = {"kv", "keep", "memory", "block_tokens"}
-    if options.kv == NO_CACHE or not choices & options.given:
+    if options.kv == NO_CACHE or not _depends_on_shape(options):
         return
     import torch
     from transformers import AutoModelForCausalLM

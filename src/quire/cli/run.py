@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
-from quire.cli.console import err, say, write
+import typer
+
+from quire.cli.console import INTERRUPTED, err, say, write
 from quire.cli.meter import Books, Meter
 from quire.cli.options import RunOptions
 from quire.cli.prepare import load, look, open_cache, vocabulary
@@ -142,7 +144,7 @@ def generate(
         if stream:
             write("" if last == "\n" else "\n")
         say(f"interrupted after {engine.core.output_tokens} tokens", "yellow")
-        raise SystemExit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     outcome.seconds = time.monotonic() - began
     if stream:
         write("" if last == "\n" and engine.core.output_tokens else "\n")

@@ -47,7 +47,12 @@ class Trace:
         self.rows: list[dict[str, Any]] = []
         self.steps = 0
         self._console = err()
-        self._columns = [c for c in _COLUMNS if c[0] != "seq" or len(prompt_tokens) > 1]
+        wider = max(0, self._console.width - 80) // 2
+        self._columns = [
+            (name, width + wider * (name == "input"), side)
+            for name, width, side in _COLUMNS
+            if name != "seq" or len(prompt_tokens) > 1
+        ]
         if shown:
             self._head()
 
