@@ -1,4 +1,4 @@
-"""What `fp32`, `fp16` and `bf16` share: a row is stored as it comes, cast to the codec's dtype. Not a codec itself."""
+"""What `fp64`, `fp32`, `fp16` and `bf16` share: a row is stored as it comes, cast to the dtype. Not a codec itself."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -20,8 +20,11 @@ from typing import Any
 from quire.errors import ConfigError
 from quire.spec import KVCodec
 
+FIELDS = ("k", "v", "latent", "k_rope")
+"""What a recipe may name."""
+
 _NOT_CODECS = frozenset({"recipe", "plain"})
-PLAIN_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp32"}
+PLAIN_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 
 @cache
@@ -57,12 +60,25 @@ def load_codec(text: str) -> KVCodec:
     values: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, eq, value = (x.strip() for x in item.partition("="))
-        if not eq or key not in known:
+        if not eq or key not in known or not value:
             takes = f"it takes {', '.join(known)}" if known else "it takes no parameters"
             raise ConfigError(f"codec {name}: unknown parameter {item.strip()!r}; {takes}")
+        if key in values:
+            raise ConfigError(f"codec {name}: {key} is given twice")
         values[key] = _value(value)
-    codec: KVCodec = cls(**values)
+    try:
+        codec: KVCodec = cls(**values)
+    except TypeError as e:
+        raise ConfigError(f"codec {text.strip()!r}: {e}") from None
     return codec
+
+
+def codec_text(codec: KVCodec) -> str:
+    """The string form that loads an equal codec: its name and the parameters that are not the default."""
+    known = fields(codec) if is_dataclass(codec) else ()
+    values = ((f.name, f.default, getattr(codec, f.name)) for f in known)
+    text = ",".join(f"{name}={value}" for name, default, value in values if value != default)
+    return f"{codec.name}:{text}" if text else codec.name
 
 
 def _value(text: str) -> Any:
@@ -96,7 +112,7 @@ def plain_codec(model_dtype: str) -> KVCodec:
     """The plain codec that holds `model_dtype` exactly."""
     if model_dtype not in PLAIN_OF_DTYPE:
         raise ConfigError(
-            f"no plain codec for {model_dtype}; load the model in float32, float16 or bfloat16"
+            f"no plain codec for {model_dtype}; load the model in float32, float16, bfloat16 or float64"
         )
     return load_codec(PLAIN_OF_DTYPE[model_dtype])
 
@@ -121,21 +137,31 @@ def parse_recipe(text: str) -> Recipe:
             raise ConfigError(
                 f"kv={text!r}: skip_layers takes layer numbers, as in skip_layers=0,1,-1"
             ) from None
-    codecs: dict[str, str] = {}
-    if _per_field(body):
-        for item in body.split(","):
-            name, _, codec = (x.strip() for x in item.partition("="))
-            if name not in ("k", "v", "latent", "k_rope"):
-                raise ConfigError(
-                    f"kv={text!r}: unknown field {name!r}; fields are k, v, latent, k_rope"
-                )
-            codecs[name] = codec
-    else:
-        codecs[""] = body
+    codecs = _fields(text, body) if _per_field(body) else {"": body}
     for codec in codecs.values():
         if codec != "auto":
             load_codec(codec)
     return Recipe(text, codecs, skip)
+
+
+def _fields(text: str, body: str) -> dict[str, str]:
+    """`"k=kivi:bits=2,residual=128,v=int4"`: what names no field is one more parameter of the codec before it."""
+    codecs: dict[str, str] = {}
+    last = ""
+    for item in body.split(","):
+        name, _, codec = (x.strip() for x in item.partition("="))
+        if name in codecs:
+            raise ConfigError(f"kv={text!r}: {name} is given twice")
+        if name in FIELDS:
+            codecs[name] = codec
+            last = name
+        elif ":" in codecs.get(last, ""):
+            codecs[last] += f",{item.strip()}"
+        else:
+            raise ConfigError(
+                f"kv={text!r}: unknown field {name!r}; fields are {', '.join(FIELDS)}"
+            )
+    return codecs
 
 
 def _per_field(body: str) -> bool:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from quire.codecs.recipe import Recipe, parse_recipe, plain_codec
+from quire.codecs.recipe import Recipe, codec_text, parse_recipe, plain_codec
 from quire.errors import ConfigError
 from quire.spec import (
     CacheGroup,
@@ -87,7 +87,7 @@ def build_layout(
         ConfigError: the recipe cannot serve this model.
     """
     check_config(config)
-    recipe = parse_recipe(config.kv if codecs is None else "auto")
+    recipe = parse_recipe(config.kv)
     n_layers = 1 + max(x.layer for x in layers)
     if any(not -n_layers <= s < n_layers for s in recipe.skip_layers):
         raise ConfigError(
@@ -155,7 +155,7 @@ class _Groups:
         self._add((x.fields, State()), x.fields, {}, State(), [(x.layer, 0)])
 
     def add_tokens(self, x: KVLayer, chosen: Mapping[str, KVCodec]) -> None:
-        key = (x.fields, x.span, tuple(sorted((n, repr(c)) for n, c in chosen.items())))
+        key = (x.fields, x.span, tuple(chosen[f.name] for f in x.fields))
         self._add(key, x.fields, chosen, x.span, [(x.layer, h) for h in range(x.heads)])
 
     def _add(
@@ -211,9 +211,7 @@ class _Groups:
 
 
 def _recipe_text(chosen: Mapping[str, KVCodec]) -> str:
-    names = {f: c.name for f, c in chosen.items()}
-    return (
-        next(iter(names.values()))
-        if len(set(names.values())) == 1
-        else ",".join(f"{f}={n}" for f, n in names.items())
-    )
+    """The codecs of a group in the form that a user writes: `"kivi:bits=2"`, `"k=int8,v=int4"`."""
+    texts = {f: codec_text(c) for f, c in chosen.items()}
+    same = len(set(texts.values())) == 1
+    return next(iter(texts.values())) if same else ",".join(f"{f}={t}" for f, t in texts.items())
