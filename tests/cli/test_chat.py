@@ -181,7 +181,7 @@ def test_a_cache_that_cannot_go_back_is_computed_anew(
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     path.write_text(json.dumps(config | {"sliding_window": 8}))
     (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m['content'] | upper if loop.last else m['content'] }}|{% endfor %}"
+        "begin: {% for m in messages %}{{ m['content'] | upper if loop.last else m['content'] }}|{% endfor %}"
     )
     turns = ["a question that is longer than a window", "again"]
     done = chat(quire, folder, turns, "--block-tokens", 4)

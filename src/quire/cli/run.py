@@ -133,8 +133,8 @@ def generate(
                 for delta in deltas:
                     at = places[delta.request_id]
                     if stream and delta.text:
-                        write(delta.text)
                         last = delta.text[-1]
+                        write(delta.text)
                     if delta.output is not None:
                         done[at] = delta.output
                     if delta.error is not None:
