@@ -215,6 +215,11 @@ def test_penalties_come_in_order_and_follow_new_tokens() -> None:
     assert processed(logits, [sample])[0].tolist() == [4.0, 4.0, 4.0, 12.0, 4.0]
     sample.tokens += [3, 4]
     assert processed(logits, [sample])[0].tolist() == [4.0, 4.0, 4.0, 11.0, 1.0]
+    often = a_sample(SamplingParams(frequency_penalty=1.0), [3], [])
+    for n_output in range(4):
+        assert processed(logits, [often])[0, 3] == 4.0 - n_output
+        assert processed(logits, [often])[0, 3] == 4.0 - n_output
+        often.tokens.append(3)
 
 
 def test_logit_bias() -> None:
@@ -273,6 +278,10 @@ def test_draws_at_the_ends_stay_inside() -> None:
     assert sampling.pick(logits, None, ends).tolist() == [1, 2]
     floor = torch.tensor([1.5, 1.5])
     assert sampling.pick(logits, floor, ends).tolist() == [2, 2]
+    for seed in range(200):  # sums that round to a little more or less than one
+        many = random_logits(1, seed=seed)
+        many[0, -3:] = -math.inf
+        assert sampling.pick(many, None, ends[1:]).item() == VOCAB - 4
 
 
 @given(seed=st.integers(0, 2**64 - 1), data=st.data())

@@ -259,8 +259,9 @@ def pick(logits: Tensor, floor: Tensor | None, draws: Tensor) -> Tensor:
     mass = logits.softmax(-1)
     reached = mass.cumsum(-1)
     total = reached[:, -1:]
-    at = torch.minimum(draws.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(reached, at, right=True).clamp_(max=logits.shape[-1] - 1)
+    # the largest draw times a total near 1 still rounds to less than the total
+    token = torch.searchsorted(reached, draws.unsqueeze(1) * total, right=True)
+    token = token.clamp_(max=logits.shape[-1] - 1)
     # a parallel scan need not be monotone to the last bit: never land on a token that is out
     token = torch.where(mass.gather(1, token) > 0, token, mass.argmax(-1, keepdim=True))
     return torch.where(total.isfinite(), token, -1).squeeze(1)
