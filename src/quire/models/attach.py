@@ -18,7 +18,7 @@ from quire.models.forward import NAME
 from quire.models.hf_cache import KVCache
 from quire.models.memory import arena_bytes
 from quire.models.patches import Patches, cached_heads
-from quire.models.probe import Shape, probe, run_model, text_config
+from quire.models.probe import Shape, one_line, probe, run_model, text_config
 from quire.models.rope import Regimes
 from quire.models.runner import ModelRunner
 from quire.plan.layout import KVLayer, Layout, build_layout, check_config
@@ -83,7 +83,7 @@ def connect(
             chunked = _self_test(model, candidate, shape, patches, dtype) if self_test else True
         except Exception as e:  # noqa: BLE001 - whatever a model's code raises under a way: not this way
             patches.undo()
-            reasons.append(f"{candidate}: {e}")
+            reasons.append(f"{candidate}: {one_line(e)}")
             continue
         try:
             layout = _layout(model, shape, candidate, config, dtype)

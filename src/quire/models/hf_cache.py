@@ -289,6 +289,10 @@ class KVCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(len(self.tables)).repeat_interleave(repeats))
 
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Refused: sparse attention keeps an index beside keys and values. Raises ConfigError."""
+        raise ConfigError("its sparse attention keeps an index of its own beside keys and values")
+
     def reset(self) -> None:
         """Gives every block back; the cache is as new."""
         for t in self.tables:

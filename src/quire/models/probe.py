@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import (
-    CacheLayerMixin,
     DynamicCache,
     LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
 )
 
-from quire.errors import ConfigError
+from quire.errors import ConfigError, QuireError
 from quire.plan.layout import KVLayer, StateLayer
 from quire.spec import Chunked, Field, Full, Span, Window
 
@@ -130,7 +129,12 @@ def probe(model: Any) -> Shape:
             f"{type(model).__name__}: transformers has no cache for its layers ({e})"
         ) from e
     recorder.seen = {}
-    run_model(model, torch.tensor([[1, 2]], device=model.device), recorder, cache_name, accepts)
+    try:
+        run_model(model, torch.tensor([[1, 2]], device=model.device), recorder, cache_name, accepts)
+    except Exception as e:
+        raise ConfigError(
+            f"{type(model).__name__} does not run two tokens through a transformers cache ({one_line(e)})"
+        ) from e
     kinds: list[str] = []
     layers: list[KVLayer | StateLayer] = []
     shape = Shape(kinds, layers, cache_name=cache_name, accepts=accepts)
@@ -211,8 +215,8 @@ def run_model(
     return logits
 
 
-def holds_states(layer: Any) -> bool:
-    """Whether a transformers cache layer carries recurrent state."""
-    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(
-        layer, CacheLayerMixin
-    )
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """An error's message on one line, with its kind where it is not one of ours."""
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, QuireError) else f"{type(error).__name__}: {text}"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
