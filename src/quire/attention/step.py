@@ -360,6 +360,10 @@ class Step:
             for part, stored in codecs[f.name].encode(x, s.pos.unsqueeze(1)).items():
                 view = self.store.view(s.body, layer, f"{f.name}.{part}" if part else f.name)
                 view[s.target.at] = stored.to(view.dtype)
+        s.todo.discard(layer)
+        if not s.todo:
+            for chain, entries in s.chains:
+                chain.encoded = max(chain.encoded, entries)
 
     def gather(self, layer: int, read: Read, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One field of what a batch reads: `[R, heads, N, *shape]` in `dtype`, decoded where it is coded."""

@@ -116,9 +116,9 @@ class Chain:
             unsealed: positions from here on stay too: they are still to be encoded.
         """
         needs = self.group.span.needs(n)
-        if len(needs) == 1 and needs[0][0] == 0:
+        if needs == ((0, n),):
             return
-        last = needs[-1][0] if needs else n
+        last = needs[-1][0] if needs and needs[-1][1] == n else n
         if unsealed is not None:
             last = min(last, unsealed)
         size = self.group.block_tokens

@@ -1,0 +1,450 @@
+"""The table and the store: atomic failures, order of release, split, keep, figures and slabs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laws.dense import plain_spans
+from laws.world import World, check_pools, fingerprint
+from lossy import Lossy
+from quire.errors import CapacityError, ConfigError, InvariantError, RequestError
+from quire.plan import KVLayer, Layout, StateLayer, build_layout
+from quire.spans import Chunked, Full, Sinks, Span, Window
+from quire.spec import CacheSpec, Field, KVCodec, KVConfig
+from quire.store import BlockPool, BlockStore, BlockTable
+
+KV = (Field("k", (4,), "float32"), Field("v", (4,), "float32"))
+
+
+def layout_of(
+    *spans: Span, size: int = 4, codec: KVCodec | None = None, state: bool = False, heads: int = 2
+) -> Layout:
+    layers: list[KVLayer | StateLayer] = [KVLayer(i, heads, KV, s) for i, s in enumerate(spans)]
+    if state:
+        layers.append(StateLayer(len(layers), (Field("s", (50,), "float32", "block"),)))
+    codecs = None if codec is None else {"": codec}
+    return build_layout(layers, KVConfig(block_tokens=size), dtype="float32", codecs=codecs)
+
+
+def store_of(layout: Layout, slabs: int = 64, device: str | None = None) -> BlockStore:
+    slab = max(g.block_bytes for g in layout.spec.groups)
+    return BlockStore(layout.spec, slab * slabs, device=device, slab_bytes=slab)
+
+
+def grown(store: BlockStore, n: int) -> BlockTable:
+    table = store.open()
+    table.append(n)
+    table.commit()
+    return table
+
+
+# -- growing -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_taken_only_when_tokens_need_them() -> None:
+    table = store_of(layout_of(Full())).open()
+    held = []
+    for _ in range(9):
+        table.append(1)
+        held.append(table.chains[0].held)
+    assert held == [1, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert table.commit(5) == [(0, 0)]
+    assert table.commit(9) == [(0, 1)]
+    assert table.commit() == []
+
+
+def test_a_lossy_body_has_room_for_whole_accepted_blocks_only() -> None:
+    table = store_of(layout_of(Full(), codec=Lossy(4))).open()
+    body, raw = table.chains
+    table.append(10, drafts=5)
+    assert (body.held, raw.held) == (1, 3)
+    table.accept(9)
+    assert (body.held, raw.held) == (2, 3)
+    table.commit(9)  # s(9) = 4: the first raw block has done its work
+    assert (body.held, raw.held) == (2, 2)
+
+
+def test_a_window_gives_blocks_back_and_sinks_stay() -> None:
+    layout = layout_of(Window(5), Sinks(2, 5), Chunked(8))
+    table = grown(store_of(layout), 30)
+    by_span = {
+        type(c.group.span): (c.ids[: c.count] != -1).nonzero()[0].tolist() for c in table.chains
+    }
+    assert by_span == {Window: [6, 7], Sinks: [0, 6, 7], Chunked: [6, 7]}
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda t: t.append(-1),
+        lambda t: t.append(1, drafts=2),
+        lambda t: t.commit(9),
+        lambda t: t.accept(9),
+        lambda t: (t.append(2, drafts=2), t.append(1)),
+        lambda t: (t.release(), t.append(1)),
+        lambda t: (t.release(), t.fork()),
+    ],
+)
+def test_misuse_by_our_own_code_is_an_invariant_error(act: Callable[[BlockTable], object]) -> None:
+    table = grown(store_of(layout_of(Full())), 6)
+    with pytest.raises(InvariantError):
+        act(table)
+
+
+# -- failing -----------------------------------------------------------------------------------------------------
+
+
+class Refusals:
+    """Makes the n-th take from now on, over all pools, fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left: int | None = None
+        real = BlockPool.take
+
+        def take(pool: BlockPool) -> int:
+            if self.left is not None:
+                if not self.left:
+                    raise CapacityError("refused by the test")
+                self.left -= 1
+            return real(pool)
+
+        monkeypatch.setattr(BlockPool, "take", take)
+
+
+def recount(store: BlockStore) -> None:
+    refs: dict[tuple[int, int], int] = {}
+    for table in store.tables:
+        for c in table.chains:
+            for b in c.live().tolist():
+                refs[id(c.pool), b] = refs.get((id(c.pool), b), 0) + 1
+    check_pools(store.arena.pools, refs)
+
+
+LAYOUTS = [
+    layout_of(Full(), Window(6)),
+    layout_of(Full(), codec=Lossy(6)),
+    layout_of(Full(), Sinks(2, 3), state=True),
+]
+
+ACTS: list[Callable[[BlockTable], object]] = [
+    lambda t: t.append(11),
+    lambda t: t.append(11, drafts=4),
+    lambda t: t.fork(),
+    lambda t: t.truncate(14) if not any(g.recurrent for g in t.groups) else t.fork(),
+    lambda t: t.keep(0, [1, 2, 5, 6, 9]) if t.groups[0].raw is None else t.append(30),
+    lambda t: t.split(0, [t.groups[0].coords[1]]) if t.groups[0].raw is None else t.append(5),
+]
+
+
+@pytest.mark.parametrize("layout", range(len(LAYOUTS)))
+@pytest.mark.parametrize("act", range(len(ACTS)))
+def test_whatever_take_fails_nothing_has_changed(
+    monkeypatch: pytest.MonkeyPatch, layout: int, act: int
+) -> None:
+    failed = 0
+    while True:
+        with monkeypatch.context() as patch:
+            refusals = Refusals(patch)
+            store = store_of(LAYOUTS[layout])
+            table = grown(store, 14)
+            table.append(5)
+            shared = table.fork()  # so that what is written in place must be copied first
+            before = fingerprint(table), fingerprint(shared), store.usage(), len(store.tables)
+            refusals.left = failed
+            try:
+                made = ACTS[act](table)  # a fork would be collected, references and all
+            except CapacityError:
+                refusals.left = None
+                assert (
+                    fingerprint(table),
+                    fingerprint(shared),
+                    store.usage(),
+                    len(store.tables),
+                ) == before
+                recount(store)
+                failed += 1
+                continue
+        recount(store)
+        del made
+        break
+    assert failed >= 1
+
+
+def test_a_refused_accept_changes_nothing() -> None:
+    layout = layout_of(Full(), codec=Lossy(0))
+    slab = max(g.block_bytes for g in layout.spec.groups)
+    store = BlockStore(layout.spec, slab * 8, slab_bytes=slab)
+    table, other = store.open(), store.open()
+    table.append(8, drafts=8)
+    with pytest.raises(CapacityError):  # noqa: PT012 - until the arena is full
+        for _ in range(999):
+            other.append(1, drafts=1)
+    before = fingerprint(table)
+    with pytest.raises(CapacityError):
+        table.accept(8)
+    assert fingerprint(table) == before
+    other.release()
+    table.accept(8)
+    assert table.accepted == 8
+
+
+# -- shrinking ---------------------------------------------------------------------------------------------------
+
+
+def test_later_blocks_of_a_chain_go_before_earlier_ones() -> None:
+    store = store_of(layout_of(Full()))
+    table = grown(store, 16)
+    ids = table.chains[0].ids[:4].tolist()
+    pool = table.chains[0].pool
+    for b in ids:
+        pool.name(b)
+    table.release()
+    assert list(pool.idle()) == ids[::-1]
+
+
+def test_truncate_says_what_is_lost() -> None:
+    window = grown(store_of(layout_of(Window(4))), 20)
+    with pytest.raises(
+        RequestError, match="cannot go back to 10 tokens: group window0 has given up"
+    ):
+        window.truncate(10)
+    window.truncate(19)
+    state = grown(store_of(layout_of(Full(), state=True)), 6)
+    with pytest.raises(RequestError, match="recurrent state cannot go back"):
+        state.truncate(5)
+    kept = grown(store_of(layout_of(Full())), 12)
+    kept.keep(0, [0, 5])
+    with pytest.raises(RequestError, match="tokens before 12 were dropped"):
+        kept.truncate(11)
+    with pytest.raises(RequestError, match="cannot truncate a sequence of 12 tokens to 13"):
+        kept.truncate(13)
+
+
+def test_truncating_a_fork_leaves_the_other_alone() -> None:
+    store = store_of(layout_of(Full()))
+    table = grown(store, 10)
+    twin = table.fork()
+    shared = table.chains[0].ids[:3].tolist()
+    twin.truncate(6)
+    twin.append(6)
+    assert table.chains[0].ids[:3].tolist() == shared
+    assert twin.chains[0].ids[0] == shared[0]
+    assert not set(twin.chains[0].ids[1:3].tolist()) & set(shared)
+    table.release()
+    twin.release()
+    assert store.usage().held_bytes == 0
+
+
+def test_fork_copies_partial_blocks_and_states_only() -> None:
+    store = store_of(layout_of(Full(), state=True))
+    table = grown(store, 10)
+    before = store.usage().held_bytes
+    twin = table.fork()
+    copied = sum(c.group.block_bytes for c in twin.chains)  # one partial block, one state
+    assert store.usage().held_bytes - before == copied
+    assert twin.held_bytes() == table.held_bytes()
+
+
+# -- keep and split ----------------------------------------------------------------------------------------------
+
+
+def test_keep_frees_memory_and_split_lets_heads_differ() -> None:
+    store = store_of(layout_of(Full()))
+    table = grown(store, 32)
+    whole = table.held_bytes()
+    other = table.split(0, [(0, 1)])
+    assert table.groups[0].coords == ((0, 0),)
+    assert table.groups[other].coords == ((0, 1),)
+    assert table.held_bytes() == store.usage().held_bytes == whole
+    table.keep(other, [0, 1, 30, 31])
+    assert table.held_bytes() == whole - 7 * table.groups[other].block_bytes
+    table.append(1)
+    assert table.chains[other].slot(32) == 4
+    table.release()
+    assert store.usage().held_bytes == 0
+
+
+def test_keep_and_split_refuse_what_cannot_be_taken_apart() -> None:
+    lossy = grown(store_of(layout_of(Full(), codec=Lossy(4))), 8)
+    state = grown(store_of(layout_of(Full(), state=True)), 8)
+    for table, at in ((lossy, 0), (lossy, 1), (state, 1)):
+        with pytest.raises(ConfigError):
+            table.keep(at, [0])
+        with pytest.raises(ConfigError):
+            table.split(at, [table.groups[at].coords[0]])
+    plain = grown(store_of(layout_of(Full())), 8)
+    for wrong in ([], [(0, 0), (0, 1)], [(7, 0)]):
+        with pytest.raises(ConfigError, match="choose some, not all"):
+            plain.split(0, wrong)
+    for positions in ([3, 2], [1, 1], [8], [-1]):
+        with pytest.raises(InvariantError):
+            plain.keep(0, positions)
+
+
+def test_split_and_unsplit_sequences_read_together() -> None:
+    layers: list[KVLayer | StateLayer] = [KVLayer(0, 3, KV), KVLayer(1, 3, KV)]
+    layout = build_layout(layers, KVConfig(block_tokens=4), dtype="float32")
+    world = World(layers, layout, BlockStore(layout.spec, 1 << 20, device="cpu"))
+    a, b = world.open(), world.open()
+    for turn in range(4):
+        rows = []
+        for seq in (a, b):
+            start = len(seq.tokens)
+            seq.table.append(3)
+            seq.tokens += [next(world.numbers) for _ in range(3)]
+            seq.accepted = start + 3
+            rows.append((seq, start, start + 3))
+        world.forward(rows)
+        for seq in (a, b):
+            seq.table.commit()
+            seq.committed = seq.accepted
+        if turn < 2:
+            at = a.table.split(0, [a.table.groups[0].coords[-1]])
+            a.dropped.append(set(a.dropped[0]))
+            a.cut.append(0)
+            a.table.keep(at, [1])
+            a.dropped[at] = set(range(a.committed)) - {1}
+    world.drain()
+
+
+# -- figures -----------------------------------------------------------------------------------------------------
+
+
+def most_blocks(store: BlockStore, n: int, chunk: int) -> dict[str, int]:
+    """What one sequence really holds at most on its way to n tokens."""
+    table, most = store.open(), {g.name: 0 for g in store.spec.groups}
+    while table.length < n:
+        table.append(min(chunk, n - table.length))
+        for c in table.chains:
+            most[c.group.name] = max(most[c.group.name], c.held)
+        table.commit()
+    table.release()
+    return most
+
+
+@given(
+    spans=st.lists(plain_spans, min_size=1, max_size=2),
+    size=st.integers(1, 6),
+    residual=st.one_of(st.none(), st.integers(0, 13)),
+    state=st.booleans(),
+    n=st.integers(0, 70),
+    chunk=st.integers(1, 20),
+)
+def test_blocks_for_bounds_what_a_sequence_holds(spans, size, residual, state, n, chunk) -> None:  # type: ignore[no-untyped-def]
+    codec = None if residual is None else Lossy(residual)
+    layout = layout_of(*spans, size=size, codec=codec, state=state)
+    spec = layout.spec
+    store = BlockStore(spec, 1 << 20)
+    said, held = spec.blocks_for(n, chunk_tokens=chunk), most_blocks(store, n, chunk)
+    for g in spec.groups:
+        assert held[g.name] <= said[g.name]
+        slack = 0 if type(g.span) is Full or g.recurrent else 2 + len(g.span.reach(n))
+        if slack:  # the schedule that holds most may be another one
+            slack += (chunk - 1) // g.block_tokens
+        assert said[g.name] <= held[g.name] + slack
+    assert spec.bytes_for(n, chunk_tokens=chunk) == sum(
+        said[g.name] * g.block_bytes for g in spec.groups
+    )
+
+
+@given(
+    spans=st.lists(plain_spans, min_size=1, max_size=2),
+    residual=st.one_of(st.none(), st.integers(0, 13)),
+    slabs=st.integers(3, 12),
+    per_slab=st.integers(1, 3),
+    n=st.integers(1, 60),
+)
+def test_what_fits_does_fit(spans, residual, slabs, per_slab, n) -> None:  # type: ignore[no-untyped-def]
+    layout = layout_of(*spans, codec=None if residual is None else Lossy(residual))
+    slab = per_slab * max(g.block_bytes for g in layout.spec.groups)
+    sizes = {g.block_bytes for g in layout.spec.groups}
+    store = BlockStore(layout.spec, slab * max(slabs, len(sizes)), slab_bytes=slab)
+    if store.fits(n, chunk_tokens=3):
+        most_blocks(store, n, 3)
+    elif all(type(s) is Full for s in spans) and residual is None:
+        with pytest.raises(CapacityError):
+            store.open().append(n)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_used_bytes_and_waste(device: str | None) -> None:
+    layout = layout_of(Full(), size=4)
+    store = store_of(layout, device=device)
+    table = store.open()
+    assert (table.held_bytes(), table.used_bytes()) == (0, 0)
+    table.append(5)
+    block = layout.spec.groups[0].block_bytes
+    assert table.held_bytes() == 2 * block
+    assert table.used_bytes() == 5 * block // 4
+    recurrent = store_of(layout_of(Full(), state=True)).open()
+    assert recurrent.used_bytes() == 0
+
+
+def test_a_store_too_small_for_one_request_says_so_in_one_line() -> None:
+    spec = layout_of(Full(), codec=Lossy(4)).spec
+    with pytest.raises(CapacityError) as caught:
+        BlockStore(spec, 2048, slab_bytes=2048)
+    assert "is too small for one request" in str(caught.value)
+    assert "need at least 4,096" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_counting_stores_make_the_same_choices_as_real_ones() -> None:
+    layout = layout_of(Full(), Window(7), codec=Lossy(4))
+    held = []
+    for device in (None, "cpu"):
+        store = BlockStore(layout.spec, 1 << 20, device=device)
+        world_layers: list[KVLayer | StateLayer] = [KVLayer(0, 2, KV), KVLayer(1, 2, KV, Window(7))]
+        table = store.open()
+        trail = []
+        world = World(world_layers, layout, store) if device else None
+        seq = world.open() if world else None
+        for n in (5, 1, 1, 9, 3):
+            t = seq.table if seq else table
+            t.append(n)
+            if world and seq:
+                seq.tokens += [next(world.numbers) for _ in range(n)]
+                world.forward([(seq, len(seq.tokens) - n, len(seq.tokens))])
+            t.commit()
+            trail.append([c.held for c in t.chains])
+        held.append(trail)
+    assert held[0] == held[1]
+
+
+def test_views_are_those_of_the_group_and_not_of_its_name() -> None:
+    store = store_of(layout_of(Full()), device="cpu")
+    table = grown(store, 4)
+    whole = store.view(table.groups[0], 0, "k")
+    table.split(0, [(0, 1)])
+    part = store.view(table.groups[0], 0, "k")
+    assert (whole.shape[1], part.shape[1]) == (2, 1)
+    assert isinstance(part, torch.Tensor)
+
+
+def test_places_reach_every_block_of_a_full_arena() -> None:
+    layout = layout_of(Full(), size=4)
+    store = store_of(layout, slabs=5, device="cpu")
+    group = layout.spec.groups[0]
+    table = store.open()
+    table.append(20)
+    units = store.units(group, table.chains[0].ids[:5])
+    assert sorted(units.tolist()) == [i * group.block_bytes // 64 for i in range(5)]
+    for field in ("k", "v"):
+        view = store.view(group, 0, field)
+        view[torch.from_numpy(units)] = 3.0
+    assert int((store.arena.buffer.view(torch.float32) == 3.0).sum()) == 5 * 2 * 4 * 4 * 2
+    assert isinstance(np.asarray(units), np.ndarray)
+
+
+def test_a_spec_refuses_what_does_not_belong_together() -> None:
+    a, b = layout_of(Full(), codec=Lossy(4)).spec.groups
+    with pytest.raises(ConfigError, match="raw group must exist"):
+        CacheSpec((a,))
+    with pytest.raises(ConfigError, match="unique"):
+        CacheSpec((b, b))
