@@ -112,6 +112,15 @@ def test_samples_differ_and_are_what_they_are_alone() -> None:
     assert one.token_ids == output.token_ids
 
 
+def test_a_sample_that_ends_at_once_is_not_forked() -> None:
+    runner = FakeRunner()
+    engine = Engine(runner)
+    [output] = engine.generate([[1, 2]], SamplingParams(max_tokens=1, n=5, temperature=1.0))
+    assert [len(o.token_ids) for o in output.outputs] == [1] * 5
+    assert engine.stats().scheduler.forks == 0
+    assert runner.pool.opened == 0
+
+
 def test_one_adapter_per_forward() -> None:
     runner = FakeRunner()
     engine = Engine(runner)
@@ -349,6 +358,7 @@ def test_stats_are_a_snapshot() -> None:
     assert (now.steps, now.requests, now.output_tokens) == (8, 1, 8)
     assert now.finished == {"length": 1}
     assert now.live_requests == 0
+    assert not engine.core.live
     assert now.scheduler.decode_tokens == 7
 
 
@@ -438,6 +448,28 @@ def test_an_interrupt_leaves_nothing_behind() -> None:
         engine.generate([[1], [2]], SamplingParams(max_tokens=50))
     assert runner.pool.opened == 0
     assert not engine.has_work
+
+
+def test_generate_interrupted_between_steps_cancels_what_it_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = FakeRunner()
+    engine = Engine(runner)
+    other = engine.add_request([3], GREEDY)
+    turn, turns = engine._turn, 0
+
+    def impatient() -> None:
+        nonlocal turns
+        turns += 1
+        if turns == 4:
+            raise KeyboardInterrupt
+        turn()
+
+    monkeypatch.setattr(engine, "_turn", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[1], [2]], SamplingParams(max_tokens=50))
+    assert list(engine.held_bytes()) == [other]
+    assert runner.pool.opened == 1
 
 
 def test_logits_that_are_not_numbers_fail_their_request_only() -> None:

@@ -90,7 +90,7 @@ def test_requests_and_scheduling_need_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from quire.engine import (SamplingParams, Request, RequestOutput, Scheduler, SchedulerConfig, Plan,\n"
-        "    Item, Runner, Detokenizer, StopMatcher)\n"
+        "    Intake, Item, Runner, Detokenizer, StopMatcher)\n"
         "SamplingParams(temperature=1.0)\n"
         "try:\n"
         "    from quire.engine import Engine\n"

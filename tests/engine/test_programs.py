@@ -220,6 +220,7 @@ def test_everybody_finishes_with_the_tokens_they_get_alone(
 
     assert watched.runner.pool.opened == 0
     assert not watched.runner.pool.refs
+    assert not watched.engine.core.live
     assert set(watched.outputs) == set(wanted)
     for name in wanted:
         watched.compare(name)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from engine.fake_runner import BLOCK_BYTES, Clock, FakeRunner
+from quire.engine.intake import output_limit
 from quire.engine.params import SamplingParams
 from quire.engine.request import Request, Sample, State
 from quire.engine.schedule import Plan, SchedulerConfig
@@ -532,7 +533,7 @@ def test_tokens_already_in_an_opened_table_are_not_computed() -> None:
 
 
 def limit(runner: FakeRunner, prompt: int, **params: Any) -> int:
-    return Scheduler(runner).limit(prompt, SamplingParams(**params))
+    return output_limit(runner, prompt, SamplingParams(**params))
 
 
 def test_limits() -> None:

@@ -145,6 +145,9 @@ def test_special_tokens_and_slow_tokenizers() -> None:
     tokens = [0, *tokenizer.encode("fox"), 1]
     assert "".join(emitted(tokenizer, tokens)) == "fox"
     assert "".join(emitted(tokenizer, tokens, skip_special_tokens=False)) == "<s>fox</s>"
+    split = [token for byte in tokenizer.encode("ÿ") for token in [byte, *[0] * 40]]
+    assert len(split) > 80  # one character in two tokens, far apart
+    assert "".join(emitted(tokenizer, split)) == "ÿ"
 
     class Slow:
         all_special_ids = (0, 1)

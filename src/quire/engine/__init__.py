@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quire.engine.engine import Engine, EngineStats
+    from quire.engine.core import EngineStats
+    from quire.engine.engine import Engine
+    from quire.engine.intake import Intake, output_limit
     from quire.engine.params import SamplingParams
     from quire.engine.request import (
         Completion,
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Engine": "engine",
-    "EngineStats": "engine",
+    "EngineStats": "core",
     "Completion": "request",
+    "Intake": "intake",
+    "output_limit": "intake",
     "Delta": "request",
     "Request": "request",
     "RequestFigures": "request",
@@ -55,6 +59,7 @@ __all__ = [
     "Detokenizer",
     "Engine",
     "EngineStats",
+    "Intake",
     "Item",
     "Plan",
     "Request",
@@ -70,6 +75,7 @@ __all__ = [
     "StopMatcher",
     "Table",
     "TokenLogprob",
+    "output_limit",
 ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,15 +23,37 @@ from quire.engine.request import (
     State,
     TokenLogprob,
 )
-from quire.engine.runner import Runner
+from quire.engine.runner import Runner, Usage
 from quire.engine.sampler import draw, score
+from quire.engine.schedule import SchedulerStats
 from quire.engine.scheduler import Scheduler
 from quire.engine.text import Transcript
 from quire.errors import CapacityError, RequestError
 
-__all__ = ["Core"]
+__all__ = ["Core", "EngineStats"]
 
 Done = list[tuple[Sample, Delta]]
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """A snapshot of the engine: counters since its start, queues and bytes now.
+
+    Args:
+        steps: that computed anything; a step has one forward per adapter in it.
+        requests: submitted.
+        finished: samples by finish reason.
+        output_tokens: sampled.
+    """
+
+    steps: int = 0
+    forwards: int = 0
+    requests: int = 0
+    live_requests: int = 0
+    output_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    scheduler: SchedulerStats = field(default_factory=SchedulerStats)
+    usage: Usage | None = None
 
 
 class Core:
@@ -122,6 +145,19 @@ class Core:
         """End all requests: a step failed half way, or nobody will step again."""
         for request in list(self.live.values()):
             self.fail(request, error)
+
+    def stats(self, *, requests: int, live_requests: int) -> EngineStats:
+        """A snapshot, with the counts of submitted and unfinished requests that the engine keeps."""
+        return EngineStats(
+            steps=self.steps,
+            forwards=self.forwards,
+            requests=requests,
+            live_requests=live_requests,
+            output_tokens=self.output_tokens,
+            finished=dict(self.finished),
+            scheduler=self.scheduler.stats(),
+            usage=self.runner.usage(),
+        )
 
     # ---- after the forward ------------------------------------------------------------------------------------------
 

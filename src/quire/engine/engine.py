@@ -9,52 +9,29 @@ from __future__ import annotations
 
 import itertools
 import logging
-import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from quire.engine.core import Core
+from quire.engine.core import Core, EngineStats
+from quire.engine.intake import Intake, Prompt, as_list
 from quire.engine.loop import Courier, Driver, Subscriber
-from quire.engine.params import SamplingParams, check_integer
+from quire.engine.params import SamplingParams
 from quire.engine.request import Delta, Request, RequestOutput
-from quire.engine.runner import Runner, Usage
-from quire.engine.schedule import SchedulerConfig, SchedulerStats
+from quire.engine.runner import Runner
+from quire.engine.schedule import SchedulerConfig
 from quire.engine.scheduler import Scheduler
 from quire.errors import CapacityError, RequestError
 
-__all__ = ["Engine", "EngineStats"]
+__all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int]
 Sink = Callable[[Delta], None]
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """A snapshot of the engine: counters since its start, queues and bytes now.
-
-    Args:
-        steps: that computed anything; a step has one forward per adapter in it.
-        requests: submitted.
-        finished: samples by finish reason.
-        output_tokens: sampled.
-    """
-
-    steps: int = 0
-    forwards: int = 0
-    requests: int = 0
-    live_requests: int = 0
-    output_tokens: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-    scheduler: SchedulerStats = field(default_factory=SchedulerStats)
-    usage: Usage | None = None
 
 
 class Engine:
@@ -84,10 +61,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.clock = clock
         self.scheduler = Scheduler(runner, config, clock, cut=getattr(runner, "cut", None))
-        if eos_token_ids is None:
-            eos = getattr(tokenizer, "eos_token_id", None)
-            eos_token_ids = () if eos is None else (eos,)
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.intake = Intake(runner, runner.vocab_size, tokenizer, eos_token_ids, clock)
         self.core = Core(runner, self.scheduler, tokenizer, clock, self._deliver)
         self._requests: dict[str, Request] = {}  # submitted and unfinished
         self._inbox: deque[Request | str] = deque()  # new requests, and ids to cancel
@@ -152,57 +126,14 @@ class Engine:
         priority: int = 0,
         adapter: str | None = None,
     ) -> Request:
-        """Check everything that can be known now."""
+        """Check everything that can be known now; nothing is queued yet."""
         if self._closed:
             raise RequestError("the engine is closed")
-        params = params or SamplingParams()
-        ids = self._token_ids(prompt)
-        n_vocab = self.runner.vocab_size
-        for name, tokens in (
-            ("the prompt", ids),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias),
-        ):
-            if tokens and not (min(tokens) >= 0 and max(tokens) < n_vocab):
-                raise RequestError(f"{name} holds a token id outside the vocabulary of {n_vocab}")
-        if params.stop and self.tokenizer is None:
-            raise RequestError(
-                "stop strings need a tokenizer; use stop_token_ids, or give the engine one"
-            )
-        check_integer("priority", priority, -1000, 1000)
-        max_tokens = self.scheduler.limit(len(ids), params)
-        stop_ids = frozenset(params.stop_token_ids)
-        return Request(
-            request_id=self._name(request_id),
-            prompt_token_ids=ids,
-            params=params,
-            max_tokens=max_tokens,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            prompt=prompt if isinstance(prompt, str) else None,
-            priority=priority,
-            adapter=adapter,
-            arrival_s=self.clock(),
-            stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids,
-        )
-
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError(
-                    "a text prompt needs a tokenizer; give token ids, or the engine one"
-                )
-            return list(self.tokenizer.encode(prompt))
-        ids = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
-        if not all(type(token) is int for token in ids):
-            raise RequestError("a prompt must be text or one flat list of integer token ids")
-        return ids
-
-    def _name(self, request_id: str | None) -> str:
         if request_id is None:
-            return next(name for name in map(str, self._ids) if name not in self._requests)
-        if request_id in self._requests:
+            request_id = next(name for name in map(str, self._ids) if name not in self._requests)
+        elif request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; choose another")
-        return request_id
+        return self.intake.request(request_id, prompt, params, priority=priority, adapter=adapter)
 
     def _submit(self, request: Request, sink: Sink | None) -> None:
         request.sink = sink
@@ -310,7 +241,7 @@ class Engine:
             RequestError, CapacityError: a prompt is refused, before any runs.
             Exception: what the runner raised.
         """
-        many = _as_list(prompts)
+        many = as_list(prompts)
         each = (
             [params] * len(many)
             if params is None or isinstance(params, SamplingParams)
@@ -413,16 +344,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and queues, as a snapshot."""
-        return EngineStats(
-            steps=self.core.steps,
-            forwards=self.core.forwards,
-            requests=self._submitted,
-            live_requests=len(self._requests),
-            output_tokens=self.core.output_tokens,
-            finished=dict(self.core.finished),
-            scheduler=self.scheduler.stats(),
-            usage=self.runner.usage(),
-        )
+        return self.core.stats(requests=self._submitted, live_requests=len(self._requests))
 
     def held_bytes(self) -> dict[str, int]:
         """What each live request's tables reference now; blocks that samples share count for each of them."""
@@ -431,13 +353,3 @@ class Engine:
             tables = [sample.table for sample in request.samples]
             held[name] = sum(table.held_bytes() for table in tables if table is not None)
         return held
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several → several."""
-    if isinstance(prompts, str):
-        return [prompts]
-    many = list(prompts)
-    if many and all(isinstance(part, int) for part in many):
-        return [many]  # type: ignore[list-item]
-    return many  # type: ignore[return-value]

@@ -7,9 +7,9 @@ waiting, and nobody can be passed for ever. Everything follows the seats: who is
 and, from the other end, who gives way when the pool is full (the youngest of the lowest effective priority).
 
 **Why all finish.** The first seat among the unfinished can take the room of every other running sample, and alone it
-fits (checked at submission), so it advances in every step in which it is in the batch; it waits for a row only behind
-samples that end by themselves. When it is done another is first. Only finitely many later arrivals can outrank a seat,
-because priorities are bounded and time passes.
+fits (checked at the door, see `intake`), so it advances in every step in which it is in the batch; it waits for a row
+only behind samples that end by themselves. When it is done another is first. Only finitely many later arrivals can
+outrank a seat, because priorities are bounded and time passes.
 
 **Why it does not thrash.** A sample that finds no room and has nobody behind it stalls with what it holds; it is
 preempted only when somebody before it needs the room. Nobody enters behind a stalled sample, nor below the watermark,
@@ -27,11 +27,10 @@ from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
 
-from quire.engine.params import SamplingParams
 from quire.engine.request import Request, Sample, State
 from quire.engine.runner import Item, Room, Table
 from quire.engine.schedule import Plan, SchedulerConfig, SchedulerStats
-from quire.errors import CapacityError, InvariantError, RequestError
+from quire.errors import CapacityError, InvariantError
 
 __all__ = ["Scheduler"]
 
@@ -78,49 +77,6 @@ class Scheduler:
         self._grow_bytes = 0  # most that one more token was seen to take
 
     # ---- what callers ask -------------------------------------------------------------------------------------------
-
-    def limit(self, prompt_tokens: int, params: SamplingParams) -> int:
-        """Most output tokens of such a request, here.
-
-        Raises:
-            RequestError: no prompt, or one beyond the context.
-            CapacityError: it could never fit the pool, even alone.
-        """
-        context, asked = self.room.max_context_tokens, params.max_tokens
-        if prompt_tokens < 1:
-            raise RequestError("the prompt is empty; give at least one token")
-        left = context - prompt_tokens
-        if left < 0 or (left == 0 and asked != 0):
-            raise RequestError(
-                f"the prompt has {prompt_tokens} tokens and the context {context}; "
-                f"at most {max(context - 1, 0)} leave room for output"
-            )
-        want = left if asked is None else min(asked, left)
-        if want < params.min_tokens:
-            raise RequestError(
-                f"min_tokens={params.min_tokens}, but the context of {context} leaves {left} after the prompt"
-            )
-        if self._fits(prompt_tokens, want):
-            return want
-        low, high = 0, want  # fits(low) unless even the prompt does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._fits(prompt_tokens, middle) else (low, middle)
-        if low < 1 or not self._fits(prompt_tokens, low):
-            raise CapacityError(
-                f"a prompt of {prompt_tokens} tokens does not fit the cache even alone; "
-                "shorten it, give the cache more memory, or choose a smaller codec"
-            )
-        if asked is None and low >= params.min_tokens:
-            return low
-        raise CapacityError(
-            f"{prompt_tokens} prompt and {want} output tokens do not fit the cache even alone; "
-            f"max_tokens={low} would"
-        )
-
-    def _fits(self, prompt_tokens: int, output_tokens: int) -> bool:
-        """The last token sampled is never put into the cache."""
-        return self.room.fits(prompt_tokens + max(output_tokens, 1) - 1)
 
     def add(self, request: Request) -> None:
         """Queue a request's first sample; the others fork from it, see `fork`."""

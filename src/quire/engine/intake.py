@@ -1,0 +1,166 @@
+"""The door: a request is checked here, once, for everything that can be known before it runs. No torch.
+
+What is refused is refused in one line that says what would work; what passes fits, at least alone, and will finish.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from quire.engine.params import SamplingParams, check_integer
+from quire.engine.request import Request
+from quire.engine.runner import Room
+from quire.errors import CapacityError, RequestError
+
+__all__ = ["Intake", "Prompt", "as_list", "output_limit"]
+
+Prompt = str | Sequence[int]
+
+
+def output_limit(room: Room, prompt_tokens: int, params: SamplingParams) -> int:
+    """Most output tokens of such a request, here.
+
+    Args:
+        room: the runner, or a model of one.
+        prompt_tokens: of the prompt.
+        params: `max_tokens=None` takes what context and pool allow.
+
+    Raises:
+        RequestError: no prompt, or one beyond the context.
+        CapacityError: it could never fit the pool, even alone.
+
+    Cost: one question to the pool; a bisection where the answer is no.
+    """
+    context, asked = room.max_context_tokens, params.max_tokens
+    if prompt_tokens < 1:
+        raise RequestError("the prompt is empty; give at least one token")
+    left = context - prompt_tokens
+    if left < 0 or (left == 0 and asked != 0):
+        raise RequestError(
+            f"the prompt has {prompt_tokens} tokens and the context {context}; "
+            f"at most {max(context - 1, 0)} leave room for output"
+        )
+    want = left if asked is None else min(asked, left)
+    if want < params.min_tokens:
+        raise RequestError(
+            f"min_tokens={params.min_tokens}, but the context of {context} leaves {left} after the prompt"
+        )
+
+    def fits(output_tokens: int) -> bool:  # the last token sampled is never put into the cache
+        return room.fits(prompt_tokens + max(output_tokens, 1) - 1)
+
+    if fits(want):
+        return want
+    low, high = 0, want  # fits(low), unless even the prompt does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    if low < 1 or not fits(low):
+        raise CapacityError(
+            f"a prompt of {prompt_tokens} tokens does not fit the cache even alone; "
+            "shorten it, give the cache more memory, or choose a smaller codec"
+        )
+    if asked is None and low >= params.min_tokens:
+        return low
+    raise CapacityError(
+        f"{prompt_tokens} prompt and {want} output tokens do not fit the cache even alone; "
+        f"max_tokens={low} would"
+    )
+
+
+class Intake:
+    """Makes requests of prompts and wishes.
+
+    Args:
+        room: where they will live.
+        vocab_size: token ids are below it.
+        tokenizer: for text prompts and stop strings; may be None.
+        eos_token_ids: what ends a sequence; None: the tokenizer's.
+        clock: seconds; stamps the arrival.
+    """
+
+    def __init__(
+        self,
+        room: Room,
+        vocab_size: int,
+        tokenizer: Any,
+        eos_token_ids: Iterable[int] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.room = room
+        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
+        if eos_token_ids is None:
+            eos = getattr(tokenizer, "eos_token_id", None)
+            eos_token_ids = () if eos is None else (eos,)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.clock = clock
+
+    def request(
+        self,
+        name: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
+    ) -> Request:
+        """Check and make one.
+
+        Raises:
+            RequestError: it is wrong.
+            CapacityError: it could never fit.
+        """
+        params = params or SamplingParams()
+        ids = self._token_ids(prompt)
+        for what, tokens in (
+            ("the prompt", ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
+            if tokens and not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
+                raise RequestError(
+                    f"{what} holds a token id outside the vocabulary of {self.vocab_size}"
+                )
+        if params.stop and self.tokenizer is None:
+            raise RequestError(
+                "stop strings need a tokenizer; use stop_token_ids, or give the engine one"
+            )
+        check_integer("priority", priority, -1000, 1000)
+        stop_ids = frozenset(params.stop_token_ids)
+        return Request(
+            request_id=name,
+            prompt_token_ids=ids,
+            params=params,
+            max_tokens=output_limit(self.room, len(ids), params),
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            prompt=prompt if isinstance(prompt, str) else None,
+            priority=priority,
+            adapter=adapter,
+            arrival_s=self.clock(),
+            stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids,
+        )
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError(
+                    "a text prompt needs a tokenizer; give token ids, or the engine one"
+                )
+            return list(self.tokenizer.encode(prompt))
+        ids = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
+        if not all(type(token) is int for token in ids):
+            raise RequestError("a prompt must be text or one flat list of integer token ids")
+        return ids
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several → several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    if many and all(isinstance(part, int) for part in many):
+        return [many]  # type: ignore[list-item]
+    return many  # type: ignore[return-value]
