@@ -111,7 +111,8 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 def _child(model_type: str, check: Check | None, pipe: Connection) -> None:
     import torch
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    for stream in (1, 2):  # models talk while they are made
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     pipe.send(sweep_one(model_type, check))

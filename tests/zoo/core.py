@@ -140,8 +140,8 @@ def scatter_weights(
 ) -> None:
     """Redraw every matrix at a scale that makes attention matter, whatever the class's own init.
 
-    Vectors keep the class's values (norms, decay rates of recurrences), except biases and sinks,
-    which would be zero.
+    Vectors keep the class's values, except biases and sinks, which would be zero, and the decay
+    rates of recurrences, which would forget within a few tokens.
 
     Args:
         gain: scale of the matrices over Glorot's.
@@ -153,7 +153,9 @@ def scatter_weights(
         leaf = name.rsplit(".", 1)[-1]
         if id(p) in tables:
             p.normal_(0.0, embed, generator=generator)
-        elif p.dim() >= 2 and leaf != "A_log":
+        elif leaf == "A_log":  # slow decay: a state lost twenty tokens ago must show
+            p.uniform_(-4.0, -1.0, generator=generator)
+        elif p.dim() >= 2:
             depthwise = p.dim() == 3 and p.shape[1] == 1
             glorot = p.shape[-1] ** -0.5 if depthwise else math.sqrt(2 / sum(p.shape[-2:]))
             p.normal_(0.0, gain * glorot, generator=generator)

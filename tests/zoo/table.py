@@ -43,12 +43,11 @@ _SEEDS: dict[str, int] = dict(
     codegen=6,
     gpt_neo=4,
     falcon_alibi=3,
-    jamba=3,
-    mamba2=4,
-    mamba=2,
-    falcon_mamba=2,
-    falcon_h1=1,
-    granitemoehybrid=3,
+    jamba=1,
+    qwen3_next=2,
+    mamba2=7,
+    falcon_mamba=1,
+    falcon_h1=2,
 )
 _GAINS: dict[str, float] = dict(
     mpt=2.2,
@@ -59,7 +58,6 @@ _GAINS: dict[str, float] = dict(
     gptj=3.0,
     codegen=3.0,
     falcon_alibi=3.0,
-    jamba=2.2,
 )
 _EMBED: dict[str, float] = dict(gemma3n=0.03, gemma4=0.03)
 
