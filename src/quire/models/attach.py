@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from quire.errors import ConfigError
+from quire.models.adapters import Adapters, unwrap
 from quire.models.bridge import WAYS, Bridge, make_backend
 from quire.models.forward import NAME
 from quire.models.hf_cache import KVCache
@@ -66,6 +67,8 @@ def connect(
         CapacityError: the memory is too small.
     """
     check_choices(config, attention, way)
+    adapters = Adapters(model)
+    model = unwrap(model)
     total_bytes = arena_bytes(memory, model.device)
     if getattr(text_config(model), "_attn_implementation", None) == NAME:
         raise ConfigError(
@@ -80,7 +83,9 @@ def connect(
             if not _enter(candidate, shape, patches):
                 reasons.append(f"{candidate}: the model offers no such way")
                 continue
-            chunked = _self_test(model, candidate, shape, patches, dtype) if self_test else True
+            chunked = (
+                _self_test(model, candidate, shape, patches, dtype, adapters) if self_test else True
+            )
         except Exception as e:  # noqa: BLE001 - whatever a model's code raises under a way: not this way
             patches.undo()
             reasons.append(f"{candidate}: {one_line(e)}")
@@ -88,7 +93,7 @@ def connect(
         try:
             layout = _layout(model, shape, candidate, config, dtype)
             store = BlockStore(layout.spec, total_bytes, device=str(model.device))
-            bridge = Bridge(model, candidate, shape, layout, store, patches, attention)
+            bridge = Bridge(model, candidate, shape, layout, store, patches, adapters, attention)
         except BaseException:
             patches.undo()
             raise
@@ -151,7 +156,9 @@ def _layout(model: Any, shape: Shape, way: str, config: KVConfig, dtype: str) ->
 
 
 @torch.inference_mode()
-def _self_test(model: Any, way: str, shape: Shape, patches: Patches, dtype: str) -> bool:
+def _self_test(
+    model: Any, way: str, shape: Shape, patches: Patches, dtype: str, adapters: Adapters
+) -> bool:
     """Two short requests in two chunks against the model's own attention and cache.
 
     Returns:
@@ -173,7 +180,7 @@ def _self_test(model: Any, way: str, shape: Shape, patches: Patches, dtype: str)
         4 * sum(layout.spec.bytes_for(24) + 2 * g.block_bytes for g in layout.spec),
         device=str(model.device),
     )
-    bridge = Bridge(model, way, shape, layout, store, patches_before)
+    bridge = Bridge(model, way, shape, layout, store, patches_before, adapters)
     worst = {}
     for chunked in (True, False):
         runner = ModelRunner(bridge)

@@ -11,6 +11,7 @@ import torch
 from quire.attention.reference import ReferenceBackend, TorchBackend
 from quire.attention.step import Row, Step
 from quire.errors import ConfigError
+from quire.models.adapters import Adapters
 from quire.models.forward import Forward, windows_of
 from quire.models.hf_cache import KVCache
 from quire.models.patches import Patches
@@ -45,9 +46,11 @@ class Bridge:
         layout: Layout,
         store: BlockStore,
         patches: Patches,
+        adapters: Adapters,
         backend: str = "auto",
     ) -> None:
         self.model = model
+        self.adapters = adapters
         self.way = way
         self.shape = shape
         self.layout = layout

@@ -175,7 +175,7 @@ def absorbed(module: Any, now: Forward, layer: int, q: torch.Tensor, scale: floa
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1. `q: [B, H, T, d_nope + d_rope]`.
     """
     dn, dv, r = module.qk_nope_head_dim, module.v_head_dim, module.kv_lora_rank
-    w = module.kv_b_proj.weight.view(q.shape[1], dn + dv, r)
+    w = up_projection(module.kv_b_proj, r).view(q.shape[1], dn + dv, r)
     latent = torch.einsum("bhtd,hdr->bhtr", q[..., :dn], w[:, :dn])
     out = now.attend(
         layer,
@@ -187,6 +187,16 @@ def absorbed(module: Any, now: Forward, layer: int, q: torch.Tensor, scale: floa
     return torch.einsum("bthr,hdr->bthd", out, w[:, dn:]).contiguous()
 
 
+def up_projection(layer: Any, rank: int) -> torch.Tensor:
+    """The matrix `[out, rank]` that a linear layer applies; asked of the layer where it is quantised or adapted."""
+    if type(layer) is torch.nn.Linear:
+        plain: torch.Tensor = layer.weight
+        return plain
+    like = next(p for p in layer.parameters() if p.is_floating_point())
+    applied: torch.Tensor = layer(torch.eye(rank, dtype=like.dtype, device=like.device))
+    return applied.T
+
+
 def _at_own_positions(module: Any, now: Forward, q: torch.Tensor) -> torch.Tensor:
     """Puts right the scale by position that Llama-4 gives the queries of its NoPE layers.
 
@@ -194,11 +204,8 @@ def _at_own_positions(module: Any, now: Forward, q: torch.Tensor) -> torch.Tenso
     """
 
     def scales(positions: torch.Tensor) -> torch.Tensor:
-        return (
-            torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale))
-            * module.attn_scale
-            + 1.0
-        )
+        steps = torch.floor((positions.float() + 1.0) / float(module.floor_scale))
+        return torch.log1p(steps) * float(module.attn_scale) + 1.0
 
     ratio = scales(now.step.positions()) / scales(torch.arange(q.shape[2], device=q.device))
     turned: torch.Tensor = (q * ratio[:, None]).to(q.dtype)

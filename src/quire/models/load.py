@@ -245,7 +245,7 @@ def _check_weights(folder: Path, name: str) -> None:
 def _shards(index: Path, name: str) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ConfigError(f"{name}: {index.name} cannot be read ({_line(e)})") from e
 
 

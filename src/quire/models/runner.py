@@ -10,6 +10,7 @@ import torch
 
 from quire.attention.step import Row, Step
 from quire.errors import InvariantError, RequestError
+from quire.models.adapters import Adapters, unwrap
 from quire.models.bridge import Bridge
 from quire.models.forward import CURRENT
 from quire.models.hf_cache import KVCache
@@ -57,7 +58,7 @@ class ModelRunner:
         self.chunked_prefill = bridge.chunked_prefill
         self.max_rows: int | None = None
         self.cache = KVCache(bridge)
-        self._adapter: str | None = None
+        self.adapters = bridge.adapters
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ class ModelRunner:
         Returns:
             `[sum(item.logits), vocab] float32`, in item order.
         """
-        self._use_adapter(adapter)
+        self.adapters.use(adapter)
         out: list[torch.Tensor | None] = [None] * len(items)
         for batch in self._batches(items):
             rows = self._run([items[i] for i in batch])
@@ -199,20 +200,6 @@ class ModelRunner:
         flat: torch.Tensor = logits.reshape(-1, logits.shape[-1])
         return flat.float() if trimmed else flat[index].float()
 
-    def _use_adapter(self, name: str | None) -> None:
-        """PEFT: switches the active adapter; None is the base model."""
-        if name == self._adapter:
-            return
-        model = self.model
-        if not hasattr(model, "set_adapter"):
-            raise RequestError(f"adapter {name!r}: this model carries no adapters")
-        if name is None:
-            model.disable_adapters()
-        else:
-            model.enable_adapters()
-            model.set_adapter(name)
-        self._adapter = name
-
 
 class NoCacheTable:
     """Stands in for a table where nothing is cached: it counts tokens and holds no bytes."""
@@ -249,7 +236,8 @@ class NoCacheRunner:
     bytes_per_token = 0.0
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.adapters = Adapters(model)
+        self.model = model = unwrap(model)
         self.device = torch.device(model.device)
         config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(config.vocab_size)
@@ -267,6 +255,7 @@ class NoCacheRunner:
     @torch.inference_mode()
     def forward(self, items: Sequence[Item], adapter: str | None = None) -> torch.Tensor:
         """As `ModelRunner.forward`; tokens [0, stop) of each item are computed anew."""
+        self.adapters.use(adapter)
         out = []
         for item in items:
             ids = torch.tensor([list(item.tokens[: item.stop])], device=self.device)
