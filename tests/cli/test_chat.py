@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ TURNS = ["Hello there", "and who are you", "good bye"]
 
 def kept(err: str) -> list[tuple[int, int]]:
     """(not recomputed, new) of every turn."""
-    found = re.findall(r"^([\d,]+) tokens not recomputed \(\d+ %\), ([\d,]+) new", err, re.MULTILINE)
+    found = re.findall(
+        r"^([\d,]+) tokens not recomputed \(\d+ %\), ([\d,]+) new", err, re.MULTILINE
+    )
     return [(int(a.replace(",", "")), int(b.replace(",", ""))) for a, b in found]
 
 
@@ -36,7 +39,7 @@ def test_a_turn_computes_only_what_is_new(quire, model: Path) -> None:
     assert len(done.out.splitlines()) == 3
     turns = kept(done.err)
     assert turns[0][0] == 0
-    for before, after in zip(turns, turns[1:], strict=False):
+    for before, after in pairwise(turns):
         # everything that was in the cache: the last prompt and all of the reply but its last token
         assert after[0] == sum(before) + 9 - 1
         assert after[1] < 50
@@ -132,9 +135,7 @@ def test_a_full_context_is_said_and_survived(quire, tiny: Path) -> None:
     assert len(done.out.splitlines()) == 1
 
 
-def test_ctrl_c_stops_a_reply_and_stays(
-    quire, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_stops_a_reply_and_stays(quire, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = chat(quire, tiny, TURNS[:2])
     whole = done.out.splitlines()[0]
     _interrupt_step(monkeypatch, 4)

@@ -59,9 +59,7 @@ def test_the_document_has_the_contract_s_keys(quire, tiny: Path, greedy) -> None
 
 
 def test_smaller_blocks_waste_less(quire, tiny: Path) -> None:
-    done = quire(
-        *("run", "abc", "--model", tiny, "--max-tokens", 8, "--json"), "--block-tokens", 4
-    )
+    done = quire(*("run", "abc", "--model", tiny, "--max-tokens", 8, "--json"), "--block-tokens", 4)
     assert done.json["kv_bytes_end"] == 12 * BYTES_PER_TOKEN
     assert done.json["waste"] == pytest.approx(2 / 12)
 

@@ -82,6 +82,8 @@ class Conversation:
             self.reuse = self._rewind(tokens)
             while self.engine.has_work:
                 for delta in self.engine.step():
+                    if delta.request_id != name:
+                        continue  # the last words of a turn that was broken off
                     seen += delta.token_ids
                     if delta.error is not None:
                         raise delta.error

@@ -85,6 +85,7 @@ def save_table(
 
     Cost: the held blocks once through host memory.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if table.closed or table.committed != table.length:
@@ -105,11 +106,9 @@ def save_table(
     try:
         save_file(blocks, half, metadata={"quire": document})
         half.replace(target)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         half.unlink(missing_ok=True)
-        raise ConfigError(
-            f"{target} cannot be written ({e.strerror or e}); choose another place"
-        ) from e
+        raise ConfigError(f"{target} cannot be written ({e}); choose another place") from e
 
 
 def _record(chain: Chain) -> dict[str, Any]:
@@ -120,6 +119,7 @@ def _record(chain: Chain) -> dict[str, Any]:
         "held": "".join("0" if b == GONE else "1" for b in ids),
         "cursor": chain.cursor,
         "sealed": chain.sealed,
+        "encoded": chain.encoded,
         "cut": chain.cut,
         "kept": None if chain.kept is None else [int(p) for p in chain.kept],
     }
@@ -127,29 +127,25 @@ def _record(chain: Chain) -> dict[str, Any]:
 
 def _bytes_of(table: BlockTable, chain: Chain) -> np.ndarray:
     """`[held, block_bytes] uint8`: the chain's blocks, zeros where no token is."""
-    size, pool, buffer = chain.group.block_bytes, chain.pool, table.store.arena.buffer
-    live = [int(b) for b in chain.live()]
+    group, pool, buffer = chain.group, chain.pool, table.store.arena.buffer
+    size, live = group.block_bytes, chain.live()
     out = np.zeros((len(live), size), np.uint8)
     for row, block in enumerate(live):
-        at = pool.byte_offset(block)
+        at = pool.byte_offset(int(block))
         out[row] = buffer[at : at + size].cpu().numpy()
-    if live and chain.ids[chain.count - 1] != GONE and chain.partial(table.length):
-        _blank(out[-1], chain, table.length)
+    out[:, ~_meant(group, group.block_tokens)] = 0
+    if chain.partial(table.length) and chain.count and chain.ids[chain.count - 1] != GONE:
+        out[-1, ~_meant(group, chain.slot(table.length) % group.block_tokens or 1)] = 0
     return out
 
 
-def _blank(block: np.ndarray, chain: Chain, length: int) -> None:
-    """Zeros the rows of a partly filled block that hold no token."""
-    group = chain.group
-    used = chain.slot(length) % group.block_tokens
-    if group.recurrent or not used:
-        return
-    offsets = group.field_offsets
-    for tile in range(len(group.coords)):
-        for f in group.fields:
-            if f.per == "token":
-                start = tile * group.tile_bytes + offsets[f.name]
-                block[start + used * f.item_bytes : start + f.bytes_in(group.block_tokens)] = 0
+def _meant(group: CacheGroup, n_tokens: int) -> np.ndarray:
+    """`[block_bytes] bool`: the bytes that the first `n_tokens` rows of a block take."""
+    meant = np.zeros((len(group.coords), group.tile_bytes), bool)
+    for f in group.fields:
+        start = group.field_offsets[f.name]
+        meant[:, start : start + f.bytes_in(n_tokens)] = True
+    return meant.reshape(-1)
 
 
 def _checksum(meta: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) -> str:
@@ -220,7 +216,9 @@ def _open(path: Path, *, blocks: bool) -> tuple[Snapshot, dict[str, np.ndarray]]
             document = (f.metadata() or {}).get("quire")
             found = {n: f.get_tensor(n) for n in f.keys()} if blocks else {}  # noqa: SIM118 - no mapping
     except SafetensorError as e:
-        raise _damaged(path) from e
+        raise TierError(
+            f"{path} is no snapshot of a cache, or was cut off; restore a copy, or begin a new file"
+        ) from e
     except OSError as e:
         raise ConfigError(f"{path} cannot be read ({e.strerror or e})") from e
     if document is None:
@@ -263,12 +261,14 @@ def _restore(table: BlockTable, record: Mapping[str, Any], rows: np.ndarray) -> 
             block = pool.take()
             chain.push(block)
             start = pool.byte_offset(block)
-            buffer[start : start + group.block_bytes] = torch.from_numpy(rows[at]).to(buffer.device)
+            with torch.inference_mode():  # where the arena may have been made
+                buffer[start : start + group.block_bytes] = torch.from_numpy(rows[at])
             at += 1
         else:
             chain.push(GONE)
             chain.held -= 1
     chain.cursor, chain.sealed, chain.cut = (int(record[k]) for k in ("cursor", "sealed", "cut"))
+    chain.encoded = int(record["encoded"])
     chain.kept = None if record["kept"] is None else np.asarray(record["kept"], np.int64)
 
 
