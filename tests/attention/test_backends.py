@@ -1,0 +1,315 @@
+"""Backends over real blocks against dense attention in float64, and the fast one against the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laws.dense import first_raw, may_read, plain_spans
+from lossy import Lossy, decoded
+from quire.attention import ReferenceBackend, Row, Step
+from quire.attention import reference as module
+from quire.attention.reference import TorchBackend
+from quire.plan import KVLayer, build_layout
+from quire.spans import Full, Sinks, Span, Window
+from quire.spec import Field, KVConfig
+from quire.store import BlockStore
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+FULL = Full()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer, one step: `lengths` are (cached, new) tokens per row; `split` heads keep a part of the past only."""
+
+    lengths: tuple[tuple[int, int], ...]
+    span: Span = FULL
+    size: int = 4
+    heads: int = 2
+    share: int = 2
+    dtype: str = "float32"
+    residual: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    window: int | None = None
+    split: bool = False
+    seed: int = 0
+    width: int = 8
+
+
+class Bench:
+    """The case's store, filled, with the step planned and the dense answer at hand."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.dtype = DTYPES[case.dtype]
+        g = torch.Generator().manual_seed(case.seed)
+        fields = (Field("k", (case.width,), case.dtype), Field("v", (case.width,), case.dtype))
+        codecs = None if case.residual is None else {"": Lossy(case.residual)}
+        layers = [KVLayer(0, case.heads, fields, case.span)]
+        self.layout = build_layout(
+            layers, KVConfig(block_tokens=case.size), dtype=case.dtype, codecs=codecs
+        )
+        self.store = BlockStore(self.layout.spec, 1 << 20, device="cpu")
+        self.store.arena.buffer.fill_(255)  # no number in any float format
+        self.kv, rows, self.gone = [], [], []
+        for cached, new in case.lengths:
+            n = cached + new
+            kv = torch.randn(2, n, case.heads, case.width, generator=g).to(self.dtype)
+            table = self.store.open()
+            at = 0
+            while (
+                at < cached
+            ):  # in two chunks, so that what a later step finds was not written at once
+                stop = cached if at else max(1, cached // 2)
+                table.append(stop - at)
+                self._write(Step(self.store, self.layout, [Row(table, at, stop)]), kv[:, at:stop])
+                table.commit()
+                at = stop
+            gone: set[int] = set()
+            if case.split and cached > 2:
+                other = table.split(0, [(0, case.heads - 1)])
+                have = table.chains[other].positions(cached)
+                keep = have[::2]
+                table.keep(other, keep)
+                gone = set(range(cached)) - set(keep.tolist())
+            table.append(new)
+            self.gone.append(gone)
+            rows.append(Row(table, cached, n))
+            self.kv.append(kv)
+        self.step = Step(self.store, self.layout, rows)
+        self._write(
+            self.step, torch.cat([kv[:, r.start :] for kv, r in zip(self.kv, rows, strict=True)], 1)
+        )
+        heads_q = case.heads * case.share
+        self.q = torch.randn(self.step.n_tokens, heads_q, case.width, generator=g).to(self.dtype)
+        self.logits = torch.randn(heads_q, generator=g) if case.sinks else None
+
+    @staticmethod
+    def _write(step: Step, kv: torch.Tensor) -> None:
+        step.write(0, {"k": kv[0], "v": kv[1]})
+
+    def run(self, backend: ReferenceBackend, q: torch.Tensor | None = None) -> torch.Tensor:
+        c = self.case
+        return backend.run(
+            self.step,
+            0,
+            self.q if q is None else q,
+            scale=0.4,
+            softcap=c.softcap,
+            sinks=self.logits,
+            window=c.window,
+        )
+
+    def dense(self) -> torch.Tensor:
+        c, out, at = self.case, [], 0
+        for kv, row, gone in zip(self.kv, self.step.rows, self.gone, strict=True):
+            raw = kv.double()
+            coded = raw.clone()
+            for b in range(row.stop // c.size if c.residual is not None else 0):
+                part = slice(b * c.size, (b + 1) * c.size)
+                for x in range(2):
+                    for h in range(c.heads):
+                        block = decoded(kv[x, part, h].float().numpy(), b * c.size)
+                        coded[x, part, h] = torch.from_numpy(block).to(self.dtype).double()
+            for i in range(row.start, row.stop):
+                limit = 0 if c.residual is None else first_raw(i, c.size, c.residual)
+                out.append(self._query(self.q[at].double(), raw, coded, i, limit, gone))
+                at += 1
+        return torch.stack(out)
+
+    def _query(
+        self,
+        q: torch.Tensor,
+        raw: torch.Tensor,
+        coded: torch.Tensor,
+        i: int,
+        limit: int,
+        gone: set[int],
+    ) -> torch.Tensor:
+        c, out = self.case, []
+        for h in range(c.heads * c.share):
+            head = h // c.share
+            lost = gone if head == c.heads - 1 else set()
+            seen = [j for j in range(i + 1) if may_read(c.span, i, j) and j not in lost]
+            seen = [j for j in seen if c.window is None or i - j < c.window]
+            k = torch.stack([(coded if j < limit else raw)[0, j, head] for j in seen])
+            v = torch.stack([(coded if j < limit else raw)[1, j, head] for j in seen])
+            s = k @ q[h] * 0.4
+            if c.softcap is not None:
+                s = c.softcap * torch.tanh(s / c.softcap)
+            if self.logits is not None:
+                s = torch.cat([s, self.logits[h : h + 1].double()])
+                v = torch.cat([v, torch.zeros(1, c.width, dtype=torch.float64)])
+            out.append(torch.softmax(s, 0) @ v)
+        return torch.stack(out)
+
+
+lengths = st.lists(
+    st.tuples(st.integers(0, 18), st.sampled_from([1, 1, 1, 2, 7])), min_size=1, max_size=4
+).map(tuple)
+cases = st.builds(
+    Case,
+    lengths=lengths,
+    span=plain_spans,
+    size=st.sampled_from([1, 3, 4]),
+    heads=st.integers(1, 3),
+    share=st.integers(1, 3),
+    dtype=st.sampled_from(["float32", "float32", "float64", "bfloat16", "float16"]),
+    residual=st.one_of(st.none(), st.integers(0, 9)),
+    softcap=st.sampled_from([None, None, 3.0]),
+    sinks=st.booleans(),
+    window=st.sampled_from([None, None, 3]),
+    seed=st.integers(0, 10**6),
+)
+splits = st.builds(
+    Case,
+    lengths=lengths,
+    span=plain_spans,
+    size=st.sampled_from([1, 3, 4]),
+    heads=st.integers(2, 3),
+    sinks=st.booleans(),
+    split=st.just(value=True),
+    seed=st.integers(0, 10**6),
+)
+many = settings(max_examples=max(60, settings.default.max_examples // 2))
+
+
+def check(case: Case, backend: ReferenceBackend) -> None:
+    bench = Bench(case)
+    got = bench.run(backend)
+    assert got.shape == bench.q.shape
+    assert got.dtype == bench.dtype
+    bound = TOLERANCE[bench.dtype]
+    torch.testing.assert_close(got.double(), bench.dense(), rtol=bound, atol=bound)
+
+
+@given(case=cases)
+@many
+def test_the_reference_backend_is_dense_attention(case: Case) -> None:
+    check(case, ReferenceBackend())
+
+
+@given(case=cases)
+@many
+def test_the_torch_backend_is_dense_attention(case: Case) -> None:
+    check(case, TorchBackend())
+
+
+@given(case=splits)
+@many
+def test_heads_that_keep_other_tokens_are_read_each_by_itself(case: Case) -> None:
+    check(case, ReferenceBackend())
+    check(case, TorchBackend())
+
+
+@given(case=cases)
+def test_the_fast_backend_is_held_to_the_plain_one(case: Case) -> None:
+    bench = Bench(case)
+    bound = TOLERANCE[bench.dtype]
+    torch.testing.assert_close(
+        bench.run(TorchBackend()), bench.run(ReferenceBackend()), rtol=bound, atol=bound
+    )
+
+
+@given(case=cases)
+def test_queries_in_float64_are_answered_in_float64(case: Case) -> None:
+    bench = Bench(case)
+    got = bench.run(ReferenceBackend(), bench.q.double())
+    assert got.dtype == torch.float64
+    if case.residual is None:  # a codec is read in the query's dtype, the oracle in the model's
+        torch.testing.assert_close(got, bench.dense(), rtol=1e-12, atol=1e-12)
+
+
+# -- particular shapes -------------------------------------------------------------------------------------------
+
+
+def test_long_chunks_are_cut_by_the_memory_of_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(((5, 40),), residual=6, sinks=True)
+    whole = Bench(case).run(ReferenceBackend())
+    monkeypatch.setattr(module, "SCORE_BYTES", 1)
+    for backend in (ReferenceBackend(), TorchBackend()):
+        torch.testing.assert_close(Bench(case).run(backend), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_like_length_are_read_together_and_far_ones_apart() -> None:
+    near = Bench(Case(tuple((n, 1) for n in (8, 9, 10)), size=1))
+    assert len(near.step.reads) == 1
+    far = Bench(Case(((1, 1), (200, 1)), size=1))
+    assert [tuple(r.kpos.shape) for r in far.step.reads] == [(1, 2), (1, 201)]
+    mixed = Bench(Case(((8, 1), (9, 5), (8, 1)), size=1))
+    assert sorted(r.tokens.shape[1] for r in mixed.step.reads) == [1, 5]
+
+
+def test_sinks_and_window_in_one_block_are_read_once() -> None:
+    bench = Bench(Case(((6, 1),), span=Sinks(2, 3), size=8))
+    counted = torch.zeros(7)
+    for r in bench.step.reads:
+        mask = r.mask()
+        at = r.kpos[0] if mask is None else r.kpos[0][mask[0, 0]]
+        counted[at] += 1
+    assert counted.tolist() == [1, 1, 0, 0, 1, 1, 1]
+
+
+def test_latents_are_keys_and_values_at_once() -> None:
+    fields = (Field("latent", (6,), "float32"), Field("k_rope", (2,), "float32"))
+    layout = build_layout([KVLayer(0, 1, fields)], KVConfig(block_tokens=4), dtype="float32")
+    store = BlockStore(layout.spec, 1 << 16, device="cpu")
+    table = store.open()
+    table.append(10)
+    step = Step(store, layout, [Row(table, 0, 10)])
+    latent, rope, q = torch.randn(10, 1, 6), torch.randn(10, 1, 2), torch.randn(10, 3, 8)
+    step.write(0, {"latent": latent, "k_rope": rope})
+    k = torch.cat([latent, rope], -1)[:, 0]
+    s = torch.einsum("thd,nd->thn", q, k) * 0.3
+    s = s.masked_fill(~torch.ones(10, 10, dtype=torch.bool).tril().unsqueeze(1), -torch.inf)
+    want = torch.softmax(s, -1) @ latent[:, 0]
+    for backend in (ReferenceBackend(), TorchBackend()):
+        got = backend.run(step, 0, q, scale=0.3, keys=("latent", "k_rope"), value="latent")
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda c: Case(**{**vars(c), "window": None}),
+        lambda c: Case(**{**vars(c), "softcap": None}),
+        lambda c: Case(**{**vars(c), "sinks": False}),
+        lambda c: Case(**{**vars(c), "span": Full()}),
+        lambda c: Case(**{**vars(c), "residual": 8}),
+    ],
+)
+def test_the_comparison_can_fail(spoil: Callable[[Case], Case]) -> None:
+    """Negative controls: each ingredient changes the answer by more than the tolerance."""
+    case = Case(((12, 2),), Sinks(2, 9), window=10, softcap=2.0, sinks=True, residual=0, seed=3)
+    wrong = Bench(spoil(case)).run(ReferenceBackend())
+    assert float((wrong.double() - Bench(case).dense()).abs().max()) > 1e-3
+
+
+def test_a_step_of_many_layers_plans_once() -> None:
+    fields = (Field("k", (4,), "float32"), Field("v", (4,), "float32"))
+    layers = [KVLayer(i, 2, fields, Window(4) if i % 2 else Full()) for i in range(6)]
+    layout = build_layout(layers, KVConfig(block_tokens=4), dtype="float32")
+    store = BlockStore(layout.spec, 1 << 20, device="cpu")
+    table = store.open()
+    table.append(9)
+    step = Step(store, layout, [Row(table, 0, 9)])
+    assert len(step.reads) == len(step.writes) == 2
+    assert [r.group.span for r in step.of_layer(3)[2]] == [Window(4)]
+    assert step.positions().tolist() == list(range(9))
+    assert np.array_equal(step.of_layer(1)[2][0].kpos[0, :9], np.arange(9))
