@@ -19,6 +19,7 @@ from quire.engine.sampling import (
     add_bias_,
     choose,
     forbid_,
+    largest,
     pick,
     repetition_penalty_,
     subtract_penalties_,
@@ -104,7 +105,7 @@ def _index(rows: Sequence[int], like: Tensor) -> Tensor:
 
 def _greedy(logits: Tensor) -> list[int]:
     """[R, V] → R tokens; NaN wins every maximum, so looking for it costs nothing more."""
-    best, at = logits.max(-1)
+    best, at = largest(logits)
     return torch.where(best.isnan(), -1, at).tolist()
 
 

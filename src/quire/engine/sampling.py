@@ -28,6 +28,7 @@ __all__ = [
     "choose",
     "cutoff",
     "forbid_",
+    "largest",
     "pick",
     "repetition_penalty_",
     "subtract_penalties_",
@@ -35,8 +36,17 @@ __all__ = [
     "width",
 ]
 
-CANDIDATES = 1024
-"""Best tokens that are sorted in search of a nucleus; a row whose nucleus is wider is sorted whole."""
+CANDIDATES = 256
+"""Best tokens that are sorted in search of a nucleus, at first."""
+
+WIDEN = 8
+"""How many times more a row with a wider nucleus looks at next."""
+
+STRIDE = 64
+"""Logits per group in the search for the largest."""
+
+FEW = 1 << 16
+"""Fewer logits than this are searched at once: starting more operations would cost more than they save."""
 
 TIES = 32
 """How many more than the k best are looked at, so that tokens tied with the k-th are seen."""
@@ -225,7 +235,7 @@ def choose(
     Returns:
         [R] int64; -1 where the logits are not numbers.
 
-    Cost: one partial sort and work on n_best tokens per row; a whole sort only of rows with more survivors than that.
+    Cost: one partial sort of each row and work on n_best tokens; rows with more survivors go round again.
     """
     if not n_best:
         return pick(logits, cutoff(logits, logits[:, :0], top_k, top_p, min_p)[0], draws)
@@ -234,13 +244,45 @@ def choose(
     ids, order = ids.sort(dim=-1)  # vocabulary order
     at = pick(best.gather(1, order), floor, draws)
     tokens = torch.where(at < 0, at, ids.gather(1, at.clamp(0).unsqueeze(1)).squeeze(1))
-    wide = torch.nonzero(~complete & (at >= 0)).squeeze(1)
-    if len(wide):
-        rows = logits[wide]
-        best = rows.sort(dim=-1, descending=True).values
-        floor, _ = cutoff(rows, best, top_k[wide], top_p[wide], min_p[wide])
-        tokens[wide] = pick(rows, floor, draws[wide])
+    again = torch.nonzero(~complete & (at >= 0)).squeeze(1)
+    if len(again):
+        tokens[again] = choose(
+            logits[again],
+            top_k[again],
+            top_p[again],
+            min_p[again],
+            draws[again],
+            min(WIDEN * n_best, logits.shape[-1]),
+        )
     return tokens
+
+
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row and where it is, the first of several; NaN is larger than all.
+
+    In two rounds, groups of STRIDE and then the best group: a maximum without its place is a vector instruction, one
+    with its place is not (5 to 18 times the time on a CPU).
+
+    Args:
+        logits: [R, V].
+
+    Returns:
+        [R] float32, [R] int64.
+    """
+    n_groups = logits.shape[-1] // STRIDE
+    body = n_groups * STRIDE
+    if n_groups < 2 or logits.numel() < FEW:
+        best, at = logits.max(-1)
+        return best, at
+    best, group = logits[:, :body].unflatten(-1, (n_groups, STRIDE)).amax(-1).max(-1)
+    inside = torch.arange(STRIDE, device=logits.device)
+    at = group * STRIDE + logits.gather(1, (group * STRIDE).unsqueeze(1) + inside).argmax(-1)
+    if body < logits.shape[-1]:
+        rest, there = logits[:, body:].max(-1)
+        later = (rest > best) | (rest.isnan() & ~best.isnan())
+        at = torch.where(later, there + body, at)
+        best = torch.where(later, rest, best)
+    return best, at
 
 
 def pick(logits: Tensor, floor: Tensor | None, draws: Tensor) -> Tensor:
