@@ -13,7 +13,7 @@ from training import attention, corpus
 from training.batches import Sampler
 from training.corpus import Text
 from training.export import export
-from training.loop import Plan, Run, losses, new_model
+from training.loop import PADDING, Plan, Run, losses, new_model, weighted_positions
 from training.tasks import Words
 
 PROSE = "The cat sat on the mat, and 12 dogs = 34 cats ; then they slept. " * 60
@@ -147,6 +147,15 @@ def test_the_schedule_by_hand() -> None:
         Plan(10_000_000, batch_tokens=3000)
 
 
+def test_weighted_positions_by_hand() -> None:
+    at, weight = weighted_positions(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 5.0]]))
+    assert len(at) == len(weight) == PADDING
+    assert at[:4].tolist() == [1, 3, 5, 0]
+    assert weight[:4].tolist() == [2.0, 1.0, 5.0, 0.0]
+    assert not at[3:].any()
+    assert not weight[3:].any()
+
+
 @pytest.mark.parametrize("tokens", [7, 256, 300])
 def test_blocked_attention_is_attention(tokenizer: corpus.Tokenizer, tokens: int) -> None:
     model = new_model(micro(tokenizer), 0)
@@ -189,6 +198,7 @@ def test_an_export_loads_and_carries_its_digest(
     run = micro_run(tokenizer)
     digest = export(run.model, tokenizer, tmp_path, {"trained_tokens": 0})
     assert json.loads((tmp_path / "digest.json").read_text())["sha256"] == digest
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16
     kept = run.model.state_dict()

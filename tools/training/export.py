@@ -48,6 +48,7 @@ def export(
     ).save_pretrained(folder)
     inline_chat_template(folder)
     weights = folder / "model.safetensors"
+    weights.chmod(0o644)
     if weights.stat().st_size > LIMIT_BYTES:
         raise ValueError(f"{weights.name} is {weights.stat().st_size} bytes, over {LIMIT_BYTES}")
     with safe_open(weights, "pt") as opened:

@@ -32,6 +32,7 @@ PHASES = ((0.42, 256), (0.62, 512), (0.82, 1024), (1.0, 2048))
 DECAY_FROM = 0.60
 LAST_RATE = 0.02
 WARM_UP_STEPS = 100
+PADDING = 512
 ADAMW_RATE = 3e-3
 MUON_RATE = 2e-2
 
@@ -103,6 +104,25 @@ def packaged_config(vocabulary: int) -> LlamaConfig:
     )
 
 
+def weighted_positions(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the loss looks: logits are needed nowhere else, and most of a look-up has no weight.
+
+    Padded with position 0 at weight 0 to whole steps of `PADDING`, because a matrix library keeps
+    a prepared kernel for every shape it meets.
+
+    Args:
+        weights: [B, T] float32
+    Returns: positions in the flattened batch [N] int64, and their weights [N] float32
+    """
+    flat = weights.flatten()
+    at = flat.nonzero().flatten()
+    padded = torch.zeros(-(-len(at) // PADDING) * PADDING, dtype=torch.int64)
+    padded[: len(at)] = at
+    weight = torch.zeros(len(padded))
+    weight[: len(at)] = flat[at]
+    return padded, weight
+
+
 @dataclass
 class Run:
     """A model in training.
@@ -146,11 +166,9 @@ class Run:
         ids, weights = self.sampler.batch(self.step, plan.batch_tokens // length, length)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = self.model.model(ids, use_cache=False).last_hidden_state[:, :-1]
-            # Logits only where the loss looks: most of a look-up's tokens carry no weight.
-            asked = weights[:, 1:] > 0
-            logits = self.model.lm_head(hidden[asked])
-        weight = weights[:, 1:][asked]
-        losses = cross_entropy(logits.float(), ids[:, 1:][asked], reduction="none")
+            at, weight = weighted_positions(weights[:, 1:])
+            logits = self.model.lm_head(hidden.flatten(0, 1)[at])
+        losses = cross_entropy(logits.float(), ids[:, 1:].flatten()[at], reduction="none")
         loss = (losses * weight).sum() / weight.sum()
         self.model.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
