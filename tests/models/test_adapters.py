@@ -16,8 +16,12 @@ from quire.errors import RequestError
 peft = pytest.importorskip("peft", reason="adapters need the peft package")
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # two on purpose
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's
+    pytest.mark.filterwarnings(
+        "ignore:Already found a `peft_config`:UserWarning"
+    ),  # two on purpose
+    pytest.mark.filterwarnings(
+        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+    ),  # peft's
 ]
 N = 12
 TARGETS = {

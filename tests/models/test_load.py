@@ -207,3 +207,22 @@ def test_a_device_that_is_one_too_many(folder: Path, monkeypatch: pytest.MonkeyP
     assert check_source(folder, device="cuda:1").device == "cuda:1"
     with pytest.raises(ConfigError, match="the last is cuda:1"):
         check_source(folder, device="cuda:2")
+
+
+def test_weights_begin_on_a_cache_line(tmp_path: Path) -> None:
+    """A header of odd length shifts every tensor of a mapped file; torch's expert products want them aligned."""
+    import struct
+
+    import zoo
+
+    zoo.build("mixtral").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    raw = file.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    padding = (
+        5 + (-(8 + size + 5)) % 4 + 4
+    )  # still a multiple of the element, no longer of 16 bytes
+    header = raw[8 : 8 + size] + b" " * padding
+    file.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + size :])
+    loaded = load_model(check_source(str(tmp_path)))
+    assert all(p.data_ptr() % 64 == 0 for p in loaded.model.parameters())

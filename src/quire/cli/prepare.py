@@ -8,7 +8,7 @@ from typing import Any
 from quire.cli.console import quiet_transformers, say, spinner
 from quire.cli.options import NO_CACHE, Options
 from quire.codecs.recipe import load_codec, parse_recipe
-from quire.errors import CapacityError, ConfigError
+from quire.errors import CapacityError
 from quire.models.load import Loaded, Source, check_source, load_model
 from quire.plan.layout import KVLayer, build_layout
 from quire.spec import Field, KVConfig
@@ -107,8 +107,6 @@ def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(source.hf_config, dtype=getattr(torch, dtype))
         shape = probe(model.eval())
-    except ConfigError:
-        raise
     except Exception:  # noqa: BLE001 - data-dependent models raise many kinds on the meta device
         return
     config = KVConfig(options.kv, options.keep, options.block_tokens)
