@@ -148,12 +148,12 @@ def test_the_schedule_by_hand() -> None:
 
 
 def test_weighted_positions_by_hand() -> None:
-    at, weight = weighted_positions(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 5.0]]))
+    at, weight = weighted_positions(torch.tensor([[3.0, 2.0, 0.0], [1.0, 0.0, 5.0]]))
     assert len(at) == len(weight) == PADDING
-    assert at[:4].tolist() == [1, 3, 5, 0]
-    assert weight[:4].tolist() == [2.0, 1.0, 5.0, 0.0]
-    assert not at[3:].any()
-    assert not weight[3:].any()
+    assert at[:5].tolist() == [0, 1, 3, 5, 0]
+    assert weight[:5].tolist() == [3.0, 2.0, 1.0, 5.0, 0.0]
+    assert not at[4:].any()
+    assert not weight[4:].any()
 
 
 @pytest.mark.parametrize("tokens", [7, 256, 300])
