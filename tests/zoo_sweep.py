@@ -170,9 +170,13 @@ _each(16, "mamba_d_head", "mamba_head_dim", "gated_norm_rank")
 _each(1, "mamba_n_groups", "n_groups", "mamba_ngroups")
 _each(16, "mamba_chunk_size", "chunk_size")
 _each(128, "mamba_d_ssm")
-_each(16, "index_head_dim", "index_block_size")
+_each(16, "index_head_dim")
 _each(2, "index_n_heads", "hc_mult", "hc_count", "altup_num_inputs")
-_each(64, "index_topk")
+# Thresholds: below the length of the texts, or the feature is there and never acts.
+_each(8, "index_topk", "floor_scale", "log_scaling_n_floor")
+_each(zoo.WINDOW, "keep_window_size")
+_each(4, "index_block_size")
+_each(2, "index_topk_blocks")
 _each(8, "hidden_size_per_layer_input", "prompt_length", "prompt_types", "segment_types")
 _each(32, "ngram_vocab_size_base", "block_multiple_of")
 _each(2, "heads_per_ngram", "split_ngram_parts", "num_kv_shared_layers")
@@ -278,6 +282,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"num_layers": 2, "head_dim": 8, "qk_head_dim": DROP},
     "mamba2": {"num_heads": 8},
+    "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"] * 2},
     "mllama": {"text_config": {"cross_attention_layers": [2]}},
     "moshi": {
         "audio_vocab_size": 32,
