@@ -187,12 +187,14 @@ def cutoff(
     n_best = best.shape[1]
     if not n_best:
         return floor, torch.ones_like(floor, dtype=torch.bool)
+    last = best[:, -1]
     kth = best.gather(1, (top_k.clamp(1, n_best) - 1).unsqueeze(1)).squeeze(1)
     kth = torch.where(top_k > 0, kth, -math.inf)
+    complete = (top_k == 0) | (kth > last)  # else more tokens may be tied with the k-th
     if bool((top_p < 1.0).any()):
         kth = torch.where(top_p < 1.0, _nucleus(logits, best, kth, top_p), kth)
     floor = torch.maximum(floor, kth)
-    return floor, (floor > best[:, -1]) | (n_best == logits.shape[1])
+    return floor, (complete & (floor > last)) | (n_best == logits.shape[1])
 
 
 def _nucleus(logits: Tensor, best: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:
