@@ -109,9 +109,7 @@ class Conversation:
         """Makes the table hold the longest beginning of `tokens` that it can; at least one is left to compute."""
         same = _common(self.tokens, tokens[:-1])
         reason = None
-        if not self.runner.usage().total_bytes:
-            same = 0  # nothing is ever held: --kv none
-        elif same and not self.runner.chunked_prefill and len(tokens) - same > 1:
+        if same and not self.runner.chunked_prefill and len(tokens) - same > 1:
             same, reason = 0, "this model must compute a prompt as a whole"
         if same < self.table.length:
             try:
