@@ -16,6 +16,12 @@ from quire.ops.attend import Partial, attend, empty_partial, merge, sink_partial
 SCORE_BYTES = 64 << 20
 """Scores materialised at once by a chunk of queries."""
 
+FUSED_ELEMENTS = 1 << 18
+"""In 16 bits torch's fused attention of single queries is faster than two products up to so many elements of keys
+(benchmarks/overhead.py); in float32 always."""
+
+_NO_LSE = torch.empty(0)
+
 
 class ReferenceBackend:
     """The plain backend; `run` is the whole interface."""
@@ -47,10 +53,7 @@ class ReferenceBackend:
             `[n_tokens, H_q, D_v]` in q's dtype.
         """
         _, _, reads = step.of_layer(layer)
-        total = sum(len(g.heads(layer)) for g in {r.group: None for r in reads})
-        share = q.shape[1] // max(1, _kv_heads(reads, layer, total))
-        alone = sinks is None and len(reads) == 1 and reads[0].contiguous
-        if alone and len(reads[0].group.heads(layer)) * share == q.shape[1]:
+        if sinks is None and len(reads) == 1 and reads[0].contiguous:
             r = reads[0]
             part = self._read(
                 step,
@@ -65,6 +68,7 @@ class ReferenceBackend:
                 want_lse=False,
             )
             return part.out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1).to(q.dtype)
+        share = q.shape[1] // max(1, _kv_heads(reads, layer))
         return self._fold(step, layer, q, reads, share, scale, keys, value, softcap, sinks, window)
 
     def _fold(
@@ -132,26 +136,28 @@ class ReferenceBackend:
         want_lse: bool,
     ) -> Partial:
         """One batch: `q: [R, T, heads, D]` to Partial over `[R, heads, T]`."""
-        fields = {
-            name: step.gather(layer, r, name, q.dtype) for name in dict.fromkeys((*keys, value))
-        }
-        k = fields[keys[0]] if len(keys) == 1 else torch.cat([fields[n] for n in keys], -1)
-        return self._segment(
-            q.transpose(1, 2), k, fields[value], r.mask(window), scale, softcap, want_lse=want_lse
-        )
+        if len(keys) == 1 and keys[0] != value:
+            k, v = step.gather_both(layer, r, (keys[0], value), q.dtype)
+        else:
+            fields = {n: step.gather(layer, r, n, q.dtype) for n in dict.fromkeys((*keys, value))}
+            k = fields[keys[0]] if len(keys) == 1 else torch.cat([fields[n] for n in keys], -1)
+            v = fields[value]
+        return self._segment(q.transpose(1, 2), k, v, r, window, scale, softcap, want_lse=want_lse)
 
     def _segment(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: torch.Tensor | None,
+        r: Read,
+        window: int | None,
         scale: float,
         softcap: float | None,
         *,
         want_lse: bool,
     ) -> Partial:
-        """`q: [R, H_q, T, D]`, `k, v: [R, H_kv, N, D]`, `mask: [R, T, N]` or None."""
+        """`q: [R, H_q, T, D]`, `k, v: [R, H_kv, N, D]`, read as `r` says."""
+        mask = r.mask(window)
         rows = max(1, SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * max(1, k.shape[2])))
         if rows >= q.shape[2]:
             return attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
@@ -179,16 +185,26 @@ class TorchBackend(ReferenceBackend):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: torch.Tensor | None,
+        r: Read,
+        window: int | None,
         scale: float,
         softcap: float | None,
         *,
         want_lse: bool,
     ) -> Partial:
+        plain = not want_lse and softcap is None
         if q.shape[2] == 1 and q.dtype != torch.float64:
-            return self._single(q, k, v, mask, scale, softcap, want_lse=want_lse)
-        if want_lse or softcap is not None:
-            return super()._segment(q, k, v, mask, scale, softcap, want_lse=want_lse)
+            if not plain or (q.dtype != torch.float32 and k.numel() > FUSED_ELEMENTS):
+                return self._single(q, k, v, r.mask(window), scale, softcap, want_lse=want_lse)
+            # The query heads of a KV head stand side by side as its queries: keys and values are not repeated.
+            grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+            out = F.scaled_dot_product_attention(
+                grouped, k, v, attn_mask=r.bias(window, q.dtype), scale=scale
+            )
+            return Partial(out.reshape(*q.shape[:3], v.shape[3]), _NO_LSE)
+        if not plain:
+            return super()._segment(q, k, v, r, window, scale, softcap, want_lse=want_lse)
+        mask = r.mask(window)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -197,7 +213,7 @@ class TorchBackend(ReferenceBackend):
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return Partial(out, out.new_empty(0))
+        return Partial(out, _NO_LSE)
 
     @staticmethod
     def _single(
@@ -224,10 +240,9 @@ class TorchBackend(ReferenceBackend):
             else torch.exp(s - torch.where(torch.isfinite(lse), lse, 0.0))
         )
         out = torch.matmul(p.to(v.dtype), v).reshape(r, heads, 1, v.shape[-1])
-        return Partial(out, out.new_empty(0) if lse is None else lse.reshape(r, heads, 1))
+        return Partial(out, _NO_LSE if lse is None else lse.reshape(r, heads, 1))
 
 
-def _kv_heads(reads: list[Read], layer: int, total: int) -> int:
+def _kv_heads(reads: list[Read], layer: int) -> int:
     """KV heads of the layer: each group counts once, a lossy body and its raw companion together."""
-    seen = {h for r in reads for h in r.group.heads(layer)}
-    return len(seen) or total
+    return len({h for r in reads for h in r.group.heads(layer)})

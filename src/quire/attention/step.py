@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from quire.plan.layout import Layout
-from quire.spec import CacheGroup, Residual, Span
+from quire.spec import ALIGN_BYTES, CacheGroup, Field, Residual, Span
 from quire.store.chain import GONE, Chain, Extent
 from quire.store.store import BlockStore
 from quire.store.table import BlockTable
@@ -36,21 +36,25 @@ class Row:
 
 @dataclass(slots=True)
 class Places:
-    """Index tensors into a view, int64: `at` in units of 64 bytes, `row` for single tokens."""
+    """Index tensors into a view, int64: `at` in units of 64 bytes, `row` for single tokens.
+
+    `flat` keeps what follows from them for all layers alike: indices by field, and by number of heads.
+    """
 
     at: torch.Tensor
     row: torch.Tensor | None = None
+    flat: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Read:
-    """A batch of R rows with T queries each over n blocks each (N = n * block_tokens slots).
+    """A batch of R rows with T queries each over n blocks each, read from slot `slots[0]` to `slots[1]` (N of them).
 
     tokens: `[R, T]` index of each query in the forward; qpos: `[R, T]`; kpos: `[R, N]`, -1 where a slot is not valid;
     limit: set on a lossy body, where query i reads positions below s(i) only;
     mode: what is read of a lossy group: "raw" rows, "body" codes, or "through" (raw rows encoded and decoded on the
     way, for whole blocks that are not accepted yet).
-    empty: (row, slot) of the slots that are not valid; pos: `[R, n, block_tokens]`, for what is read "through".
+    empty: (row, slot) of those among them that are not valid; pos: `[R, n, block_tokens]`, for what is read "through".
     """
 
     group: CacheGroup
@@ -62,15 +66,30 @@ class Read:
     limit: Residual | None = None
     mode: str = "raw"
     contiguous: bool = False
+    slots: tuple[int, int] = (0, 0)
     empty: tuple[torch.Tensor, torch.Tensor] | None = None
     pos: torch.Tensor | None = None
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    _biases: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None = None) -> torch.Tensor | None:
         """`[R, T, N]`: which slots each query reads, None for all. `window` narrows the span further."""
         if window not in self._masks:
             self._masks[window] = self._make_mask(window)
         return self._masks[window]
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """The mask as what is added to scores: `[R, 1, T, N]`, 0 or -inf."""
+        key = (window, dtype)
+        if key not in self._biases:
+            mask = self.mask(window)
+            if mask is not None:
+                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+                    ~mask, float("-inf")
+                )
+                mask = mask.unsqueeze(1)
+            self._biases[key] = mask
+        return self._biases[key]
 
     def _make_mask(self, window: int | None) -> torch.Tensor | None:
         q, k = self.qpos.unsqueeze(-1), self.kpos.unsqueeze(-2)
@@ -300,7 +319,12 @@ class Step:
             )
             kpos[i, : len(at)] = np.where((at >= e.start) & (at < e.stop), at, -1)
             kpos[i, : len(e.blocks) * size][np.repeat(e.blocks < 0, size)] = -1
-        row, slot = (kpos < 0).nonzero()
+        # Slots before the first and after the last valid one of all rows are neither read nor masked.
+        there = kpos >= 0
+        some = np.flatnonzero(there.any(axis=0))
+        low, high = (int(some[0]), int(some[-1]) + 1) if len(some) else (0, n * size)
+        row, slot = (~there[:, low:high]).nonzero()
+        kpos = kpos[:, low:high]
         pos = None
         if mode == "through":
             firsts_of = np.array([e.first for _, e in batch])
@@ -320,7 +344,8 @@ class Step:
                 mode,
                 contiguous=tokens.size == self.n_tokens
                 and bool((tokens.ravel() == np.arange(tokens.size)).all()),
-                empty=(self._tensor(row), self._tensor(slot)) if len(row) else None,
+                slots=(low, high),
+                empty=(self._tensor(row), self._tensor(slot + low)) if len(row) else None,
                 pos=pos,
             )
         )
@@ -345,10 +370,15 @@ class Step:
         for w in writes:
             heads = w.group.heads(layer)
             for name, every in values.items():
-                view = self.store.view(w.group, layer, name)
                 x = every if len(heads) == every.shape[1] else every[:, list(heads)]
                 x = x if w.tokens is None else x[w.tokens]
-                view[w.places.at, :, w.places.row] = x.to(view.dtype)
+                at = w.places.flat.get((name, len(heads)))
+                if at is None:
+                    assert w.places.row is not None
+                    at = self.store.slot_index(w.group, name, len(heads), w.places.at, w.places.row)
+                    w.places.flat[name, len(heads)] = at
+                slots = self.store.slots(w.group, layer, name)
+                slots.index_copy_(0, at, x.reshape(-1, slots.shape[1]).to(slots.dtype))
         for s in seals:
             self._seal(layer, s)
 
@@ -367,16 +397,50 @@ class Step:
 
     def gather(self, layer: int, read: Read, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One field of what a batch reads: `[R, heads, N, *shape]` in `dtype`, decoded where it is coded."""
-        source, at = read.source, read.blocks.at
+        source, at, flat = read.source, read.blocks.at, read.blocks.flat
 
         def fetch(stored: str) -> torch.Tensor:
             rows, heads = self.store.rows(source, layer, stored)
-            index = (at.unsqueeze(1) + heads.view(1, -1, 1)).reshape(-1)
+            index = flat.get(("", len(heads)))
+            if index is None:
+                index = (at.unsqueeze(1) + heads.view(1, -1, 1)).reshape(-1)
+                flat["", len(heads)] = index
             f = next(x for x in source.fields if x.name == stored)
             shape = (source.block_tokens, *f.shape) if f.per == "token" else f.shape
             return rows.index_select(0, index).view(at.shape[0], len(heads), at.shape[1], *shape)
 
         return self._decode(read, name, dtype, fetch)
+
+    def gather_both(
+        self, layer: int, read: Read, names: tuple[str, str], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two fields as `gather` gives them; in one copy where they are stored plainly and alike, as k and v are."""
+        source = read.source
+        first, ahead = _alike(source, names)
+        if read.mode != "raw" or ahead <= 0:
+            one, two = (self.gather(layer, read, n, dtype) for n in names)
+            return one, two
+        rows, heads = self.store.rows(source, layer, names[0])
+        n_rows, n_blocks = read.blocks.at.shape
+        flat, at = read.blocks.flat, (names[0] + "+" + names[1], len(heads))
+        index = flat.get(at)
+        if index is None:
+            step = torch.tensor([0, ahead // ALIGN_BYTES], device=heads.device)
+            units = heads.view(1, -1, 1) + read.blocks.at.unsqueeze(1)
+            index = flat[at] = (step.view(2, 1, 1, 1) + units).reshape(-1)
+        both = rows.index_select(0, index)
+        if read.empty is not None:  # see _decode
+            both.view(2 * n_rows * len(heads) * n_blocks * source.block_tokens, -1).index_fill_(
+                0, self._empty_rows(read, 2, len(heads), n_blocks * source.block_tokens), 0
+            )
+        both = both.view(2, n_rows, len(heads), n_blocks * source.block_tokens, *first.shape)
+        low, high = read.slots
+        if high - low < both.shape[3]:
+            both = both[:, :, :, low:high]
+        if both.dtype != dtype:
+            both = both.to(dtype)
+        one, two = both.unbind(0)
+        return one, two
 
     def _decode(
         self, read: Read, name: str, dtype: torch.dtype, fetch: Callable[[str], torch.Tensor]
@@ -397,7 +461,32 @@ class Step:
                 parts = {part: y.to(kept[part]) for part, y in parts.items()}
             x = codec.decode(parts, dtype)
         r, heads, n, size, *shape = x.shape
-        x = x.reshape(r, heads, n * size, *shape)
         if read.empty is not None:  # what was never written may be no number, and 0 x NaN is NaN
-            x[read.empty[0], :, read.empty[1]] = 0
-        return x
+            x = x.reshape(r * heads * n * size, -1)
+            x.index_fill_(0, self._empty_rows(read, 1, heads, n * size), 0)
+        return x.reshape(r, heads, n * size, *shape)[:, :, slice(*read.slots)]
+
+    @staticmethod
+    def _empty_rows(read: Read, fields: int, heads: int, n_slots: int) -> torch.Tensor:
+        """The slots that are not valid, as rows of `[fields * R * heads * n_slots]`."""
+        assert read.empty is not None
+        flat, key = read.blocks.flat, (f"empty in {fields}", heads)
+        found = flat.get(key)
+        if found is None:
+            row, slot = read.empty
+            first = (row * heads * n_slots + slot).view(-1, 1, 1)
+            every = torch.arange(fields, device=row.device) * (
+                read.blocks.at.shape[0] * heads * n_slots
+            )
+            head = torch.arange(heads, device=row.device) * n_slots
+            found = flat[key] = (first + every.view(1, -1, 1) + head).reshape(-1)
+        return found
+
+
+def _alike(group: CacheGroup, names: tuple[str, str]) -> tuple[Field, int]:
+    """The first of two fields, and the bytes from it to the second; 0 unless both hold equally many of one dtype."""
+    fields = {f.name: f for f in group.fields}
+    first, second = (fields.get(n, group.fields[0]) for n in names)
+    a, b = ((f.shape, f.dtype, f.per) for f in (first, second))
+    ahead = group.field_offsets[second.name] - group.field_offsets[first.name]
+    return first, ahead if a == b and first.per == "token" else 0

@@ -9,10 +9,11 @@ plain attention with transformers' own masks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -24,6 +25,9 @@ from quire.attention.step import Step
 from quire.errors import ConfigError, RequestError
 from quire.ops.attend import attend, merge, sink_partial
 from quire.spec import Window
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NAME = "quire"
 """The attention implementation's name in transformers' registries."""
@@ -39,6 +43,19 @@ _HARMLESS = frozenset(
     }
 )
 """Tensor arguments that models hand on to their attention and that change nothing in it."""
+
+
+def _without_grad(function: Callable[P, T]) -> Callable[P, T]:
+    """`torch.no_grad()` for what runs twice per layer: costs nothing where gradients are off already."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 @dataclass
@@ -77,7 +94,7 @@ class Forward:
             x = full
         return x.view(self.batch, self.queries, *x.shape[1:])
 
-    @torch.no_grad()
+    @_without_grad
     def write(self, layer: int, names: tuple[str, str], k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores a layer's new keys and values, and remembers whose they are."""
         self.step.write(layer, {names[0]: self.tokens(k), names[1]: self.tokens(v)})
@@ -94,7 +111,7 @@ class Forward:
             )
         return layer
 
-    @torch.no_grad()
+    @_without_grad
     def attend(
         self,
         layer: int,

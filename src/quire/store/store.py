@@ -52,6 +52,7 @@ class BlockStore:
         self.tables: WeakSet[BlockTable] = WeakSet()
         self._pools: dict[int, BlockPool] = {}
         self._views: dict[tuple[CacheGroup, int, str], torch.Tensor] = {}
+        self._slots: dict[tuple[str, int, str], torch.Tensor] = {}
         self._rows: dict[tuple[CacheGroup, int, str], tuple[torch.Tensor, torch.Tensor]] = {}
         for size in sorted(sizes):
             self._pools[size] = BlockPool(self.arena, size)
@@ -123,6 +124,43 @@ class BlockStore:
             heads = torch.arange(len(group.heads(layer)), device=flat.device)
             found = self._rows[key] = (flat, heads * (group.tile_bytes // ALIGN_BYTES))
         return found
+
+    def slots(self, group: CacheGroup, layer: int, field: str) -> torch.Tensor:
+        """The same memory as token rows, for scattering at the speed of a copy.
+
+        Returns:
+            `[elements, n]`: row e is the n elements that one token has, from element e of the layer's first tile on;
+            `slot_index` says which rows are tokens, the others overlap them and mean nothing.
+        """
+        key = (group.name, layer, field)
+        found = self._slots.get(key)
+        if found is None:
+            import torch
+
+            f, _, width = self._field(group, field)
+            flat, n = self.arena.buffer.view(getattr(torch, f.dtype)), math.prod(f.shape)
+            start = (
+                group.tile_index(layer) * group.tile_bytes + group.field_offsets[field]
+            ) // width
+            sizes = (flat.numel() - start - n + 1, n)
+            found = self._slots[key] = flat.as_strided(sizes, (1, 1), start)
+        return found
+
+    def slot_index(
+        self, group: CacheGroup, field: str, n_heads: int, units: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows of `slots` for tokens at (block, row within it): `[T * n_heads]`, a token's heads side by side.
+
+        Args:
+            units: `[T]` where each token's block begins (`units`).
+            rows: `[T]`.
+        """
+        import torch
+
+        f, _, width = self._field(group, field)
+        heads = torch.arange(n_heads, device=units.device) * (group.tile_bytes // width)
+        first = units * (ALIGN_BYTES // width) + rows * math.prod(f.shape)
+        return (first.unsqueeze(1) + heads).reshape(-1)
 
     def _field(self, group: CacheGroup, field: str) -> tuple[Field, tuple[int, ...], int]:
         f = next(x for x in group.fields if x.name == field)
