@@ -81,9 +81,7 @@ def _depends_on_shape(options: Options) -> bool:
     """Whether a choice can fail on one model and work on another: worth the seconds that its shape takes to find."""
     recipe = parse_recipe(options.kv)
     coded = [c for c in recipe.codecs.values() if c != "auto" and not load_codec(c).plain]
-    return bool(
-        "memory" in options.given or options.keep != "full" or recipe.skip_layers or coded
-    )
+    return bool("memory" in options.given or options.keep != "full" or recipe.skip_layers or coded)
 
 
 def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -> None:
