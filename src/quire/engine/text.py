@@ -7,6 +7,7 @@ string over the characters. Both cost O(1) amortised per token and per character
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 __all__ = ["Detokenizer", "StopMatcher", "Transcript"]
@@ -107,18 +108,12 @@ def _decoder(tokenizer: Any, *, skip_special_tokens: bool) -> Callable[[list[int
     """The cheapest decode that this tokenizer has: the Rust one where there is one."""
     rust = getattr(tokenizer, "_tokenizer", None)
     if rust is not None and type(rust).__module__.startswith("tokenizers"):
-
-        def fast(ids: list[int]) -> str:
-            return rust.decode(ids, skip_special_tokens=skip_special_tokens)  # type: ignore[no-any-return]
-
-        return fast
-
-    def slow(ids: list[int]) -> str:
-        return tokenizer.decode(  # type: ignore[no-any-return]
-            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-
-    return slow
+        return partial(rust.decode, skip_special_tokens=skip_special_tokens)
+    return partial(
+        tokenizer.decode,
+        skip_special_tokens=skip_special_tokens,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:
