@@ -225,7 +225,7 @@ class World:
             assert t.used_bytes() <= t.held_bytes()
 
     def check_sealed(self) -> None:
-        """Law 2: the bytes of what is sealed, or cached under a name, are those of the first look."""
+        """Law 2: the bytes of what is sealed, or has a name, are those of the first look."""
         now: dict[tuple[int, int], bytes] = {}
         places: set[tuple[int, int]] = set()
         pools = {id(p): p for p in self.store.arena.pools}
@@ -234,6 +234,7 @@ class World:
         for seq in self.seqs:
             for c in seq.table.chains:
                 places |= {(id(c.pool), b) for b in c.ids[: c.sealed].tolist() if b >= 0}
+                places |= {(id(c.pool), b) for b in c.live().tolist() if c.pool.named(b)}
         for at, p in pools.items():
             places |= {(at, b) for b in p.idle()}
         places |= {(id(p), b) for p, b in self.extra}

@@ -226,6 +226,19 @@ def test_truncate_says_what_is_lost() -> None:
         kept.truncate(13)
 
 
+@pytest.mark.parametrize("span", [Window(1), Chunked(2), Sinks(1, 1)])
+@pytest.mark.parametrize("codec", [None, Lossy(0)])
+def test_truncate_does_not_go_back_into_a_block_that_is_gone(
+    span: Span, codec: KVCodec | None
+) -> None:
+    """Nothing before position 6 is needed at 6, but its block would have to be written on."""
+    table = grown(store_of(layout_of(span, codec=codec)), 20)
+    before = fingerprint(table)
+    with pytest.raises(RequestError, match="has given up what position 6 needs"):
+        table.truncate(6)
+    assert fingerprint(table) == before
+
+
 def test_truncating_a_fork_leaves_the_other_alone() -> None:
     store = store_of(layout_of(Full()))
     table = grown(store, 10)

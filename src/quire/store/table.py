@@ -359,7 +359,9 @@ class BlockTable:
                     f"cannot go back to {n} tokens: tokens before {chain.cut} were dropped"
                 )
             have = chain.positions(self.length)
-            for lo, hi in chain.group.span.needs(n):
+            tail = chain.slot(n) // chain.group.block_tokens  # written in place by what follows
+            gone = chain.partial(n) and chain.ids[tail] == GONE
+            for lo, hi in (*chain.group.span.needs(n), *([(n - 1, n)] if gone else [])):
                 top = (
                     hi
                     if chain.group.raw is None
