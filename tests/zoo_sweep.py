@@ -185,13 +185,14 @@ _each(32, "image_size")
 _each(16, "patch_size", "num_position_embeddings", "position_embedding_size", "mm_posemb_size")
 
 
-# Fields whose default None means "derive it", not "off": the recipe's value is put in anyway.
+# Fields whose default None means "derive it", and windows that are off by default.
 _ALWAYS = {
     "head_dim",
     "n_routed_experts",
     "n_shared_experts",
     "num_experts_per_tok",
     "num_key_value_heads",
+    "sliding_window",
     "vocab_size",
 }
 
@@ -213,6 +214,9 @@ def tiny_config(config: type[Any], special: Mapping[str, Any]) -> Any:
         kwargs.pop("head_dim", None)
         kwargs["num_key_value_heads"] = _VALUES["num_attention_heads"]
     kwargs.update({name: _cut(values) for name, values in _per_layer(default, fields)})
+    if "use_sliding_window" in fields:  # and the kinds of layers follow from it
+        kwargs.update(use_sliding_window=True, max_window_layers=2)
+        kwargs.pop("layer_types", None)
     for field in dataclasses.fields(config):
         if field.name in {"bos_token_id", "eos_token_id"} and "None" in str(field.type):
             kwargs[field.name] = None
@@ -274,6 +278,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_parameters": dict.fromkeys(["sliding_attention", "full_attention"], _ROPE),
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "doge": {"sliding_window": DROP},  # which would keep its dynamic mask from ever acting
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 24},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
