@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, Phase, settings
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
+# Before torch loads its OpenMP: threads that spin while they wait starve each other where cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if WORKER:  # workers share the cores; a pool of threads in each of them only fights over these
     os.environ["OMP_NUM_THREADS"] = "1"
 
