@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from quire import packaged
-from training import corpus, tasks
+from training import corpus, figures, tasks
 from training.corpus import BOS_ID, KINDS, Text
 from training.probes import mean_loss, recall
 from training.tasks import Example, Words
@@ -154,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=24, help="2,048-token windows per text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--document", type=Path, help="renew the tables of this document")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
 
@@ -177,10 +178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         held[path.name] = (ids, len(text.encode()) / len(ids))
     report["text"] = {}
     for name, (ids, size) in held.items():
-        figures = report["text"][name] = measure_text(model, ids, size, args.windows)
+        row = report["text"][name] = measure_text(model, ids, size, args.windows)
         print(
-            f"{name:<32} {figures['tokens']:>6} tokens  perplexity {figures['perplexity']:8.2f}  "
-            f"{figures['bits_per_byte']:.3f} bits per byte",
+            f"{name:<32} {row['tokens']:>6} tokens  perplexity {row['perplexity']:8.2f}  "
+            f"{row['bits_per_byte']:.3f} bits per byte",
             flush=True,
         )
 
@@ -204,6 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("bars reached" if not missed else f"bars missed: {', '.join(missed)}")
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if args.document:
+        figures.write(report, args.document)
     return int(bool(missed))
 
 

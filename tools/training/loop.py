@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Muon, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training import attention
@@ -146,8 +147,8 @@ class Run:
         named = list(self.model.named_parameters())
         matrices = [p for n, p in named if p.dim() == 2 and "embed" not in n]
         others = [p for n, p in named if p.dim() != 2 or "embed" in n]
-        self.muon = torch.optim.Muon(matrices, lr=MUON_RATE, momentum=0.95, weight_decay=0.05)
-        self.adamw = torch.optim.AdamW(others, lr=ADAMW_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+        self.muon: Optimizer = Muon(matrices, lr=MUON_RATE, momentum=0.95, weight_decay=0.05)
+        self.adamw: Optimizer = AdamW(others, lr=ADAMW_RATE, betas=(0.9, 0.95), weight_decay=0.0)
         self.budgets = self.budgets or [(0, self.plan.tokens)]
 
     @property
@@ -173,7 +174,7 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.muon.step()  # type: ignore[no-untyped-call]
+        self.muon.step()
         self.adamw.step()
         self.step += 1
         self.done_tokens += plan.batch_tokens
