@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quire import __version__
+from quire.cli import evaluate
 from quire.codecs.recipe import available
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
@@ -249,3 +250,6 @@ def chat(
     from quire.cli.options import ChatOptions
 
     raise typer.Exit(main(ChatOptions.resolve("chat", context.params)))
+
+
+app.command("eval")(evaluate.command)

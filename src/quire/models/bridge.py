@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,8 @@ class Bridge:
         self.backend = make_backend(backend)
         self.device = torch.device(model.device)
         self.chunked_prefill = True
+        self.key_offsets: Mapping[int, torch.Tensor] = {}
+        """Layer to `[H_kv, D]`, added to its keys where they enter the cache (`quire.evaluate.inject`)."""
         self.layer_kinds = shape.kinds
         self.has_state = shape.recurrent
         self._windows = windows_of(layout.spec.groups)

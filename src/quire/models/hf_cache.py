@@ -50,6 +50,9 @@ class BlockLayer(CacheLayerMixin):
         if now is None:
             raise InvariantError("a KVCache is used only by the model that it was attached to")
         names = self.cache.bridge.field_names(self.layer)
+        offset = self.cache.bridge.key_offsets.get(self.layer)
+        if offset is not None:  # a constant on every key: softmax does not see it, codecs do
+            key_states = key_states + offset[:, None]
         now.write(self.layer, names, key_states, value_states)
         if self.cache.bridge.way == "dense":
             return self.cache.history(now, self.layer, names)

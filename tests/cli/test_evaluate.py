@@ -1,0 +1,122 @@
+"""quire eval: the document's keys, and bad input in one line before weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from quire.cli.evaluate import split_recipes, split_tasks
+from quire.errors import ConfigError
+
+KEYS = {"kv", "keep", "task", "metric", "value", "low", "high", "bytes_per_token", "tokens"}
+WORDS = "the cat sat on the mat and the dog lay by the door all day long; " * 6
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    file = tmp_path / "book.txt"
+    file.write_text(WORDS)
+    return file
+
+
+def test_the_document(quire, tiny: Path, book: Path) -> None:
+    arguments = ["eval", tiny, "--kv", "auto,fp16", "--task", "ppl,copy:asked=2", "--text", book]
+    arguments += ["--length", "100", "--examples", "2", "--block-tokens", "8", "--memory", "8MiB"]
+    done = quire(*arguments, "--json")
+    assert done.code == 0, done.err
+    assert done.err == ""
+    document = done.json
+    assert document["model"] == str(tiny)
+    assert len(document["digest"]) == 64
+    rows = document["rows"]
+    assert all(set(r) >= KEYS for r in rows)
+    assert {(r["kv"], r["task"]) for r in rows} == {
+        (kv, t) for kv in ("auto", "fp16") for t in ("ppl", "copy:asked=2")
+    }
+    exact = {r["metric"]: r["value"] for r in rows if (r["kv"], r["task"]) == ("auto", "ppl")}
+    assert (exact["dnll"], exact["kl"], exact["agreement"]) == (0.0, 0.0, 1.0)
+    half = {r["metric"]: r for r in rows if (r["kv"], r["task"]) == ("fp16", "ppl")}
+    assert half["kl"]["value"] > 0
+    # 100 tokens in 13 blocks of 8: 2 layers, k and v, 2 heads of 8 channels, float16
+    assert half["kl"]["bytes_per_token"] == 13 * 8 * 2 * 2 * 2 * 8 * 2 / 100
+    assert quire(*arguments, "--json").json == document, "to the last digit"
+
+
+def test_the_table(quire, tiny: Path, book: Path) -> None:
+    done = quire("eval", tiny, "--text", book, "--length", "64", "--memory", "8MiB", "--inject")
+    assert done.code == 0, done.err
+    assert done.out.split()[:3] == ["kv", "task", "metric"]
+    assert "perplexity" in done.out
+    assert "outliers injected" in done.err
+    assert "exact cache, bytes per token: ppl" in done.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--task", "ppl"], "task ppl needs a text to score; give --text FILE"),
+        (
+            ["--text", "BOOK", "--length", "999"],
+            "--length 999 is beyond the model's context of 256",
+        ),
+        (["--text", "SHORT"], "fewer than one window of 100; give a longer text"),
+        (["--text", "nowhere.txt"], "--text nowhere.txt: No such file"),
+        (["--task", "niah"], "unknown task 'niah'; known: ppl, passkey"),
+        (["--task", "kv:count=99,asked=8"], "and the length is 100"),
+        (["--task", "copy", "--kv", "none"], "--kv none keeps no cache"),
+        (["--task", "copy", "--kv", "int5"], "unknown codec 'int5'"),
+        (["--task", "copy", "--keep", "h3o"], "keep='h3o' is not known"),
+        (["--task", "copy", "--examples", "0"], "--examples must be at least 1"),
+        (["--task", "copy", "--memory", "lots"], "for example 8GiB"),
+    ],
+)
+def test_refused_before_the_weights_are_read(
+    quire, tiny: Path, book: Path, tmp_path: Path, monkeypatch, flags: list[str], says: str
+) -> None:
+    monkeypatch.setattr(
+        "quire.models.load.load_model",
+        lambda *_: pytest.fail("the weights were about to be loaded"),
+    )
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    named = {"BOOK": str(book), "SHORT": str(short)}
+    done = quire("eval", tiny, "--length", "100", *(named.get(f, f) for f in flags))
+    assert done.code == 2, done.err
+    assert done.out == ""
+    assert done.err.startswith("quire: ")
+    assert done.err.count("\n") == 1
+    assert says in done.err
+
+
+def test_a_model_without_a_tokenizer(quire, tiny: Path, book: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (bare / file).write_bytes((tiny / file).read_bytes())
+    done = quire("eval", bare, "--text", book, "--length", "64")
+    assert done.code == 2
+    assert "this model has no tokenizer" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_lists_of_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert split_recipes(["auto,bf16", "fp32"]) == ["auto", "bf16", "fp32"]
+    assert split_recipes(["k=bf16,v=fp32,auto"]) == ["k=bf16,v=fp32", "auto"]
+    assert split_recipes(["auto,k=bf16,v=fp32"]) == ["auto", "k=bf16,v=fp32"]
+    assert split_recipes(["bf16;skip_layers=0,1,-1,fp32"]) == ["bf16;skip_layers=0,1,-1", "fp32"]
+    with pytest.raises(ConfigError, match="unknown parameter 'bits=2'"):
+        split_recipes(["bf16:bits=2,fp32"])
+    assert split_tasks(["ppl,kv:count=4,asked=2", "copy"]) == ["ppl", "kv:count=4,asked=2", "copy"]

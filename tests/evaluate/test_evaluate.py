@@ -1,0 +1,206 @@
+"""The whole: rows that are right for exact codecs, and that betray broken ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from quire.errors import ConfigError, RequestError
+from quire.evaluate import Evaluation, Row, evaluate
+
+KEYS = {"kv", "keep", "task", "metric", "value", "low", "high", "bytes_per_token", "tokens"}
+PPL = {"nll", "perplexity", "dnll", "kl", "agreement"}
+
+
+def run(model: Any, kv: list[str], text: Any, **options: Any) -> Evaluation:
+    settings = {
+        "length_tokens": 100,
+        "block_tokens": 16,
+        "memory": "64MiB",
+        "max_tokens": 200,
+        **options,
+    }
+    tasks = settings.pop("tasks", ["ppl"])
+    tokenizer = settings.pop("tokenizer", None)
+    return evaluate(model, tokenizer, [(k, "full") for k in kv], tasks, text, **settings)
+
+
+def row(found: Evaluation, kv: str, metric: str, task: str = "ppl") -> Row:
+    return next(
+        r for r in found.rows if (r.kv, r.metric, r.task, r.depth) == (kv, metric, task, None)
+    )
+
+
+def recall_model(shared: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared / "models" / "recall-5m"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def test_exact_codecs_lose_nothing_at_all(llama: Any, text: list[int]) -> None:
+    found = run(llama, ["auto", "fp32", "fp64"], text)
+    for kv in ("auto", "fp32", "fp64"):
+        assert {r.metric for r in found.rows if r.kv == kv} == PPL
+        for metric, want in (("dnll", 0.0), ("kl", 0.0), ("agreement", 1.0)):
+            r = row(found, kv, metric)
+            assert (r.value, r.low, r.high) == (want, want, want)
+        assert row(found, kv, "nll").decoded == 0
+    assert row(found, "fp32", "nll").value == row(found, "auto", "nll").value
+    # 100 tokens in 7 blocks of 16: 3 layers, 2 heads, 128 channels of k and v
+    assert row(found, "fp32", "nll").bytes_per_token == 7 * 16 * 3 * 2 * 128 * 4 / 100
+    assert row(found, "fp64", "nll").bytes_per_token == 7 * 16 * 3 * 2 * 128 * 8 / 100
+    assert found.full_bytes_per_token == {"ppl": row(found, "fp32", "nll").bytes_per_token}
+    assert found.warnings == ()
+
+
+def test_figures_are_those_of_the_model_itself(llama: Any, text: list[int]) -> None:
+    """Two windows by hand: transformers' own loss on each, and perplexity as its exponent."""
+    found = run(llama, ["auto"], text)
+    windows = torch.tensor([text[:100], text[100:200]])
+    with torch.inference_mode():
+        loss = float(llama(windows, labels=windows, use_cache=False).loss)
+    assert row(found, "auto", "nll").value == pytest.approx(loss, abs=1e-5)
+    assert row(found, "auto", "perplexity").value == pytest.approx(
+        2.718281828459045**loss, rel=1e-5
+    )
+    assert row(found, "auto", "nll").tokens == 2 * 99
+
+
+def test_a_lossy_codec_shows_and_again_to_the_last_digit(llama: Any, text: list[int]) -> None:
+    kv = "lossy:residual_tokens=16"
+    first, again = (run(llama, [kv, "auto"], text, chunk_tokens=40) for _ in range(2))
+    assert json.dumps(first.document()) == json.dumps(again.document())
+    assert row(first, kv, "kl").value > 0
+    assert row(first, kv, "kl").low is not None
+    r = row(first, kv, "dnll")
+    assert r.low is not None
+    assert r.high is not None
+    assert r.low < r.value < r.high
+    assert r.decoded == pytest.approx(sum(i // 16 * 16 > 16 for i in range(99)) / 99)
+    assert row(first, "auto", "kl").value == 0.0, "beside a lossy one the exact one is still exact"
+    assert row(run(llama, [kv], text, seed=1), kv, "kl").low != row(first, kv, "kl").low
+
+
+RIGHT = "k=grouped,v=auto"
+SWAPPED = "k=grouped:along=channels,v=auto"
+
+
+def test_axes_swapped_is_caught(text: list[int]) -> None:
+    """2-bit keys by token where channels differ in size: only the injected judge has such channels."""
+    model = zoo.build("llama")
+    plain, hard = (run(model, [RIGHT, SWAPPED], text, injected=i) for i in (False, True))
+    right, swapped = (row(hard, k, "kl") for k in (RIGHT, SWAPPED))
+    assert right.high is not None
+    assert swapped.low is not None
+    assert swapped.low > 2 * right.high, "beyond the intervals"
+    assert swapped.value > 2 * row(plain, SWAPPED, "kl").value
+    # a group of one channel does not see that the channel is eight times as large, or shifted
+    assert right.value == pytest.approx(row(plain, RIGHT, "kl").value, rel=0.01)
+    assert hard.digest == plain.digest, "the digest names the weights as they were"
+    assert hard.injected
+
+
+def test_axes_swapped_is_caught_on_text(shared: Path) -> None:
+    """On a trained model the plain judge sees no ΔNLL in either; the injected one sees a nat and more."""
+    model, tokenizer = recall_model(shared)
+    words = (shared / "data" / "text" / "gutenberg-melville-moby_dick.txt").read_text()
+    words = words[60_000:62_000]
+    found = run(
+        model, [RIGHT, SWAPPED], words, tokenizer=tokenizer, length_tokens=200, injected=True
+    )
+    right, swapped = (row(found, k, "dnll") for k in (RIGHT, SWAPPED))
+    assert swapped.value > 20 * abs(right.value)
+    assert swapped.value > 0.5
+
+
+def test_one_token_sealed_at_a_time_is_caught_by_its_bytes(llama: Any, text: list[int]) -> None:
+    """Groups of one value: minimum = maximum, so "2 bits" are exact, and the minimum beside them is the value."""
+    kv = "grouped:group=1"
+    found = run(llama, [kv, "grouped"], text)
+    assert row(found, kv, "kl").value < 1e-6, "as good as exact"
+    assert row(found, "grouped", "kl").value > 1e-2
+    full = found.full_bytes_per_token["ppl"]
+    assert row(found, kv, "kl").bytes_per_token > 1.4 * full
+    assert row(found, "grouped", "kl").bytes_per_token < 0.6 * full
+    (warning,) = found.warnings
+    assert warning.startswith(f"{kv} holds ")
+    assert warning.endswith("it saves nothing here")
+
+
+def test_recall_rows(llama: Any, tokenizer: Any, text: list[int]) -> None:
+    """A random model recalls nothing; the rows, their depths and their tokens are there all the same."""
+    found = run(
+        llama,
+        ["lossy", "auto"],
+        text,
+        tokenizer=tokenizer,
+        tasks=["passkey", "kv:count=3,asked=2"],
+        length_tokens=160,
+        examples=5,
+    )
+    for kv in ("lossy", "auto"):
+        for task, answers, tokens in (("passkey", 5, 30), ("kv:count=3,asked=2", 10, 40)):
+            r = row(found, kv, "recall", task)
+            assert (r.value, r.tokens, r.length) == (0.0, tokens, 160)
+            assert row(found, kv, "drecall", task).value == 0.0
+            by_depth = [
+                x for x in found.rows if (x.kv, x.task) == (kv, task) and x.depth is not None
+            ]
+            assert sum(x.tokens for x in by_depth) == tokens
+            assert answers
+            assert r.decoded == (1.0 if kv == "lossy" else 0.0)
+    assert set(json.loads(json.dumps(found.document()))["rows"][0]) >= KEYS
+
+
+def test_recall_through_the_cache_on_a_model_that_recalls(shared: Path) -> None:
+    model, tokenizer = recall_model(shared)
+    fine, coarse = "lossy:residual_tokens=32", SWAPPED
+    found = run(
+        model,
+        [fine, coarse],
+        None,
+        tokenizer=tokenizer,
+        tasks=["kv:count=8,asked=4", "copy:asked=4"],
+        length_tokens=256,
+        examples=3,
+        injected=True,
+    )
+    assert row(found, fine, "recall", "kv:count=8,asked=4").value >= 11 / 12
+    assert row(found, fine, "recall", "copy:asked=4").value >= 11 / 12
+    assert row(found, coarse, "recall", "copy:asked=4").value < 0.7, "2 bits over outliers lose it"
+    assert row(found, coarse, "drecall", "copy:asked=4").value < 0
+
+
+def test_refusals(llama: Any, tokenizer: Any, text: list[int]) -> None:
+    for options, error, says in (
+        ({"text": text[:99]}, RequestError, "99 tokens, fewer than one window of 100"),
+        ({"text": None}, RequestError, "ppl needs a text"),
+        ({"text": "words"}, RequestError, "no tokenizer"),
+        ({"tasks": ["kv"]}, RequestError, "no tokenizer"),
+        ({"tasks": ["niah"]}, ConfigError, "unknown task"),
+        (
+            {"length_tokens": 600, "text": text * 3},
+            RequestError,
+            "beyond the model's context of 512",
+        ),
+        ({"length_tokens": 1}, RequestError, "nothing to predict"),
+        ({"kv": ["none"]}, ConfigError, "keeps no cache"),
+        ({"kv": ["int5"]}, ConfigError, "unknown codec"),
+        ({"kv": []}, ConfigError, "at least one configuration"),
+        ({"kv": ["lossy:residual_tokens=96"]}, RequestError, "no query would read a decoded"),
+    ):
+        kv = options.pop("kv", ["auto"])
+        words = options.pop("text", text)
+        with pytest.raises(error, match=says) as refused:
+            run(llama, kv, words, **options)
+        assert "\n" not in str(refused.value)
+    assert llama.config._attn_implementation == "sdpa", "the model is as it was"
+    with pytest.raises(ConfigError, match="sink logits"):
+        run(zoo.build("gpt_oss"), ["auto"], text, injected=True)
