@@ -171,6 +171,18 @@ def test_saved_cache_continues(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_memory_first_touched_in_inference_mode_can_be_written_outside() -> None:
+    with attach(zoo.build("llama")) as attached:
+        cache = attached.cache()
+        with torch.inference_mode():
+            attached.bridge.model(ONE, past_key_values=cache)
+        with torch.no_grad():
+            twin = copy.deepcopy(cache)
+            a = attached.bridge.model(torch.tensor([[4]]), past_key_values=twin).logits
+            b = attached.bridge.model(torch.tensor([[4]]), past_key_values=cache).logits
+        assert torch.equal(a, b)
+
+
 def test_streaming() -> None:
     """A streamer gets the tokens one after the other."""
 

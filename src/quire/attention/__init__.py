@@ -1,6 +1,7 @@
 """Attention over blocks: a step is planned once, then run once per layer over segments."""
 
+from quire.attention.plan import Row
 from quire.attention.reference import ReferenceBackend
-from quire.attention.step import Row, Step
+from quire.attention.step import Step
 
 __all__ = ["ReferenceBackend", "Row", "Step"]

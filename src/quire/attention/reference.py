@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from quire.attention.step import Read, Step
+from quire.attention.plan import Read
+from quire.attention.step import Step
 from quire.ops.attend import Partial, attend, empty_partial, merge, sink_partial
 
 SCORE_BYTES = 64 << 20

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -75,9 +75,10 @@ def load_codec(text: str) -> KVCodec:
 
 def codec_text(codec: KVCodec) -> str:
     """The string form that loads an equal codec: its name and the parameters that are not the default."""
-    known = fields(codec) if is_dataclass(codec) else ()
-    values = ((f.name, f.default, getattr(codec, f.name)) for f in known)
-    text = ",".join(f"{name}={value}" for name, default, value in values if value != default)
+    anything: Any = codec
+    known: tuple[Field[Any], ...] = fields(anything) if is_dataclass(anything) else ()
+    changed = [f.name for f in known if getattr(codec, f.name) != f.default]
+    text = ",".join(f"{name}={getattr(codec, name)}" for name in changed)
     return f"{codec.name}:{text}" if text else codec.name
 
 

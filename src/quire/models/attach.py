@@ -19,7 +19,14 @@ from quire.models.forward import NAME
 from quire.models.hf_cache import KVCache
 from quire.models.memory import arena_bytes
 from quire.models.patches import Patches, cached_heads
-from quire.models.probe import Shape, one_line, probe, run_model, text_config
+from quire.models.probe import (
+    Shape,
+    one_line,
+    probe,
+    restarts_scan,
+    run_model,
+    text_config,
+)
 from quire.models.rope import Regimes
 from quire.models.runner import ModelRunner
 from quire.plan.layout import KVLayer, Layout, build_layout, check_config
@@ -97,7 +104,9 @@ def connect(
         except BaseException:
             patches.undo()
             raise
-        bridge.chunked_prefill = chunked and Regimes(model).chunked_prefill
+        bridge.chunked_prefill = (
+            chunked and Regimes(model).chunked_prefill and not restarts_scan(model)
+        )
         log.info(
             "%s: attached as %s%s",
             type(model).__name__,

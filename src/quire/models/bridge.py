@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from quire.attention.plan import Row
 from quire.attention.reference import ReferenceBackend, TorchBackend
-from quire.attention.step import Row, Step
+from quire.attention.step import Step
 from quire.errors import ConfigError
 from quire.models.adapters import Adapters
 from quire.models.forward import Forward, windows_of

@@ -16,7 +16,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from quire.attention.step import Row, Step
+from quire.attention.plan import Row
+from quire.attention.step import Step
 from quire.errors import CapacityError, ConfigError, InvariantError, RequestError
 from quire.models.forward import CURRENT, Forward
 from quire.store.snapshot import load_table, read_snapshot, save_table

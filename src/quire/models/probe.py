@@ -67,6 +67,14 @@ class _Recorder(DynamicCache):
         return kept
 
 
+def restarts_scan(model: torch.nn.Module) -> bool:
+    """Whether a Mamba-1 mixer is in the model: it ignores its state on any forward of several tokens.
+
+    transformers' own behaviour (its PR 47087). The self-test sees it too, but not where weights forget quickly.
+    """
+    return any(all(hasattr(m, n) for n in ("x_proj", "dt_proj", "A_log")) for m in model.modules())
+
+
 def text_config(model: Any) -> Any:
     """The config of the decoder, for composites too."""
     return model.config.get_text_config(decoder=True)
@@ -79,6 +87,10 @@ def check_causal(model_or_config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{kind} is an encoder-decoder model; Quire caches decoder-only (causal) models"
+        )
+    if getattr(config, "keep_window_size", None):
+        raise ConfigError(
+            f"{kind} chooses keys by a learned mask beyond {config.keep_window_size} tokens, which no span expresses"
         )
 
 

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from quire.attention.step import Row, Step
+from quire.attention.plan import Row
+from quire.attention.step import Step
 from quire.errors import InvariantError, RequestError
 from quire.models.adapters import Adapters, unwrap
 from quire.models.bridge import Bridge

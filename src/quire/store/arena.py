@@ -100,8 +100,16 @@ class Arena:
                 )
             import torch
 
-            self._buffer = torch.empty(self.total_bytes, dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(mode=False):  # whoever asks first must not decide who may write
+                self._buffer = torch.empty(self.total_bytes, dtype=torch.uint8, device=self.device)
         return self._buffer
+
+    def typed(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same bytes as elements of `dtype`: `[total_bytes / width]`."""
+        import torch
+
+        with torch.inference_mode(mode=False):
+            return self.buffer.view(dtype)
 
     def take(self, pool: BlockPool) -> int:
         """A free slab, or -1; when none is free, the slab of another pool that is worth least is cleared."""

@@ -52,7 +52,7 @@ class BlockStore:
         self.tables: WeakSet[BlockTable] = WeakSet()
         self._pools: dict[int, BlockPool] = {}
         self._views: dict[tuple[CacheGroup, int, str], torch.Tensor] = {}
-        self._slots: dict[tuple[str, int, str], torch.Tensor] = {}
+        self._slots: dict[tuple[CacheGroup, int, str], torch.Tensor] = {}
         self._rows: dict[tuple[CacheGroup, int, str], tuple[torch.Tensor, torch.Tensor]] = {}
         for size in sorted(sizes):
             self._pools[size] = BlockPool(self.arena, size)
@@ -132,13 +132,13 @@ class BlockStore:
             `[elements, n]`: row e is the n elements that one token has, from element e of the layer's first tile on;
             `slot_index` says which rows are tokens, the others overlap them and mean nothing.
         """
-        key = (group.name, layer, field)
+        key = (group, layer, field)
         found = self._slots.get(key)
         if found is None:
             import torch
 
             f, _, width = self._field(group, field)
-            flat, n = self.arena.buffer.view(getattr(torch, f.dtype)), math.prod(f.shape)
+            flat, n = self.arena.typed(getattr(torch, f.dtype)), math.prod(f.shape)
             start = (
                 group.tile_index(layer) * group.tile_bytes + group.field_offsets[field]
             ) // width
@@ -182,7 +182,7 @@ class BlockStore:
         import torch
 
         f, _, width = self._field(group, field)
-        flat = self.arena.buffer.view(getattr(torch, f.dtype))
+        flat = self.arena.typed(getattr(torch, f.dtype))
         start = (group.tile_index(layer) * group.tile_bytes + group.field_offsets[field]) // width
         reach = 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
         unit = ALIGN_BYTES // width
