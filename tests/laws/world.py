@@ -113,6 +113,12 @@ class World:
 
     def _check_reads(self, step: Step, x: KVLayer, rows: list[tuple[Seq, int, int]]) -> None:
         longest = max(b for _, _, b in rows)
+        names = (x.fields[0].name, x.fields[1].name)
+        for r in step.of_layer(x.layer)[2]:
+            for name, both in zip(
+                names, step.gather_both(x.layer, r, names, torch.float32), strict=True
+            ):
+                assert torch.equal(both, step.gather(x.layer, r, name, torch.float32))
         for of, f in enumerate(x.fields):
             got = np.full((step.n_tokens, x.heads, longest, f.shape[0]), np.nan, np.float32)
             for r in step.of_layer(x.layer)[2]:
