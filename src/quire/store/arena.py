@@ -100,7 +100,9 @@ class Arena:
                 )
             import torch
 
-            with torch.inference_mode(mode=False):  # whoever asks first must not decide who may write
+            with torch.inference_mode(
+                mode=False
+            ):  # whoever asks first must not decide who may write
                 self._buffer = torch.empty(self.total_bytes, dtype=torch.uint8, device=self.device)
         return self._buffer
 
