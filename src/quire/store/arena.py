@@ -26,24 +26,28 @@ SLAB_BYTES = 2 << 20
 """The usual slab: one huge page."""
 
 
-def fit_slab_bytes(block_bytes: Iterable[int], target_bytes: int = SLAB_BYTES) -> int:
-    """The slab size of about `target_bytes` in which blocks of all these sizes leave the least unused.
+def fit_slab_bytes(
+    block_bytes: Iterable[int], target_bytes: int = SLAB_BYTES, total_bytes: int = 0
+) -> int:
+    """The slab size in which blocks of all these sizes leave the least unused.
 
-    Multiples of each block size up to twice the target are tried (of the largest alone when it exceeds the target); the
-    one with the least mean remainder wins, the smaller of equals.
+    Multiples of each block size are tried, up to twice the target (or the largest block), and in a large arena up to a
+    64th of it. What counts is the mean remainder of a slab plus half a slab of the arena, which a pool's last slab leaves
+    empty on average; of equals the one nearest to the target wins.
     """
     sizes = sorted(set(block_bytes))
     if not sizes or sizes[0] <= 0:
         raise ConfigError("a slab needs at least one block size, in bytes above zero")
     low = max(target_bytes, sizes[-1])
-    tries = {
-        n * size for size in sizes for n in range(max(1, low // size // 2), 2 * low // size + 1)
-    }
-    fitting = [slab for slab in tries if slab >= sizes[-1]]
-    return min(
-        fitting,
-        key=lambda slab: (round(sum((slab % s) / slab for s in sizes), 4), abs(slab - low), slab),
-    )
+    high = max(2 * low, min(total_bytes // 64, 16 * low))
+    tries = {n * size for size in sizes for n in range(max(1, low // size // 2), high // size + 1)}
+
+    def cost(slab: int) -> tuple[float, int, int]:
+        rest = sum((slab % s) / slab for s in sizes) / len(sizes)
+        partial = slab / (2 * total_bytes) if total_bytes else 0.0
+        return round(rest + partial, 4), abs(slab - low), slab
+
+    return min((slab for slab in tries if slab >= sizes[-1]), key=cost)
 
 
 class Arena:

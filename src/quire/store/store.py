@@ -247,4 +247,4 @@ class BlockStore:
 def _slab_for(sizes: set[int], total_bytes: int) -> int:
     """About 2 MiB, smaller for a small arena: at least eight slabs per size of block where that is possible."""
     target = min(2 << 20, max(*sizes, total_bytes // (8 * len(sizes))))
-    return fit_slab_bytes(sizes, target)
+    return fit_slab_bytes(sizes, target, total_bytes)
