@@ -145,6 +145,7 @@ def test_only_scored_queries_count(llama: Any, text: list[int]) -> None:
     whole, _ = scored(runner, text[:60])
     assert torch.allclose(got, whole[50:], atol=1e-3)
     assert scorer.reading.queries == scorer.reading.decoded_queries == 9
+    assert scorer.reading.decoded == 3 * sum(i // 8 * 8 - 8 for i in range(50, 60))
 
 
 def test_refusals(llama: Any, text: list[int]) -> None:

@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import zoo
+from models.driving import runner_for
 from quire.errors import ConfigError, RequestError
-from quire.evaluate import Evaluation, Row, evaluate
+from quire.evaluate import Evaluation, Row, Scored, Scorer, evaluate
+from quire.evaluate.decode import twin
+from quire.evaluate.run import recalled
+from quire.evaluate.tasks import Answer, Example
 
 KEYS = {"kv", "keep", "task", "metric", "value", "low", "high", "bytes_per_token", "tokens"}
 PPL = {"nll", "perplexity", "dnll", "kl", "agreement"}
@@ -90,6 +95,34 @@ def test_a_lossy_codec_shows_and_again_to_the_last_digit(llama: Any, text: list[
 
 RIGHT = "k=grouped,v=auto"
 SWAPPED = "k=grouped:along=channels,v=auto"
+
+
+def test_kl_is_from_the_exact_cache_to_the_other(llama: Any, text: list[int]) -> None:
+    logits = []
+    for kv in ("auto", "grouped"):
+        runner = runner_for(twin(llama), kv=kv, block_tokens=16)
+        logits.append(torch.cat([c.logits for c in Scorer(runner).score(text[:100])]).double())
+    p, q = (x.log_softmax(-1) for x in logits)
+    want = float((p.exp() * (p - q)).sum(-1).mean())
+    assert want != pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-3)
+    found = run(llama, ["grouped"], text[:100])
+    assert row(found, "grouped", "kl").value == pytest.approx(want, rel=1e-5)
+
+
+def test_an_answer_counts_when_every_token_of_it_is_the_best() -> None:
+    """Tokens 5 6 | 7 8 | 9: the second answer's first token is right and its second is not."""
+    tokens = np.array([1, 5, 6, 7, 8, 9])
+    said = torch.tensor([5, 6, 7, 0, 9])
+
+    class Fixed:
+        def score(self, given: Any, *, first: int) -> Any:
+            assert first == 0
+            for start, stop in ((0, 3), (3, 5)):
+                logits = torch.nn.functional.one_hot(said[start:stop], 10).float()
+                yield Scored(start, stop, torch.tensor(given[start + 1 : stop + 1]), logits, logits)
+
+    answers = (Answer(1, 3, 0.0), Answer(3, 5, 0.0), Answer(5, 6, 0.0))
+    assert recalled(Fixed(), Example(tokens, answers)) == [True, False, True]  # type: ignore[arg-type]
 
 
 def test_axes_swapped_is_caught(text: list[int]) -> None:

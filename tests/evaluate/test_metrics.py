@@ -97,6 +97,8 @@ def test_units_weigh_by_their_tokens() -> None:
     """A unit of three ones and a unit of one zero: 3/4, or when one is drawn twice 1 or 0."""
     e = paired_bootstrap([1, 1, 1, 0], [0, 0, 0, 1])
     assert (e.value, e.low, e.high) == (0.75, 0.0, 1.0)
+    middle = paired_bootstrap([1, 1, 1, 0], [0, 0, 0, 1], level=0.2)
+    assert (middle.low, middle.high) == (0.75, 0.75), "one of each: three ones of four"
 
 
 def test_one_unit_says_nothing_and_no_value_is_refused() -> None:

@@ -1,8 +1,8 @@
 """Evaluation through the cache: what a configuration costs in fidelity, and the bytes it really takes.
 
-`decode` scores texts through the cache, `metrics` makes figures of the scores, `tasks` generates recall, `inject` makes
-a model a harder judge, `run.evaluate` puts them together, `report` is what comes out. Names load on first use, so that
-tasks and rows are read without torch.
+`decode` scores texts through the cache, `metrics` makes figures of the scores, `tasks` makes recall, `inject` makes
+models harder judges, `run` puts them together, `report` is what comes out. Names load on first use, so that tasks and
+rows are read without torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quire.evaluate.decode import Reading, Scored, Scorer
-    from quire.evaluate.inject import Injection, inject
+    from quire.evaluate.inject import Injection
     from quire.evaluate.metrics import Estimate, paired_bootstrap
     from quire.evaluate.report import Evaluation, Row
     from quire.evaluate.run import evaluate
@@ -29,7 +29,6 @@ _HOME = {
     "Scorer": "decode",
     "Task": "tasks",
     "evaluate": "run",
-    "inject": "inject",
     "paired_bootstrap": "metrics",
     "parse_task": "tasks",
 }
@@ -45,7 +44,6 @@ __all__ = [
     "Scorer",
     "Task",
     "evaluate",
-    "inject",
     "paired_bootstrap",
     "parse_task",
 ]
