@@ -67,7 +67,8 @@ class ModelRunner:
         return self.bridge.store.open()
 
     def fits(self, n_tokens: int) -> bool:
-        return self.bridge.store.fits(n_tokens)
+        chunk = 1 if self.chunked_prefill else n_tokens
+        return self.bridge.store.fits(n_tokens, chunk_tokens=chunk)
 
     def usage(self) -> Usage:
         return self.bridge.store.usage()
