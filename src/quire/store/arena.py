@@ -32,8 +32,8 @@ def fit_slab_bytes(
     """The slab size in which blocks of all these sizes leave the least unused.
 
     Multiples of each block size are tried, up to twice the target (or the largest block), and in a large arena up to a
-    64th of it. What counts is the mean remainder of a slab plus half a slab of the arena, which a pool's last slab leaves
-    empty on average; of equals the one nearest to the target wins.
+    64th of it. What counts is the mean remainder of a slab plus half a slab of the arena, which the last slab of a pool
+    leaves empty on average; of equals the one nearest to the target wins.
     """
     sizes = sorted(set(block_bytes))
     if not sizes or sizes[0] <= 0:
