@@ -101,11 +101,7 @@ class Paged:
         self.store = BlockStore(self.layout.spec, max(total, 8 << 20), device="cpu")
         _ = self.store.arena.buffer
         self.tables = [self.store.open() for _ in range(args.batch)]
-        self.blocks = self.blocks_held()
-        self.allocations, self.copied_bytes = 1, 0
-
-    def blocks_held(self) -> int:
-        return sum(int(p.held) for p in self.store.pools.values())
+        self.allocations, self.copied_bytes = 1, 0  # the arena
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> KV:
         t = k.shape[2]
@@ -117,14 +113,16 @@ class Paged:
             0, {n: x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for n, x in flat.items()}
         )
         self.copied_bytes += n_bytes(k, v)
-        parts = [step.gather_both(0, r, ("k", "v"), k.dtype) for r in step.of_layer(0)[2]]
+        reads = step.of_layer(0)[2]
+        if len(reads) == 1:  # a decode step: rows of equal length are read together
+            kv = step.gather_both(0, reads[0], ("k", "v"), k.dtype)
+        else:
+            one, two = (torch.cat([step.gather(0, r, n, k.dtype) for r in reads]) for n in "kv")
+            kv = one, two
         for table in self.tables:
             table.commit()
-        self.allocations += len(parts)
-        self.copied_bytes += sum(n_bytes(*p) for p in parts)
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        self.copied_bytes += n_bytes(*kv)
+        return kv
 
     def waste(self) -> float:
         held = sum(t.held_bytes() for t in self.tables)

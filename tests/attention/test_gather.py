@@ -55,3 +55,16 @@ def fill(store: BlockStore, step: Step, fields: tuple[Field, ...]) -> None:
             for name, x in values.items():
                 view = store.view(w.group, layer, name)
                 assert torch.equal(view[w.places.at, :, w.places.row], x)
+
+
+def test_scratch_is_reused_and_can_be_written_in_any_mode() -> None:
+    layout = build_layout([KVLayer(0, 1, FIELDS)], KVConfig(block_tokens=4), dtype="float32")
+    store = BlockStore(layout.spec, 1 << 20, device="cpu")
+    like = torch.zeros(1, 6)
+    with torch.inference_mode():
+        first = store.scratch(like, 5)
+    again = store.scratch(like, 4)
+    again.fill_(1.0)
+    assert first.shape == (5, 6)
+    assert first.data_ptr() == again.data_ptr()
+    assert store.scratch(like, 50).shape == (50, 6)

@@ -71,7 +71,10 @@ class Step(Plan):
     def gather_both(
         self, layer: int, read: Read, names: tuple[str, str], dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two fields as `gather` gives them; in one copy where they are stored plainly and alike, as k and v are."""
+        """Two fields as `gather` gives them; in one copy where they are stored plainly and alike, as k and v are.
+
+        The copy lies in the store's scratch memory: it is good until the next call.
+        """
         source = read.source
         first, ahead = _alike(source, names)
         if read.mode != "raw" or ahead <= 0:
@@ -85,7 +88,8 @@ class Step(Plan):
             step = torch.tensor([0, ahead // ALIGN_BYTES], device=heads.device)
             units = heads.view(1, -1, 1) + read.blocks.at.unsqueeze(1)
             index = flat[at] = (step.view(2, 1, 1, 1) + units).reshape(-1)
-        both = rows.index_select(0, index)
+        both = self.store.scratch(rows, len(index))
+        torch.index_select(rows, 0, index, out=both)
         if read.empty is not None:  # see _decode
             both.view(2 * n_rows * len(heads) * n_blocks * source.block_tokens, -1).index_fill_(
                 0, self._empty_rows(read, 2, len(heads), n_blocks * source.block_tokens), 0

@@ -53,6 +53,7 @@ class BlockStore:
         self._pools: dict[int, BlockPool] = {}
         self._views: dict[tuple[CacheGroup, int, str], torch.Tensor] = {}
         self._slots: dict[tuple[CacheGroup, int, str], torch.Tensor] = {}
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self._rows: dict[tuple[CacheGroup, int, str], tuple[torch.Tensor, torch.Tensor]] = {}
         for size in sorted(sizes):
             self._pools[size] = BlockPool(self.arena, size)
@@ -161,6 +162,24 @@ class BlockStore:
         heads = torch.arange(n_heads, device=units.device) * (group.tile_bytes // width)
         first = units * (ALIGN_BYTES // width) + rows * math.prod(f.shape)
         return (first.unsqueeze(1) + heads).reshape(-1)
+
+    def scratch(self, like: torch.Tensor, n_rows: int) -> torch.Tensor:
+        """`[n_rows, n]` of memory for rows as `like` has them, good until the next call.
+
+        Memory that is allocated anew for every gather is handed out by the system page by page, which takes longer than
+        the copy.
+        """
+        import torch
+
+        n = n_rows * like.shape[1]
+        found = self._scratch.get(like.dtype)
+        if found is None or len(found) < n:
+            with torch.inference_mode(
+                mode=False
+            ):  # what is made within could not be written without
+                found = torch.empty(n + n // 4, dtype=like.dtype, device=like.device)
+            self._scratch[like.dtype] = found
+        return found[:n].view(n_rows, like.shape[1])
 
     def _field(self, group: CacheGroup, field: str) -> tuple[Field, tuple[int, ...], int]:
         f = next(x for x in group.fields if x.name == field)
