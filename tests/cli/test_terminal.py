@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,9 +57,18 @@ def test_a_reader_that_leaves_is_no_error(tiny: Path) -> None:
     assert running.wait(60) == 141
 
 
-def test_ctrl_c_keeps_what_was_written(tiny: Path) -> None:
+def test_ctrl_c_keeps_what_was_written(tiny: Path, tmp_path: Path) -> None:
+    """In a run far too long to end by itself before the signal comes, however busy the machine."""
+    shutil.copytree(tiny, tmp_path / "long")
+    config = tmp_path / "long" / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 1 << 16})
+    )
     running = subprocess.Popen(
-        command("run", "abc", "--model", tiny, "--kv", "none", "--max-tokens", 250, "--ignore-eos"),
+        command(
+            *("run", "abc", "--model", tmp_path / "long", "--kv", "none"),
+            *("--max-tokens", 60_000, "--ignore-eos"),
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(PYTHONUNBUFFERED="1"),

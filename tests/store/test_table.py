@@ -12,7 +12,7 @@ from lossy import Lossy
 from quire.errors import CapacityError, ConfigError, InvariantError, RequestError
 from quire.plan import KVLayer, StateLayer, build_layout
 from quire.spans import Chunked, Full, Sinks, Span, Window
-from quire.spec import KVCodec, KVConfig
+from quire.spec import CacheGroup, CacheSpec, Field, KVCodec, KVConfig
 from quire.store import BlockPool, BlockStore, BlockTable
 
 # -- growing -----------------------------------------------------------------------------------------------------
@@ -311,3 +311,17 @@ def test_split_and_unsplit_sequences_read_together() -> None:
             seq.table.keep(at, [1])
             seq.dropped[at] = set(range(seq.committed)) - {1}
     world.drain()
+
+
+def test_truncate_does_not_miss_what_was_dropped_on_purpose() -> None:
+    """Found by the laws: after `keep` a later cut asked for positions that retention had let go."""
+    group = CacheGroup("a", ((0, 0),), (Field("k", (4,), "float32"),), block_tokens=4)
+    store = BlockStore(CacheSpec((group,)), 1 << 16)
+    table = store.open()
+    table.append(3)
+    table.commit()
+    table.keep(0, [1])
+    table.append(2)
+    table.commit()
+    table.truncate(4)
+    assert table.chains[0].positions(table.length).tolist() == [1, 3]

@@ -367,7 +367,8 @@ class BlockTable:
                     if chain.group.raw is None
                     else hi // chain.group.block_tokens * chain.group.block_tokens
                 )
-                if np.count_nonzero((have >= lo) & (have < top)) < top - lo:
+                low = lo if chain.kept is None else max(lo, chain.cut)  # dropped on purpose before
+                if np.count_nonzero((have >= low) & (have < top)) < top - low:
                     raise RequestError(
                         f"cannot go back to {n} tokens: group {chain.group.name} has given up what position {n} needs"
                     )
