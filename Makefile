@@ -3,7 +3,7 @@
 #   make run         the main job on the packaged model
 #   make test        the test suite, at most 10 minutes on 2 cores
 #   make check       formatting, lint, types, layers, at most 2 minutes
-#   make test-long   the slow tests, the laws with 20 times the examples and the sweep, within 45 minutes
+#   make test-long   the slow tests, the laws with 5 times the examples and the sweep, within 45 minutes
 #   make matrix      docs/matrix.md: which choices compose
 #   make sweep       docs/models.md: which models run, and which way
 #   make bench       every benchmark, one JSON document each, under out/bench/

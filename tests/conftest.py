@@ -21,7 +21,7 @@ if WORKER:  # workers share the cores; a pool of threads in each of them only fi
 
 # Deadlines are off everywhere: on a shared machine they test the neighbours.
 # `dev` searches anew each time and remembers what failed; `ci` draws the same examples each time, so that a red run can
-# be run again; `long` looks for what the others miss.
+# be run again; `long` draws more of them, the same each time; `search` looks for what the others miss, anew each time.
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
     "dev", deadline=None, max_examples=50, suppress_health_check=_SLOW_IS_FINE
@@ -29,6 +29,12 @@ settings.register_profile(
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
 settings.register_profile(
     "long",
+    settings.get_profile("ci"),
+    max_examples=250,
+    stateful_step_count=60,
+)
+settings.register_profile(
+    "search",
     settings.get_profile("dev"),
     max_examples=1000,
     stateful_step_count=100,
