@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -57,26 +56,27 @@ def test_a_reader_that_leaves_is_no_error(tiny: Path) -> None:
     assert running.wait(60) == 141
 
 
-def test_ctrl_c_keeps_what_was_written(tiny: Path, tmp_path: Path) -> None:
-    """In a run far too long to end by itself before the signal comes, however busy the machine."""
-    shutil.copytree(tiny, tmp_path / "long")
-    config = tmp_path / "long" / "config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 1 << 16})
-    )
-    running = subprocess.Popen(
-        command(
-            *("run", "abc", "--model", tmp_path / "long", "--kv", "none"),
-            *("--max-tokens", 60_000, "--ignore-eos"),
-        ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(PYTHONUNBUFFERED="1"),
-    )
-    assert running.stdout is not None
-    first = running.stdout.read(1)
-    running.send_signal(signal.SIGINT)
-    rest, err = running.communicate(timeout=60)
+def test_ctrl_c_keeps_what_was_written(tiny: Path) -> None:
+    """On a busy machine a short run may end before the signal comes: then it is tried again."""
+    for _ in range(6):
+        running = subprocess.Popen(
+            command(
+                *("run", "abc", "--model", tiny, "--kv", "none"),
+                *("--max-tokens", 250, "--ignore-eos"),
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(PYTHONUNBUFFERED="1"),
+        )
+        try:
+            assert running.stdout is not None
+            first = running.stdout.read(1)
+            running.send_signal(signal.SIGINT)
+            rest, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
+        if running.returncode:
+            break
     assert running.returncode == 130
     text = (first + rest).decode()
     assert text.endswith("\n")
