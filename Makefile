@@ -25,6 +25,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+KERNELS := src/quire/kernels/cpu/.built
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DELETE_ON_ERROR:
@@ -47,14 +48,19 @@ $(INSTALLED): pyproject.toml constraints.txt .ci/torch | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# The installation compiles the CPU kernels; this does it anew when their sources change. Without a compiler it goes on.
+$(KERNELS): $(wildcard src/quire/kernels/cpu/*.[ch]pp) src/quire/kernels/cpu/quire_cpu.h src/quire/kernels/build.py $(INSTALLED)
+	@$(BIN)/python -m quire.kernels.build >/dev/null || true
+	@touch $@
+
 $(INSTALLED_DOCS): $(INSTALLED)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
-run: $(INSTALLED)
+run: $(KERNELS)
 	$(BIN)/quire run "$(PROMPT)"
 
-test: $(INSTALLED)
+test: $(KERNELS)
 	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=ci -m "not slow and not gpu" --durations=10
 
 # Every step runs even when an earlier one failed, so that one call shows everything.
@@ -68,20 +74,20 @@ check: $(INSTALLED)
 test-long: $(INSTALLED)
 	$(LIMIT) $(MAKE) --no-print-directory --keep-going test-slow sweep-only
 
-test-slow: $(INSTALLED)
+test-slow: $(KERNELS)
 	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=long -m "(slow or law) and not gpu"
 
-sweep-only: $(INSTALLED)
+sweep-only: $(KERNELS)
 	@mkdir -p out
 	$(SWEEP) --out out/models.md
 
-matrix: $(INSTALLED)
+matrix: $(KERNELS)
 	$(BIN)/python tools/matrix.py --write docs/matrix.md
 
-sweep: $(INSTALLED)
+sweep: $(KERNELS)
 	$(SWEEP)
 
-bench: $(INSTALLED)
+bench: $(KERNELS)
 	@mkdir -p out/bench
 	@set -e; for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
 	    name=$$(basename $$file .py); echo "== $$name"; \
@@ -93,4 +99,5 @@ docs: $(INSTALLED_DOCS)
 
 clean:
 	rm -rf $(VENV) site build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f src/quire/kernels/cpu/libquire_cpu.* $(KERNELS)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

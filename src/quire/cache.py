@@ -38,7 +38,7 @@ def attach(
         keep: retention.
         memory: size of the arena: bytes, a share of free memory as a float, or text as `"8GiB"`.
         block_tokens: tokens per block.
-        attention: backend, `"auto"`, `"torch"` or `"reference"`.
+        attention: backend, `"auto"`, `"cpu"` (the compiled kernels), `"torch"` or `"reference"`.
         way: forces packed, rows, patched or dense.
 
     Raises:

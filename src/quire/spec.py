@@ -400,6 +400,10 @@ class AttentionBackend(Protocol):
 
     name: str
 
+    def write(self, step: Any, layer: int, values: dict[str, torch.Tensor]) -> None:
+        """Stores new tokens' fields, `[n_tokens, heads, *shape]` each, and seals what became whole."""
+        ...
+
     def run(self, step: Any, layer: int, q: torch.Tensor, **options: Any) -> torch.Tensor:
         """`q: [n_tokens, H_q, D]` to `[n_tokens, H_q, D_v]`."""
         ...

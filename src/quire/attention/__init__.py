@@ -1,6 +1,6 @@
 """Attention over blocks: a step is planned once, then run once per layer over segments."""
 
-from quire.attention.plan import Row
+from quire.attention.read import Row
 from quire.attention.reference import ReferenceBackend
 from quire.attention.step import Step
 

@@ -10,121 +10,19 @@ One plan serves all layers: tables are looked at once, and what differs between 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
+from quire.attention.read import Places, Read, Row, Seal, Write, index
 from quire.plan.layout import Layout
-from quire.spec import CacheGroup, Residual, Span
+from quire.spec import CacheGroup, Residual
 from quire.store.chain import GONE, Chain, Extent
 from quire.store.store import BlockStore
-from quire.store.table import BlockTable
 
 PAD_RATIO = 1.25
 """Decode rows are read together while the longest has at most this many times the blocks of the shortest."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sequence's share of a forward: tokens [start, stop) are new, those before are cached."""
-
-    table: BlockTable
-    start: int
-    stop: int
-
-
-@dataclass(slots=True)
-class Places:
-    """Index tensors into a view, int64: `at` in units of 64 bytes, `row` for single tokens.
-
-    `flat` keeps what follows from them for all layers alike: indices by field, and by number of heads.
-    """
-
-    at: torch.Tensor
-    row: torch.Tensor | None = None
-    flat: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Read:
-    """A batch of R rows with T queries each over n blocks each, read from slot `slots[0]` to `slots[1]` (N of them).
-
-    tokens: `[R, T]` index of each query in the forward; qpos: `[R, T]`; kpos: `[R, N]`, -1 where a slot is not valid;
-    limit: set on a lossy body, where query i reads positions below s(i) only;
-    mode: what is read of a lossy group: "raw" rows, "body" codes, or "through" (raw rows encoded and decoded on the
-    way, for whole blocks that are not accepted yet).
-    empty: (row, slot) of those among them that are not valid; pos: `[R, n, block_tokens]`, for what is read "through".
-    """
-
-    group: CacheGroup
-    source: CacheGroup
-    tokens: torch.Tensor
-    qpos: torch.Tensor
-    kpos: torch.Tensor
-    blocks: Places
-    limit: Residual | None = None
-    mode: str = "raw"
-    contiguous: bool = False
-    slots: tuple[int, int] = (0, 0)
-    empty: tuple[torch.Tensor, torch.Tensor] | None = None
-    pos: torch.Tensor | None = None
-    _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
-    _biases: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = field(default_factory=dict)
-
-    def mask(self, window: int | None = None) -> torch.Tensor | None:
-        """`[R, T, N]`: which slots each query reads, None for all. `window` narrows the span further."""
-        if window not in self._masks:
-            self._masks[window] = self._make_mask(window)
-        return self._masks[window]
-
-    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """The mask as what is added to scores: `[R, 1, T, N]`, 0 or -inf."""
-        key = (window, dtype)
-        if key not in self._biases:
-            mask = self.mask(window)
-            if mask is not None:
-                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-                    ~mask, float("-inf")
-                )
-                mask = mask.unsqueeze(1)
-            self._biases[key] = mask
-        return self._biases[key]
-
-    def _make_mask(self, window: int | None) -> torch.Tensor | None:
-        q, k = self.qpos.unsqueeze(-1), self.kpos.unsqueeze(-2)
-        span: Span = self.group.span
-        ok: torch.Tensor = span.visible(q, k) & (k >= 0)
-        if self.limit is not None:
-            ok = ok & (k < self.limit.start(q))
-        if window is not None:
-            ok = ok & (k > q - window)
-        return None if bool(ok.all()) else ok
-
-
-@dataclass(slots=True)
-class Seal:
-    """Blocks to encode: places of the raw blocks, places of the body blocks, `pos: [n, block_tokens]`.
-
-    chains: with the number of entries that are encoded once every layer in `todo` is.
-    """
-
-    body: CacheGroup
-    raw: CacheGroup
-    source: Places
-    target: Places
-    pos: torch.Tensor
-    chains: list[tuple[Chain, int]]
-    todo: set[int]
-
-
-@dataclass(slots=True)
-class Write:
-    """Where the new tokens go in one group: `tokens` selects them, None for all in order."""
-
-    group: CacheGroup
-    tokens: torch.Tensor | None
-    places: Places
 
 
 class Plan:
@@ -153,6 +51,8 @@ class Plan:
         self.writes: list[Write] = []
         self.seals: list[Seal] = []
         self.reads: list[Read] = []
+        self.prepared: dict[tuple[object, ...], Any] = {}
+        """What a backend makes of the plan once for all layers."""
         self._by_layer: dict[int, tuple[list[Write], list[Seal], list[Read]]] = {}
         firsts = np.cumsum([0] + [r.stop - r.start for r in rows])
         members: dict[CacheGroup, list[tuple[int, Chain]]] = {}
@@ -196,9 +96,9 @@ class Plan:
             blocks.append(b)
             rows.append(r)
             tokens.append(np.arange(firsts[at], firsts[at + 1]))
-        places = self._places(group, np.concatenate(blocks))
-        places.row = self._tensor(np.concatenate(rows))
-        chosen = None if len(chains) == len(self.rows) else self._tensor(np.concatenate(tokens))
+        units = self.store.units(group, np.concatenate(blocks))
+        chosen = None if len(chains) == len(self.rows) else np.concatenate(tokens)
+        places = Places(units, self.device, np.concatenate(rows))
         self.writes.append(Write(group, chosen, places))
 
     def _plan_seals(
@@ -306,54 +206,26 @@ class Plan:
         batch: list[tuple[int, Extent]],
         firsts: np.ndarray,
     ) -> None:
-        size = source.block_tokens
         n = max(len(e.blocks) for _, e in batch)
         blocks = np.zeros((len(batch), n), np.int32)
-        kpos = np.full((len(batch), n * size), -1, np.int64)
         for i, (_, e) in enumerate(batch):
             blocks[i, : len(e.blocks)] = e.blocks
-            at = (
-                np.arange(e.first, e.first + len(e.blocks) * size)
-                if e.positions is None
-                else e.positions
-            )
-            kpos[i, : len(at)] = np.where((at >= e.start) & (at < e.stop), at, -1)
-            kpos[i, : len(e.blocks) * size][np.repeat(e.blocks < 0, size)] = -1
-        # Slots before the first and after the last valid one of all rows are neither read nor masked.
-        there = kpos >= 0
-        some = np.flatnonzero(there.any(axis=0))
-        low, high = (int(some[0]), int(some[-1]) + 1) if len(some) else (0, n * size)
-        row, slot = (~there[:, low:high]).nonzero()
-        kpos = kpos[:, low:high]
-        pos = None
-        if mode == "through":
-            firsts_of = np.array([e.first for _, e in batch])
-            pos = self._tensor(firsts_of[:, None, None] + np.arange(n * size).reshape(n, size))
-        rows = [self.rows[at] for at, _ in batch]
-        tokens = np.stack([np.arange(firsts[at], firsts[at + 1]) for at, _ in batch])
-        qpos = np.stack([np.arange(r.start, r.stop) for r in rows])
         self.reads.append(
             Read(
                 group,
                 source,
-                self._tensor(tokens),
-                self._tensor(qpos),
-                self._tensor(kpos),
-                self._places(source, blocks),
-                limit,
                 mode,
-                contiguous=tokens.size == self.n_tokens
-                and bool((tokens.ravel() == np.arange(tokens.size)).all()),
-                slots=(low, high),
-                empty=(self._tensor(row), self._tensor(slot + low)) if len(row) else None,
-                pos=pos,
+                limit,
+                [self.rows[at] for at, _ in batch],
+                [int(firsts[at]) for at, _ in batch],
+                [e for _, e in batch],
+                self.store.units(source, blocks),
+                self.device,
             )
         )
 
     def _places(self, group: CacheGroup, blocks: np.ndarray) -> Places:
-        return Places(self._tensor(self.store.units(group, blocks)))
+        return Places(self.store.units(group, blocks), self.device)
 
     def _tensor(self, a: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(
-            self.device, non_blocking=True
-        )
+        return index(a, self.device)

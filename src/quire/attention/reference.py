@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from quire.attention.plan import Read
+from quire.attention.read import Read
 from quire.attention.step import Step
 from quire.ops.attend import Partial, attend, empty_partial, merge, sink_partial
 
@@ -25,9 +25,13 @@ _NO_LSE = torch.empty(0)
 
 
 class ReferenceBackend:
-    """The plain backend; `run` is the whole interface."""
+    """The plain backend; `write` and `run` are the whole interface."""
 
     name = "reference"
+
+    def write(self, step: Step, layer: int, values: dict[str, torch.Tensor]) -> None:
+        """Stores the new tokens' fields of one layer, `[n_tokens, heads, *shape]`, and seals what became whole."""
+        step.write(layer, values)
 
     def run(
         self,
@@ -53,9 +57,36 @@ class ReferenceBackend:
         Returns:
             `[n_tokens, H_q, D_v]` in q's dtype.
         """
-        _, _, reads = step.of_layer(layer)
-        if sinks is None and len(reads) == 1 and reads[0].contiguous:
-            r = reads[0]
+        return self.run_reads(
+            step,
+            layer,
+            q,
+            step.of_layer(layer)[2],
+            scale=scale,
+            keys=keys,
+            value=value,
+            softcap=softcap,
+            sinks=sinks,
+            window=window,
+        )
+
+    def run_reads(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        reads: list[Read],
+        *,
+        scale: float,
+        keys: tuple[str, ...],
+        value: str,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """`run` over some of the layer's reads; what queries of other reads get means nothing."""
+        r = reads[0]
+        if sinks is None and len(reads) == 1 and r.contiguous and r.tokens.numel() == len(q):
             part = self._read(
                 step,
                 layer,
@@ -69,7 +100,7 @@ class ReferenceBackend:
                 want_lse=False,
             )
             return part.out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1).to(q.dtype)
-        share = q.shape[1] // max(1, _kv_heads(reads, layer))
+        share = q.shape[1] // max(1, _kv_heads(step.of_layer(layer)[2], layer))
         return self._fold(step, layer, q, reads, share, scale, keys, value, softcap, sinks, window)
 
     def _fold(

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from quire.attention.plan import Plan, Read, Seal
+from quire.attention.plan import Plan
+from quire.attention.read import Read, Seal
 from quire.spec import ALIGN_BYTES, CacheGroup, Field
 
 
@@ -23,20 +24,21 @@ class Step(Plan):
         Args:
             values: field name to `[n_tokens, heads, *shape]`.
         """
-        writes, seals, _ = self.of_layer(layer)
-        for w in writes:
+        for w in self.of_layer(layer)[0]:
             heads = w.group.heads(layer)
             for name, every in values.items():
-                x = every if len(heads) == every.shape[1] else every[:, list(heads)]
-                x = x if w.tokens is None else x[w.tokens]
+                x = w.choose(every if len(heads) == every.shape[1] else every[:, list(heads)])
                 at = w.places.flat.get((name, len(heads)))
                 if at is None:
-                    assert w.places.row is not None
                     at = self.store.slot_index(w.group, name, len(heads), w.places.at, w.places.row)
                     w.places.flat[name, len(heads)] = at
                 slots = self.store.slots(w.group, layer, name)
                 slots.index_copy_(0, at, x.reshape(-1, slots.shape[1]).to(slots.dtype))
-        for s in seals:
+        self.seal(layer)
+
+    def seal(self, layer: int) -> None:
+        """Encodes the layer's share of the blocks that became whole and accepted."""
+        for s in self.of_layer(layer)[1]:
             self._seal(layer, s)
 
     def _seal(self, layer: int, s: Seal) -> None:
@@ -116,7 +118,6 @@ class Step(Plan):
                 parts = {s.name.partition(".")[2]: fetch(s.name) for s in stored}
             else:
                 model = getattr(torch, self.layout.dtype)
-                assert read.pos is not None
                 parts = codec.encode(fetch(name).to(model), read.pos.unsqueeze(1))
                 kept = {s.name.partition(".")[2]: getattr(torch, s.dtype) for s in stored}
                 parts = {part: y.to(kept[part]) for part, y in parts.items()}

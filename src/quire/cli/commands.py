@@ -81,7 +81,13 @@ BlockTokens = Annotated[
     _option(_CACHE, "--block-tokens", "N", f"Tokens per block; default: {DEFAULT_BLOCK_TOKENS}."),
 ]
 Attention = Annotated[
-    str | None, _option(_CACHE, "--attention", "NAME", "auto (default), torch or reference.")
+    str | None,
+    _option(
+        _CACHE,
+        "--attention",
+        "NAME",
+        "auto (default): cpu where its kernels were built, else torch; or cpu, torch, reference.",
+    ),
 ]
 MaxTokens = Annotated[
     int | None, _option(_SAMPLING, "--max-tokens", "N", "Most output tokens; default: 128.")

@@ -187,6 +187,10 @@ class _Watch:
         self.bridge.backend = self._backend
         self.bridge.__dict__.pop("read_all", None)
 
+    def write(self, step: Step, layer: int, values: dict[str, torch.Tensor]) -> None:
+        """The backend's own `write`."""
+        self._backend.write(step, layer, values)
+
     def run(
         self,
         step: Step,

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from quire.attention.plan import Row
+from quire.attention.cpu import CpuBackend
+from quire.attention.read import Row
 from quire.attention.reference import ReferenceBackend, TorchBackend
 from quire.attention.step import Step
 from quire.errors import ConfigError
+from quire.kernels import native
 from quire.models.adapters import Adapters
 from quire.models.forward import Forward, windows_of
 from quire.models.hf_cache import KVCache
@@ -24,13 +26,13 @@ from quire.store.table import BlockTable
 
 WAYS = ("packed", "rows", "patched", "dense")
 
-BACKENDS = {"reference": ReferenceBackend, "torch": TorchBackend}
+BACKENDS = {"reference": ReferenceBackend, "torch": TorchBackend, "cpu": CpuBackend}
 
 
 def make_backend(name: str) -> ReferenceBackend:
     """The attention backend of that name, "auto" for the fastest that works here. Raises ConfigError."""
     if name == "auto":
-        return TorchBackend()
+        return TorchBackend() if native.load() is None else CpuBackend()
     if name not in BACKENDS:
         raise ConfigError(f"unknown attention backend {name!r}; known: auto, {', '.join(BACKENDS)}")
     return BACKENDS[name]()

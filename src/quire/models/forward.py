@@ -97,7 +97,7 @@ class Forward:
     @_without_grad
     def write(self, layer: int, names: tuple[str, str], k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores a layer's new keys and values, and remembers whose they are."""
-        self.step.write(layer, {names[0]: self.tokens(k), names[1]: self.tokens(v)})
+        self.backend.write(self.step, layer, {names[0]: self.tokens(k), names[1]: self.tokens(v)})
         self.owner[id(k)] = self.owner[id(v)] = layer
         self._alive += [k, v]
         self.pending = layer

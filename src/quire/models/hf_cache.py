@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from quire.attention.plan import Row
+from quire.attention.read import Row
 from quire.attention.step import Step
 from quire.errors import CapacityError, ConfigError, InvariantError, RequestError
 from quire.models.forward import CURRENT, Forward

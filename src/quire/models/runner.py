@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from quire.attention.plan import Row
+from quire.attention.read import Row
 from quire.attention.step import Step
 from quire.errors import InvariantError, RequestError
 from quire.models.adapters import Adapters, unwrap

@@ -27,6 +27,16 @@ class Extent:
     stop: int
     positions: np.ndarray | None = None
 
+    def slot_positions(self, block_tokens: int) -> np.ndarray:
+        """Logical position of each slot, -1 for those that are not the extent's or whose block is gone."""
+        at = self.positions
+        if at is None:
+            at = np.arange(self.first, self.first + len(self.blocks) * block_tokens)
+        out = np.where((at >= self.start) & (at < self.stop), at, -1)
+        gone = np.repeat(self.blocks == GONE, block_tokens)
+        out[gone[: len(out)]] = -1
+        return out
+
 
 class Chain:
     """Block ids in order. Slots are physical; they equal logical positions until tokens are dropped.

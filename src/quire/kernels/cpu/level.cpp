@@ -1,0 +1,10 @@
+// One instruction-set level: compiled several times, with -DQUIRE_LEVEL and the level's -march.
+#define quire QUIRE_LEVEL  // each level's templates are its own: the linker must not mix them
+#include "decode.hpp"
+#undef quire
+
+#define QUIRE_JOIN(a, b) a##b
+#define QUIRE_NAME(a, b) QUIRE_JOIN(a, b)
+
+extern "C" int QUIRE_NAME(quire_decode_, QUIRE_LEVEL)(const quire_decode_args* a) { return QUIRE_LEVEL::decode(*a); }
+extern "C" int QUIRE_NAME(quire_write_, QUIRE_LEVEL)(const quire_write_args* a) { return QUIRE_LEVEL::write(*a); }

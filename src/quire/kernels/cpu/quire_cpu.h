@@ -1,0 +1,72 @@
+// The C interface of the CPU kernels. Plain structures of integers and pointers; kernels/native.py mirrors them.
+//
+//   q of one token ──┐   segment: slots [lo, hi) of a block table, in one form
+//                    ├─> fold over the segments of that token ──> out of that token
+//   blocks ──────────┘   form: how a codec lays a tile out, and which KV heads it holds
+//
+// Memory is addressed as the store does: a block begins at `table[i]` units of 64 bytes in the arena, a layer's first
+// tile lies `first` bytes behind that, the tiles of its heads follow one another.
+#pragma once
+#include <cstdint>
+
+#define QUIRE_PUBLIC __attribute__((visibility("default")))
+
+extern "C" {
+
+enum quire_dtype : int32_t { QUIRE_F32 = 0, QUIRE_BF16 = 1, QUIRE_F16 = 2 };
+
+// Codecs of a form. The plain ones are rows [t][d] of a dtype.
+enum quire_codec : int32_t { QUIRE_ROWS_F32 = 0, QUIRE_ROWS_BF16 = 1, QUIRE_ROWS_F16 = 2 };
+
+struct quire_form {
+    int64_t first;         // bytes from a block's begin to the layer's first tile
+    int64_t tile_bytes;    // from one head's tile to the next
+    int64_t k, v;          // bytes from the tile's begin to its keys and values
+    const int32_t* heads;  // [kv_heads]: which tile of the layer is the head's, -1 where the form does not hold it
+    int32_t codec;
+    int32_t block_tokens;
+};
+
+struct quire_segment {
+    const int64_t* table;  // units of 64 bytes, one per block
+    int32_t form;
+    int32_t query;   // row of q and out; segments of one query stand side by side
+    int32_t lo, hi;  // slots that the query reads, lo < hi
+};
+
+struct quire_decode_args {
+    const uint8_t* arena;
+    const quire_form* forms;
+    const quire_segment* segments;
+    const void* q;       // [queries, kv_heads * share, d]
+    void* out;           // the same shape and dtype
+    const float* sinks;  // [kv_heads * share] or null
+    int64_t q_row, q_head, out_row, out_head;  // strides in elements
+    int32_t n_segments, kv_heads, share, d;
+    int32_t dtype;    // of q and out
+    int32_t threads;  // at most
+    int32_t isa;      // 0: the best that this processor has
+    float scale, softcap;  // softcap 0: none
+};
+
+struct quire_write_args {
+    uint8_t* arena;
+    const int64_t* units;   // [tokens]
+    const int32_t* rows;    // [tokens]: row within the block
+    const int32_t* tokens;  // [tokens]: row of the source, null for all in order
+    const int32_t* heads;   // [heads]: head of the source for each tile
+    const void* source[2];  // keys and values, or any two fields
+    int64_t source_row[2], source_head[2];  // strides in elements
+    int64_t offset[2];                      // of the field in the layer's first tile, from the block's begin
+    int64_t tile_bytes;
+    int32_t width[2];  // elements of one token and head
+    int32_t n_tokens, n_heads;
+    int32_t source_dtype, dtype;
+};
+
+// All return 0, or -1 where an argument is outside what the kernels serve.
+QUIRE_PUBLIC int quire_decode(const quire_decode_args*);
+QUIRE_PUBLIC int quire_write(const quire_write_args*);
+QUIRE_PUBLIC int quire_best_isa(void);  // 2, 3, 4: x86-64-v2, v3, v4; 1: the compiler's own baseline
+QUIRE_PUBLIC int quire_abi(void);
+}

@@ -1,0 +1,119 @@
+"""The CPU library: where it is, what it takes, and how it is called (with integers and pointers, about a microsecond).
+
+The structures mirror `cpu/quire_cpu.h`, which documents them. Torch is imported before the library is opened, so that
+both share torch's OpenMP runtime: two of them fight for the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from quire.errors import InvariantError
+from quire.kernels.build import LIBRARY
+
+log = logging.getLogger("quire")
+
+ABI = 1
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+ROWS = {"float32": 0, "bfloat16": 1, "float16": 2}
+"""Codecs that store plain rows, by the dtype of their elements."""
+HEAD_DIMS = range(16, 257, 16)
+"""Head dimensions that the attention kernel serves."""
+
+SEGMENT = np.dtype(
+    [("table", "i8"), ("form", "i4"), ("query", "i4"), ("lo", "i4"), ("hi", "i4")], align=True
+)
+"""One stretch of slots that a query reads; `table` is the address of its blocks' places."""
+
+
+class Form(Structure):
+    """How a codec lays out the tiles of one group and layer, and which KV heads they hold."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("first", "tile_bytes", "k", "v")),
+        ("heads", c_void_p),
+        ("codec", c_int32),
+        ("block_tokens", c_int32),
+    )
+
+
+class DecodeArgs(Structure):
+    """Arguments of `decode`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("arena", "forms", "segments", "q", "out", "sinks")),
+        *((name, c_int64) for name in ("q_row", "q_head", "out_row", "out_head")),
+        *((name, c_int32) for name in ("n_segments", "kv_heads", "share", "d")),
+        *((name, c_int32) for name in ("dtype", "threads", "isa")),
+        ("scale", c_float),
+        ("softcap", c_float),
+    )
+
+
+class WriteArgs(Structure):
+    """Arguments of `write`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("arena", "units", "rows", "tokens", "heads")),
+        ("source", c_void_p * 2),
+        ("source_row", c_int64 * 2),
+        ("source_head", c_int64 * 2),
+        ("offset", c_int64 * 2),
+        ("tile_bytes", c_int64),
+        ("width", c_int32 * 2),
+        *((name, c_int32) for name in ("n_tokens", "n_heads", "source_dtype", "dtype")),
+    )
+
+
+class Library:
+    """The opened library."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._decode, self._write = handle.quire_decode, handle.quire_write
+        self.isa = int(handle.quire_best_isa())
+        """The best instruction-set level here: 2, 3, 4 for x86-64-v2, v3, v4; 1 for the compiler's baseline."""
+
+    def decode(self, args: DecodeArgs) -> None:
+        """Attention of single queries over their segments."""
+        if self._decode(byref(args)):
+            raise InvariantError("the attention kernel was given what it does not serve")
+
+    def write(self, args: WriteArgs) -> None:
+        """Rows of new tokens into their blocks."""
+        if self._write(byref(args)):
+            raise InvariantError("the writing kernel was given what it does not serve")
+
+
+@cache
+def load() -> Library | None:
+    """The library, or None (and one line in the log) where it was not built or does not open."""
+    import torch  # noqa: F401 - its OpenMP runtime first
+
+    try:
+        handle = ctypes.CDLL(str(LIBRARY))
+        found = int(handle.quire_abi())
+    except (OSError, AttributeError) as error:
+        missing = not LIBRARY.exists()
+        log.info(
+            "no CPU kernels, attention runs on torch: %s",
+            "built without a compiler; `python -m quire.kernels.build` builds them"
+            if missing
+            else error,
+        )
+        return None
+    if found != ABI:
+        log.info(
+            "the CPU kernels are of another version (%d, not %d), attention runs on torch: "
+            "`python -m quire.kernels.build` builds them anew",
+            found,
+            ABI,
+        )
+        return None
+    return Library(handle)

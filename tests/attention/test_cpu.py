@@ -1,0 +1,259 @@
+"""The compiled kernel against dense attention in float64, at every instruction-set level that this processor has."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laws.dense import plain_spans
+from quire.attention import ReferenceBackend, Row, Step
+from quire.attention.cpu import CpuBackend
+from quire.errors import ConfigError
+from quire.kernels import build, native
+from quire.models.bridge import make_backend
+from quire.plan import KVLayer, build_layout
+from quire.spans import Full, Window
+from quire.spec import Field, KVConfig
+from quire.store import BlockStore
+from steps import DTYPES, Bench, Case, check
+
+LIBRARY = native.load()
+pytestmark = pytest.mark.skipif(
+    LIBRARY is None, reason="the CPU kernels were not built here (no C++ compiler)"
+)
+LEVELS = [
+    x for x in (1, 2, 3, 4) if LIBRARY is not None and (x == LIBRARY.isa or 1 < x < LIBRARY.isa)
+]
+
+cases = st.builds(
+    Case,
+    lengths=st.lists(
+        st.tuples(st.integers(0, 70), st.sampled_from([1, 1, 1, 2])), min_size=1, max_size=3
+    ).map(tuple),
+    span=plain_spans,
+    size=st.sampled_from([1, 3, 16, 32, 64, 128]),
+    heads=st.integers(1, 2),
+    share=st.sampled_from([1, 1, 2, 3, 4, 5, 9]),
+    dtype=st.sampled_from(["float32", "float32", "bfloat16", "float16"]),
+    softcap=st.sampled_from([None, None, 3.0]),
+    sinks=st.booleans(),
+    window=st.sampled_from([None, None, None, 3]),
+    seed=st.integers(0, 10**6),
+    width=st.sampled_from([16, 48, 64, 80, 96, 128, 256]),
+)
+splits = st.builds(
+    Case,
+    lengths=st.lists(
+        st.tuples(st.integers(0, 40), st.sampled_from([1, 1, 2])), min_size=1, max_size=3
+    ).map(tuple),
+    span=plain_spans,
+    size=st.sampled_from([1, 3, 16]),
+    heads=st.integers(2, 3),
+    sinks=st.booleans(),
+    split=st.just(value=True),
+    seed=st.integers(0, 10**6),
+    width=st.sampled_from([16, 64]),
+)
+levels = st.sampled_from(LEVELS or [0])
+
+
+@given(case=cases, isa=levels)
+@settings(max_examples=max(50, settings.default.max_examples))
+def test_the_kernel_is_dense_attention(case: Case, isa: int) -> None:
+    check(case, CpuBackend(isa=isa))
+
+
+@given(case=splits, isa=levels)
+def test_heads_that_keep_other_tokens_are_read_each_by_itself(case: Case, isa: int) -> None:
+    check(case, CpuBackend(isa=isa))
+
+
+@given(
+    cached=st.sampled_from([0, 1, 15, 127, 128, 129, 511, 512, 700, 1300]),
+    stored=st.sampled_from(["float32", "bfloat16", "float16"]),
+    width=st.sampled_from([64, 80, 96, 128, 256]),
+    size=st.sampled_from([16, 32, 64, 128]),
+    share=st.integers(1, 9),
+    isa=levels,
+    seed=st.integers(0, 10**6),
+)
+@settings(deadline=None)
+def test_its_arithmetic_is_float32_whatever_is_stored(
+    cached: int, stored: str, width: int, size: int, share: int, isa: int, seed: int
+) -> None:
+    """Against float64 over what is stored: within 1e-6 of the output's norm."""
+    bench = Stored(cached, stored, width, size, share, seed)
+    got = CpuBackend(isa=isa).run(bench.step, 0, bench.q, scale=width**-0.5)
+    want = ReferenceBackend().run(bench.step, 0, bench.q.double(), scale=width**-0.5)
+    assert float((got - want).norm()) <= 1e-6 * float(want.norm())
+
+
+class Stored:
+    """One float32 query over a cache that stores `stored`, other slots no number."""
+
+    def __init__(
+        self, cached: int, stored: str, width: int, size: int, share: int, seed: int = 0
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        fields = (Field("k", (width,), stored), Field("v", (width,), stored))
+        layout = build_layout(
+            [KVLayer(0, 2, fields, Full())], KVConfig(block_tokens=size), dtype=stored
+        )
+        self.store = BlockStore(layout.spec, 4 * layout.spec.bytes_for(cached + 1), device="cpu")
+        self.store.arena.buffer.fill_(255)
+        table = self.store.open()
+        table.append(cached + 1)
+        kv = torch.randn(2, cached + 1, 2, width, generator=g)
+        step = Step(self.store, layout, [Row(table, 0, cached + 1)])
+        CpuBackend().write(step, 0, {"k": kv[0], "v": kv[1]})
+        self.kv = kv.to(DTYPES[stored])
+        self.step = Step(self.store, layout, [Row(table, cached, cached + 1)])
+        self.whole = step
+        self.q = torch.randn(1, 2 * share, width, generator=g)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("given_as", ["float32", "bfloat16", "float16"])
+def test_rows_are_written_as_torch_writes_them(stored: str, given_as: str) -> None:
+    """Bit for bit, conversions between all dtypes included, with subnormals, infinities and ties."""
+    x = torch.randn(2, 40, 2, 16, generator=torch.Generator().manual_seed(3))
+    odd = torch.tensor([0.0, -0.0, 1e-8, 3e-6, 6.0e-5, 65519.0, 65520.0, torch.inf, -torch.inf])
+    x.view(-1)[: 9 * 8] = odd.repeat(8)
+    x.view(-1)[72:80] = torch.tensor(
+        [1 + 2.0**-8, 1 + 3 * 2.0**-8, 2049.0, 2051.0, 3e38, 1e-45, -1, 1e-40]
+    )
+    x = x.to(DTYPES[given_as])
+    fields = (Field("k", (16,), stored), Field("v", (16,), stored))
+    layout = build_layout([KVLayer(0, 2, fields)], KVConfig(block_tokens=8), dtype=stored)
+    views = []
+    for backend in (CpuBackend(), ReferenceBackend()):
+        store = BlockStore(layout.spec, 1 << 18, device="cpu")
+        store.arena.buffer.zero_()
+        table = store.open()
+        table.append(40)
+        backend.write(Step(store, layout, [Row(table, 0, 40)]), 0, {"k": x[0], "v": x[1]})
+        views.append(store.arena.buffer.clone())
+    assert torch.equal(*views)
+    assert views[0].any()
+
+
+def test_not_a_number_is_not_hidden() -> None:
+    bench = Stored(40, "float32", 64, 16, 2)
+    bench.q[0, 1, 5] = torch.nan
+    got = CpuBackend().run(bench.step, 0, bench.q, scale=0.1)
+    assert got[0, 1].isnan().all()
+    assert not got[0, 0].isnan().any()
+    for field in (0, 1):
+        other = Stored(40, "float32", 64, 16, 2)
+        view = other.store.view(other.step.layout.spec.groups[0], 0, "kv"[field])
+        units = other.step.reads[0].blocks.at
+        view[units[0, 1], 0, 3, 7] = torch.nan
+        got = CpuBackend().run(other.step, 0, other.q, scale=0.1)
+        assert got[0, :2].isnan().any()
+        assert not got[0, 2:].isnan().any()
+
+
+def test_a_query_is_answered_alike_in_any_batch_and_on_any_threads() -> None:
+    """Bit for bit: pieces are cut by the sequence alone."""
+    case = Case(tuple((n, 1) for n in (700, 3, 1400, 515)), size=16, width=64, share=4)
+    together = Bench(case)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        whole = together.run(CpuBackend())
+        torch.set_num_threads(1)
+        alone = together.run(CpuBackend())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(whole, alone)
+    for i, row in enumerate(together.step.rows):
+        step = Step(together.store, together.layout, [row])
+        assert torch.equal(
+            CpuBackend().run(step, 0, together.q[i : i + 1], scale=0.4), whole[i : i + 1]
+        )
+
+
+def test_chunks_and_single_queries_share_a_step() -> None:
+    case = Case(((40, 1), (9, 6), (0, 5), (70, 1)), size=16, width=32, share=2, sinks=True)
+    check(case, CpuBackend())
+    bench = Bench(replace(case, sinks=False))
+    kernel = bench.run(CpuBackend())
+    torch.testing.assert_close(kernel, bench.run(ReferenceBackend()), rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(((9, 1),), width=8),
+        Case(((9, 1),), width=16, dtype="float64"),
+        Case(((9, 1),), width=16, window=2),
+        Case(((9, 1), (20, 1)), width=16, residual=3),
+        Case(((9, 1),), width=272, span=Window(4)),
+    ],
+)
+def test_what_the_kernel_does_not_serve_goes_through_torch(case: Case) -> None:
+    check(case, CpuBackend())
+
+
+def test_queries_in_strided_memory_are_read_where_they_lie() -> None:
+    bench = Bench(Case(((9, 1), (30, 1)), width=32, share=2))
+    wide = torch.zeros(2, 7, 2 * 32)
+    wide[:, 2:6, ::2] = bench.q
+    assert torch.equal(bench.run(CpuBackend(), wide[:, 2:6, ::2]), bench.run(CpuBackend()))
+    turned = bench.q.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(bench.run(CpuBackend(), turned), bench.run(CpuBackend()))
+
+
+def test_structures_are_those_of_the_header() -> None:
+    """Field by field: name order and total size, as the compiler lays them out."""
+    header = (build.SOURCES / "quire_cpu.h").read_text(encoding="utf-8")
+    for name, mirror in (
+        ("quire_form", native.Form),
+        ("quire_decode_args", native.DecodeArgs),
+        ("quire_write_args", native.WriteArgs),
+    ):
+        body = header[header.index(f"struct {name} {{") :].partition("{")[2].partition("};")[0]
+        names = []
+        for line in body.splitlines():
+            code = (
+                line.partition("//")[0].replace("const ", "").replace("*", "").strip().rstrip(";")
+            )
+            for part in code.partition(" ")[2].split(";"):
+                words = part.replace("int32_t", "").replace("int64_t", "").split(",")
+                names += [w.split("[")[0].strip() for w in words if w.strip()]
+        assert names == [f[0] for f in mirror._fields_], name
+    assert native.SEGMENT.itemsize == 24
+    assert ctypes.sizeof(native.Form) == 48
+
+
+def test_without_the_library_attention_runs_on_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    native.load.cache_clear()
+    try:
+        monkeypatch.setattr(native, "LIBRARY", tmp_path / "nothing.so")
+        with caplog.at_level("INFO", logger="quire"):
+            assert make_backend("auto").name == "torch"
+            assert make_backend("auto").name == "torch"
+        assert len([r for r in caplog.records if "attention runs on torch" in r.message]) == 1
+        with pytest.raises(ConfigError, match=r"quire\.kernels\.build"):
+            make_backend("cpu")
+    finally:
+        monkeypatch.undo()
+        native.load.cache_clear()
+    assert make_backend("auto").name == "cpu"
+
+
+def test_a_build_without_a_compiler_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.main() == 1
+    assert "no C++ compiler" in capsys.readouterr().err
