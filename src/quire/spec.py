@@ -150,6 +150,10 @@ class CacheGroup:
             out[layer] = (first, (*heads, head))
         return out
 
+    def holds(self, layer: int) -> bool:
+        """Whether it has a coordinate in the layer."""
+        return layer in self._tiles
+
     def heads(self, layer: int) -> tuple[int, ...]:
         """The KV heads of `layer` that this group stores, ascending."""
         return self._tiles[layer][1] if layer in self._tiles else ()

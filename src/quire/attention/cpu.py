@@ -9,7 +9,8 @@ takes the torch backend's way, layer by layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from ctypes import addressof
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,29 @@ from quire.kernels import native
 from quire.kernels.native import DecodeArgs, Form, Library, WriteArgs
 from quire.spec import CacheGroup
 
+_UNKNOWN: Any = object()
 _DTYPES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
+
+
+@dataclass(slots=True)
+class _Spot:
+    """Where a layer's two fields begin in its blocks, and which heads of the source its tiles are."""
+
+    offsets: tuple[int, int]
+    heads: np.ndarray
+    address: int
+    """Of the heads; asking NumPy for it each time takes longer than writing a token."""
+
+
+@dataclass(slots=True)
+class _Tiles:
+    """The forms of a layer's groups, and the shape that they serve."""
+
+    address: int
+    kv_heads: int
+    d: int
+    alive: list[Any]
+    """The forms, and what addresses in them point at."""
 
 
 @dataclass(slots=True)
@@ -31,21 +54,12 @@ class _Segments:
     """What the single queries of a step read in the layers that share these reads."""
 
     args: DecodeArgs
+    tiles: dict[tuple[int, str, str], _Tiles | None]
+    """Of every layer, kept from step to step."""
     groups: tuple[CacheGroup, ...]
     chunks: list[Read]
-    tokens: int
-    """How many tokens of the step are single queries."""
     alive: list[Any]
     """What the addresses in `args` point at."""
-
-
-@dataclass(slots=True)
-class _Tiles:
-    """The forms of a layer's groups, and its KV heads."""
-
-    forms: Any
-    kv_heads: int
-    alive: list[Any] = field(default_factory=list)
 
 
 class CpuBackend(TorchBackend):
@@ -62,77 +76,56 @@ class CpuBackend(TorchBackend):
             )
         self.library = found
         self.isa = isa
-        self._tiles: dict[tuple[tuple[CacheGroup, ...], int, str, str], _Tiles | None] = {}
+        self._spots: dict[tuple[CacheGroup, int, tuple[str, ...]], _Spot] = {}
+        self._tiles: dict[tuple[CacheGroup, ...], dict[tuple[int, str, str], _Tiles | None]] = {}
 
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write(self, step: Step, layer: int, values: dict[str, torch.Tensor]) -> None:
-        writes = step.of_layer(layer)[0]
-        tensors = list(values.values())
-        plain = len(tensors) == 2 and all(
-            x.dtype in _DTYPES and x.device.type == "cpu" and x.stride(-1) == 1 and x.ndim == 3
-            for x in tensors
-        )
-        if not plain or tensors[0].dtype != tensors[1].dtype:
+        if not self._written(step, layer, values):
             super().write(step, layer, values)
             return
-        calls = [self._write_args(step, w, layer, tuple(values)) for w in writes]
-        if None in calls:
-            super().write(step, layer, values)
-            return
-        for args in calls:
-            assert args is not None
-            for i, x in enumerate(tensors):
-                args.source[i] = x.data_ptr()
-                args.source_row[i], args.source_head[i], _ = x.stride()
-            args.source_dtype = _DTYPES[tensors[0].dtype]
-            self.library.write(args)
         step.seal(layer)
 
-    def _write_args(
-        self, step: Step, w: Write, layer: int, names: tuple[str, ...]
-    ) -> WriteArgs | None:
-        """The step's arguments for a group, made for its first layer and turned to `layer`."""
-        key = ("write", id(w))
-        group, found = w.group, step.prepared.get(key)
-        if found is None:
-            found = step.prepared[key] = self._first_write(step, w, names)
-        args, alive = found
-        if args is None:
-            return None
-        first = group.tile_index(layer) * group.tile_bytes
-        for i, name in enumerate(names):
-            args.offset[i] = first + group.field_offsets[name]
-        heads = group.heads(layer)
-        if alive.get("heads") != heads:
-            alive["heads"], alive["which"] = heads, np.array(heads, np.int32)
-            args.heads, args.n_heads = alive["which"].ctypes.data, len(heads)
-        return args
+    def _written(self, step: Step, layer: int, values: dict[str, torch.Tensor]) -> bool:
+        """Writes by the kernel; False, and nothing written, where it does not serve these tensors or groups."""
+        if len(values) != 2:
+            return False
+        names, (k, v) = tuple(values), values.values()
+        dtype = _DTYPES.get(k.dtype)
+        k_strides, v_strides = k.stride(), v.stride()
+        if dtype is None or v.dtype != k.dtype or k_strides[2:] != (1,) or v_strides[2:] != (1,):
+            return False
+        writes = step.of_layer(layer)[0]
+        prepared = step.prepared.get("write")
+        if prepared is None:
+            prepared = step.prepared["write"] = {}
+        for w in writes:
+            if id(w) not in prepared:
+                prepared[id(w)] = _plan_write(step, w, names)
+            if prepared[id(w)] is None:
+                return False
+        for w in writes:
+            args: WriteArgs = prepared[id(w)][0]
+            spot = self._spot(w.group, layer, names)
+            args.offset[0], args.offset[1] = spot.offsets
+            args.heads, args.n_heads = spot.address, len(spot.heads)
+            args.source[0], args.source[1] = k.data_ptr(), v.data_ptr()
+            args.source_row[0], args.source_head[0] = k_strides[:2]
+            args.source_row[1], args.source_head[1] = v_strides[:2]
+            args.source_dtype = dtype
+            self.library.write(args)
+        return True
 
-    def _first_write(
-        self, step: Step, w: Write, names: tuple[str, ...]
-    ) -> tuple[WriteArgs | None, dict[str, Any]]:
-        fields = [next((f for f in w.group.fields if f.name == n), None) for n in names]
-        dtypes = {f.dtype for f in fields if f is not None}
-        if None in fields or len(dtypes) != 1 or not dtypes <= set(native.DTYPES):
-            return None, {}
-        rows = np.ascontiguousarray(w.places.rows, np.int32)
-        alive: dict[str, Any] = {"rows": rows, "units": w.places.units}
-        args = WriteArgs(
-            arena=step.store.arena.buffer.data_ptr(),
-            units=w.places.units.ctypes.data,
-            rows=rows.ctypes.data,
-            tile_bytes=w.group.tile_bytes,
-            n_tokens=len(rows),
-            dtype=native.DTYPES[dtypes.pop()],
-        )
-        if w.tokens is not None:
-            alive["tokens"] = np.ascontiguousarray(w.tokens, np.int32)
-            args.tokens = alive["tokens"].ctypes.data
-        for i, f in enumerate(fields):
-            assert f is not None
-            args.width[i] = int(np.prod(f.shape))
-        return args, alive
+    def _spot(self, group: CacheGroup, layer: int, names: tuple[str, ...]) -> _Spot:
+        found = self._spots.get((group, layer, names))
+        if found is None:
+            first = group.tile_index(layer) * group.tile_bytes
+            k, v = (first + group.field_offsets[n] for n in names)
+            heads = np.array(group.heads(layer), np.int32)
+            found = _Spot((k, v), heads, heads.ctypes.data)
+            self._spots[group, layer, names] = found
+        return found
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -149,51 +142,95 @@ class CpuBackend(TorchBackend):
         sinks: torch.Tensor | None = None,
         window: int | None = None,
     ) -> torch.Tensor:
-        options: dict[str, Any] = {"scale": scale, "keys": keys, "value": value}
-        options |= {"softcap": softcap, "sinks": sinks, "window": window}
-        reads = step.of_layer(layer)[2]
-        plan = None
-        if len(keys) == 1 and window is None and q.dtype in _DTYPES and q.device.type == "cpu":
-            plan = self._segments(step, reads)
-        tiles = None if plan is None else self._forms(plan.groups, layer, keys[0], value, q)
-        if plan is None or tiles is None:
-            return super().run(step, layer, q, **options)
-        out = torch.empty(q.shape, dtype=q.dtype)
+        dtype = _DTYPES.get(q.dtype)
+        plan = tiles = None
+        if dtype is not None and len(keys) == 1 and window is None and step.device.type == "cpu":
+            plan = self._segments(step, step.of_layer(layer)[2])
+        if plan is not None:
+            tiles = plan.tiles.get((layer, keys[0], value), _UNKNOWN)
+            if tiles is _UNKNOWN:
+                tiles = _lay_out(plan.groups, layer, keys[0], value)
+                plan.tiles[layer, keys[0], value] = tiles
+        if plan is None or tiles is None or tiles.d != q.shape[2] or q.shape[1] % tiles.kv_heads:
+            return super().run(
+                step,
+                layer,
+                q,
+                scale=scale,
+                keys=keys,
+                value=value,
+                softcap=softcap,
+                sinks=sinks,
+                window=window,
+            )
         if plan.chunks:
-            out = super().run_reads(step, layer, q, plan.chunks, **options)
-        if q.stride(-1) != 1:
+            out = self.run_reads(
+                step,
+                layer,
+                q,
+                plan.chunks,
+                scale=scale,
+                keys=keys,
+                value=value,
+                softcap=softcap,
+                sinks=sinks,
+                window=window,
+            )
+        else:
+            out = q.new_empty(q.shape)
+        if q.stride(2) != 1:
             q = q.contiguous()
         args, logits = plan.args, None
         if sinks is not None:
             logits = sinks.detach().to(torch.float32).contiguous()
-        args.forms = tiles.forms
+        args.forms = tiles.address
         args.q, args.out = q.data_ptr(), out.data_ptr()
         args.q_row, args.q_head, _ = q.stride()
-        args.out_row, args.out_head, args.d = out.stride(0), out.stride(1), q.shape[2]
+        args.out_row, args.out_head, _ = out.stride()
         args.sinks = None if logits is None else logits.data_ptr()
-        args.kv_heads, args.share = tiles.kv_heads, q.shape[1] // tiles.kv_heads
-        args.dtype, args.scale, args.softcap = _DTYPES[q.dtype], scale, softcap or 0.0
+        args.kv_heads, args.share, args.d = tiles.kv_heads, q.shape[1] // tiles.kv_heads, tiles.d
+        args.dtype, args.scale, args.softcap = dtype, scale, softcap or 0.0
         args.threads, args.isa = torch.get_num_threads(), self.isa
         self.library.decode(args)
         return out
 
     def _segments(self, step: Step, reads: list[Read]) -> _Segments | None:
-        key = ("reads", *map(id, reads))
+        key = id(reads)  # the layers of the same groups have the same list
         if key not in step.prepared:
-            step.prepared[key] = _plan_segments(step, reads)
-        found: _Segments | None = step.prepared[key]
-        return found
+            found = _plan_segments(step, reads)
+            if found is not None:
+                found.tiles = self._tiles.setdefault(found.groups, found.tiles)
+            step.prepared[key] = found
+        made: _Segments | None = step.prepared[key]
+        return made
 
-    def _forms(
-        self, groups: tuple[CacheGroup, ...], layer: int, k: str, v: str, q: torch.Tensor
-    ) -> _Tiles | None:
-        key = (groups, layer, k, v)
-        if key not in self._tiles:
-            self._tiles[key] = _lay_out(groups, layer, k, v)
-        tiles = self._tiles[key]
-        if tiles is None or q.shape[2] not in native.HEAD_DIMS or q.shape[1] % tiles.kv_heads:
-            return None
-        return tiles if all(g.fields[0].shape == (q.shape[2],) for g in groups) else None
+
+def _plan_write(
+    step: Step, w: Write, names: tuple[str, ...]
+) -> tuple[WriteArgs, list[np.ndarray]] | None:
+    """A group's arguments for all layers of a step, and what their addresses point at."""
+    fields = {f.name: f for f in w.group.fields}
+    if not set(names) <= set(fields):
+        return None
+    pair = [fields[n] for n in names]
+    dtype = native.DTYPES.get(pair[0].dtype)
+    if dtype is None or pair[1].dtype != pair[0].dtype or any(len(f.shape) != 1 for f in pair):
+        return None
+    assert w.places.rows is not None
+    alive = [w.places.units, np.ascontiguousarray(w.places.rows, np.int32)]
+    args = WriteArgs(
+        arena=step.store.arena.buffer.data_ptr(),
+        units=alive[0].ctypes.data,
+        rows=alive[1].ctypes.data,
+        tile_bytes=w.group.tile_bytes,
+        n_tokens=len(alive[1]),
+        dtype=dtype,
+    )
+    args.width[0], args.width[1] = pair[0].shape[0], pair[1].shape[0]
+    if w.tokens is not None:
+        alive.append(np.ascontiguousarray(w.tokens, np.int32))
+        args.tokens = alive[2].ctypes.data
+    return args, alive
 
 
 def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
@@ -215,8 +252,7 @@ def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
         segments=segments.ctypes.data,
         n_segments=len(segments),
     )
-    tokens = len({first for r in single for first in r.firsts})
-    return _Segments(args, groups, [r for r in reads if r.queries > 1], tokens, [segments, single])
+    return _Segments(args, {}, groups, [r for r in reads if r.queries > 1], [segments, single])
 
 
 def _lay_out(groups: tuple[CacheGroup, ...], layer: int, k: str, v: str) -> _Tiles | None:
@@ -224,11 +260,12 @@ def _lay_out(groups: tuple[CacheGroup, ...], layer: int, k: str, v: str) -> _Til
     every = sorted({h for g in groups for h in g.heads(layer)})
     if every != list(range(len(every))):
         return None
+    d = groups[0].fields[0].shape[0] if groups[0].fields[0].shape else 0
     forms = (Form * len(groups))()
-    tiles = _Tiles(0, len(every))
+    tiles = _Tiles(addressof(forms), len(every), d, [forms])
     for form, group in zip(forms, groups, strict=True):
         fields = {f.name: f for f in group.fields}
-        if set(fields) != {k, v} or fields[k].shape != fields[v].shape:
+        if set(fields) != {k, v} or any(f.shape != (d,) for f in group.fields):
             return None
         if fields[k].dtype != fields[v].dtype or fields[k].dtype not in native.ROWS:
             return None
@@ -240,8 +277,4 @@ def _lay_out(groups: tuple[CacheGroup, ...], layer: int, k: str, v: str) -> _Til
         form.heads, form.codec = heads.ctypes.data, native.ROWS[fields[k].dtype]
         form.block_tokens = group.block_tokens
         tiles.alive.append(heads)
-    tiles.alive.append(forms)
-    import ctypes
-
-    tiles.forms = ctypes.addressof(forms)
-    return tiles
+    return tiles if d in native.HEAD_DIMS else None

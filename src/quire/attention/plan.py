@@ -51,14 +51,16 @@ class Plan:
         self.writes: list[Write] = []
         self.seals: list[Seal] = []
         self.reads: list[Read] = []
-        self.prepared: dict[tuple[object, ...], Any] = {}
+        self.prepared: dict[object, Any] = {}
         """What a backend makes of the plan once for all layers."""
         self._by_layer: dict[int, tuple[list[Write], list[Seal], list[Read]]] = {}
+        self._by_groups: dict[tuple[int, ...], tuple[list[Write], list[Seal], list[Read]]] = {}
         firsts = np.cumsum([0] + [r.stop - r.start for r in rows])
         members: dict[CacheGroup, list[tuple[int, Chain]]] = {}
         for at, row in enumerate(rows):
             for chain in row.table.chains:
                 members.setdefault(chain.group, []).append((at, chain))
+        self._groups = list(members)
         for group, chains in members.items():
             if group.recurrent:
                 continue
@@ -70,14 +72,18 @@ class Plan:
             self._plan_reads(group, raw, chains, firsts, members)
 
     def of_layer(self, layer: int) -> tuple[list[Write], list[Seal], list[Read]]:
-        """What concerns one layer."""
+        """What concerns one layer; layers of the same groups get the same lists."""
         found = self._by_layer.get(layer)
         if found is None:
-            found = self._by_layer[layer] = (
-                [w for w in self.writes if layer in w.group.layers],
-                [s for s in self.seals if layer in s.body.layers],
-                [r for r in self.reads if layer in r.group.layers],
-            )
+            groups = tuple(i for i, g in enumerate(self._groups) if g.holds(layer))
+            found = self._by_groups.get(groups)
+            if found is None:
+                found = self._by_groups[groups] = (
+                    [w for w in self.writes if w.group.holds(layer)],
+                    [s for s in self.seals if s.body.holds(layer)],
+                    [r for r in self.reads if r.group.holds(layer)],
+                )
+            self._by_layer[layer] = found
         return found
 
     def positions(self) -> torch.Tensor:

@@ -82,7 +82,12 @@ class Forward:
     _alive: list[torch.Tensor] = field(default_factory=list)
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, heads, T, D]` to `[n_tokens, heads, D]`."""
+        """`[B, heads, T, D]` to `[n_tokens, heads, D]`, the same memory where one row or one column holds them all."""
+        if self.valid is None and (self.batch == 1 or self.queries == 1):
+            row, head, column, last = x.stride()
+            token = column if self.batch == 1 else row
+            n = self.batch * self.queries
+            return x.as_strided((n, x.shape[1], x.shape[3]), (token, head, last))
         flat = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
         return flat if self.valid is None else flat[self.valid]
 
@@ -140,7 +145,8 @@ class Forward:
             sinks=sinks,
             window=None if window is None or window == span else window,
         )
-        return self.rows(out)[:, self.queries - t :]
+        out = self.rows(out)
+        return out if t == self.queries else out[:, self.queries - t :]
 
 
 CURRENT: ContextVar[Forward | None] = ContextVar("quire_forward", default=None)
@@ -174,13 +180,10 @@ def quire_attention(
     if now is None:
         return _plain(query, key, value, attention_mask, scale, softcap, s_aux), None
     layer = now.layer_of(module, key, value)
-    if (
-        now.packed
-        and getattr(module, "attn_temperature_tuning", False)
-        and not getattr(module, "use_rope", True)
-    ):
+    own = vars(module)  # a module's own look-up of what it has not takes microseconds
+    if now.packed and own.get("attn_temperature_tuning", False) and not own.get("use_rope", True):
         query = _at_own_positions(module, now, query)
-    if hasattr(module, "quire_absorbed"):
+    if "quire_absorbed" in own:
         return absorbed(module, now, layer, query, scale), None
     out = now.attend(layer, query, scale=scale, softcap=softcap, sinks=s_aux, window=sliding_window)
     return out.contiguous(), None

@@ -119,25 +119,18 @@ class ModelRunner:
                     raise InvariantError(
                         "a Mamba-1 kind restarts its scan on several tokens at once; prefill whole prompts"
                     )
-        ids = torch.tensor(
-            [t for x, r in zip(items, rows, strict=True) for t in x.tokens[r.start : r.stop]],
-            device=self.device,
-        )
-        if ids.numel() and int(ids.max()) >= self.vocab_size:
+        tokens = [t for x, r in zip(items, rows, strict=True) for t in x.tokens[r.start : r.stop]]
+        if tokens and max(tokens) >= self.vocab_size:
             raise RequestError(
-                f"token id {int(ids.max())} is outside the vocabulary of {self.vocab_size}"
+                f"token id {max(tokens)} is outside the vocabulary of {self.vocab_size}"
             )
         step = Step(self.bridge.store, self.bridge.layout, rows, self.device)
         wanted = [x.logits for x in items]
         batched = self.bridge.way in ("rows", "dense")
         shape = (len(items), -1) if batched else (1, -1)
-        last = torch.tensor([r.stop - r.start for r in rows], device=self.device).cumsum(0)
-        index = torch.cat(
-            [
-                torch.arange(int(e) - n, int(e), device=self.device)
-                for e, n in zip(last, wanted, strict=True)
-            ]
-        )
+        ends = itertools.accumulate(r.stop - r.start for r in rows)
+        at = [i for end, n in zip(ends, wanted, strict=True) for i in range(end - n, end)]
+        ids, index = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in (tokens, at))
         logits = self._call(
             step, ids.view(shape), step.positions().view(shape), rows, index, batched=batched
         )

@@ -87,7 +87,7 @@ void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, c
         if (ahead)
             Tiles::locate(next, keys, table, f.block_tokens, d, lo + CHUNK, ahead);
         for (int i = ahead; i < n; i++) next.row[i] = now.row[i];
-        Tiles::template scores<G>(now, n, d, q, S, to_values);
+        Tiles::template scores<G>(now, n, d, q, S, to_values, lo == piece.lo);
         if (softcap > 0) soften<G>(S, n, softcap);
         weigh<G>(S, n, d, s);
         Tiles::template values<G>(now, next, n, d, S, s.out, to_values);

@@ -35,13 +35,16 @@ struct Rows {
         for (int b = 0; b < d * (int)sizeof(Element); b += 64) fetch(p + b);
     }
 
-    // S[t * G + g] = q[g] . k[t], for whole vectors of them. Fetches the same slots' values.
+    // S[t * G + g] = q[g] . k[t], for whole vectors of them. Fetches the same slots' values, and of a cold chunk, whose keys
+    // nothing has fetched yet, those a few rows ahead.
     template <int G>
-    static QUIRE_INLINE void scores(const Chunk& c, int n, int d, const float* q, float* S, int64_t to_values) {
-        constexpr int TOKENS = LANES / G;
+    static QUIRE_INLINE void scores(const Chunk& c, int n, int d, const float* q, float* S, int64_t to_values, bool cold) {
+        constexpr int TOKENS = LANES / G, AHEAD = 2 * LANES;
         for (int t = 0; t < n; t += TOKENS) {
             Floats sum[LANES] = {};
             for (int u = 0; u < TOKENS; u++) fetch_row(c.row[t + u] + to_values, d);
+            if (cold && t + AHEAD < n)
+                for (int u = 0; u < TOKENS; u++) fetch_row(c.row[t + AHEAD + u], d);
             for (int j = 0; j < d; j += LANES) {
                 Floats k[TOKENS];
 #pragma GCC unroll 16
