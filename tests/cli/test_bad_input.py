@@ -71,6 +71,7 @@ def changed(tiny: Path, to: Path, config: object = None, *, without: str = "") -
         (["--prompts", "/nowhere/prompts.txt"], "No such file"),
         (["--config", "/nowhere/q.toml"], "No such file"),
         (["-", "-"], "stdin can be read once"),
+        (["half \udcff"], "prompt 2: the text is not Unicode"),
     ],
 )
 def test_a_flag_that_cannot_work(quire, tiny: Path, flags: list[str], says: str) -> None:

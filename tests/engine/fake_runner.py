@@ -222,6 +222,14 @@ def prefix_hashes(tokens: Sequence[int]) -> list[int]:
     return out
 
 
+def by_hand(runner: FakeRunner, prompt: list[int], n: int) -> list[int]:
+    """Greedy decoding without an engine, a cache or a batch."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(int(runner.logits_after(tokens).argmax()))
+    return tokens[len(prompt) :]
+
+
 class Clock:
     """A clock that moves when told."""
 

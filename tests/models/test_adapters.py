@@ -104,6 +104,8 @@ def test_wrapped_model() -> None:
 def test_unknown_adapter_is_refused() -> None:
     runner = runner_for(carrying("llama"))
     with pytest.raises(RequestError, match="it has ada, bob"):
+        runner.check_adapter("eve")
+    with pytest.raises(RequestError, match="is not one of"):
         runner.adapters.use("eve")
     plain = runner_for(zoo.build("llama"))
     with pytest.raises(RequestError, match="carries no adapters"):

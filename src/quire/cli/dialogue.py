@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from quire.engine.intake import check_text
 from quire.errors import RequestError
 
 __all__ = ["Dialogue"]
@@ -53,9 +54,10 @@ class Dialogue:
         """The prompt of a new turn, all of it.
 
         Raises:
-            RequestError: the template refuses it.
+            RequestError: it is no text, or the template refuses it.
         """
         whole = self._render([*self.messages, {"role": "user", "content": text}])
+        check_text(whole)
         if self._tokens and whole.startswith(self._text):
             rest = whole[len(self._text) :]
             tokens = self._tokens + list(self.tokenizer.encode(rest, add_special_tokens=False))

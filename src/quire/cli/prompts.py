@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.cli.options import RunOptions
+from quire.engine.intake import check_text
 from quire.engine.params import SamplingParams
 from quire.errors import ConfigError, RequestError
 
@@ -69,6 +70,11 @@ def read_prompts(arguments: Sequence[str], options: RunOptions) -> list[Ask]:
 def _ask(prompt: str | Sequence[int], params: SamplingParams, where: str) -> Ask:
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         raise ConfigError(f"{where}the prompt is empty; give at least one word")
+    if isinstance(prompt, str):
+        try:
+            check_text(prompt)
+        except RequestError as e:
+            raise ConfigError(f"{where}{e}") from e
     return Ask(prompt, params, where)
 
 

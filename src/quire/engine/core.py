@@ -179,7 +179,7 @@ class Core:
             if sample.computed < len(sample.tokens):
                 continue
             if request.max_tokens == 0:
-                ended.append(sample)
+                ended += request.samples  # its siblings have nothing to fork for
             elif len(request.samples) > 1 and request.samples[-1].state is State.NEW:
                 parents.append(sample)
                 drawing += request.samples

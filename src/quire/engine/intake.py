@@ -14,7 +14,7 @@ from quire.engine.request import Request
 from quire.engine.runner import Room
 from quire.errors import CapacityError, RequestError
 
-__all__ = ["Intake", "Prompt", "as_list", "output_limit"]
+__all__ = ["Intake", "Prompt", "as_list", "check_text", "output_limit"]
 
 Prompt = str | Sequence[int]
 
@@ -129,6 +129,9 @@ class Intake:
                 "stop strings need a tokenizer; use stop_token_ids, or give the engine one"
             )
         check_integer("priority", priority, -1000, 1000)
+        knows = getattr(self.room, "check_adapter", None)
+        if adapter is not None and knows is not None:
+            knows(adapter)
         stop_ids = frozenset(params.stop_token_ids)
         return Request(
             request_id=name,
@@ -149,16 +152,31 @@ class Intake:
                 raise RequestError(
                     "a text prompt needs a tokenizer; give token ids, or the engine one"
                 )
+            check_text(prompt)
             return list(self.tokenizer.encode(prompt))
-        ids = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        ids = list(ids) if isinstance(ids, Iterable) else [None]
         if not all(type(token) is int for token in ids):
             raise RequestError("a prompt must be text or one flat list of integer token ids")
         return ids
 
 
+def check_text(text: str) -> None:
+    """Refuses half a character, which undecodable bytes become on the way in. Raises RequestError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise RequestError(
+            f"the text is not Unicode: {text[e.start]!r} at character {e.start + 1} is half a character; "
+            "was it UTF-8 before?"
+        ) from e
+
+
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several → several."""
-    if isinstance(prompts, str):
+    """One prompt or several → several; an array is one prompt, or a prompt per row."""
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         return [prompts]
     many = list(prompts)
     if many and all(isinstance(part, int) for part in many):

@@ -130,6 +130,9 @@ class Runner(Room, Protocol):
         """Where the logits are."""
         ...
 
+    # A runner with adapters also has `check_adapter(name)`, which raises RequestError for one that the model lacks: a
+    # wrong name is refused at the door, and not in a forward, where it would end everybody's requests.
+
     def forward(self, items: Sequence[Item], adapter: str | None = None) -> torch.Tensor:
         """Compute every item's [start, stop) and write it to its table.
 

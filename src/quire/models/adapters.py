@@ -33,6 +33,12 @@ class Adapters:
             )
             self._before = [found] if isinstance(found, str) else list(found) if enabled else []
 
+    def check(self, name: str | None) -> None:
+        """Raises RequestError when the model has no adapter of that name."""
+        if name is not None and name not in self.names:
+            has = f"it has {', '.join(self.names)}" if self.names else "it carries no adapters"
+            raise RequestError(f"adapter {name!r} is not one of this model's: {has}")
+
     def use(self, name: str | None) -> None:
         """Makes one adapter the active one.
 
@@ -41,9 +47,7 @@ class Adapters:
         """
         if name == self._now:
             return
-        if name is not None and name not in self.names:
-            has = f"it has {', '.join(self.names)}" if self.names else "it carries no adapters"
-            raise RequestError(f"adapter {name!r} is not one of this model's: {has}")
+        self.check(name)
         self._activate(self._before if name is None else [name])
         self._now = name
 

@@ -73,6 +73,10 @@ class ModelRunner:
     def usage(self) -> Usage:
         return self.bridge.store.usage()
 
+    def check_adapter(self, name: str) -> None:
+        """Raises RequestError when the model has no such adapter."""
+        self.adapters.check(name)
+
     @property
     def bytes_per_token(self) -> float:
         return self.bridge.layout.spec.bytes_per_token
@@ -246,6 +250,9 @@ class NoCacheRunner:
 
     def usage(self) -> Usage:
         return Usage(0, 0, 0, 0)
+
+    def check_adapter(self, name: str) -> None:
+        self.adapters.check(name)
 
     @torch.inference_mode()
     def forward(self, items: Sequence[Item], adapter: str | None = None) -> torch.Tensor:
