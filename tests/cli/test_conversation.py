@@ -181,3 +181,13 @@ def test_without_a_cache_every_turn_computes_all() -> None:
     tokens = FIRST + reply + NEXT
     assert say(talk, tokens) == alone(runner, tokens)
     assert talk.reuse == type(talk.reuse)(0, len(tokens))
+
+
+@pytest.mark.parametrize("opened", ["phi3_longrope"], indirect=True)
+def test_a_turn_past_the_original_context_is_computed_anew_and_says_so(opened: Any) -> None:
+    talk = Conversation(opened)
+    say(talk, FIRST[:5])
+    longer = [*FIRST, *FIRST]
+    assert say(talk, longer) == alone(opened, longer)
+    assert talk.reuse.kept_tokens == 0
+    assert "beyond 16 tokens" in (talk.reuse.reason or "")

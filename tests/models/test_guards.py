@@ -11,6 +11,7 @@ import torch
 import quire
 import zoo
 from models.driving import engine_texts, reference, runner_for
+from quire.engine import Engine, SamplingParams
 from quire.engine.runner import Item
 from quire.errors import ConfigError, InvariantError, RequestError
 from quire.models.forward import quire_attention, quire_mask
@@ -101,6 +102,23 @@ def test_rope_regimes_do_not_mix(name: str) -> None:
     texts = list(zoo.prompts(lengths=(5, 14, 7)))
     want = reference(name, texts, 20)
     assert engine_texts(runner_for(zoo.build(name)), texts, 20, budget=64) == want
+
+
+def test_a_rope_turn_without_room_preempts_and_nobody_is_lost() -> None:
+    """Forked samples share their prompt until its RoPE turns; then each wants all of its own, more than there is."""
+    params = SamplingParams(max_tokens=12, n=4, temperature=1.0, seed=3, ignore_eos=True)
+    prompt, other = ([*t] for t in zoo.prompts(lengths=(14, 5)))
+    want, short = None, reference("phi3_longrope", [tuple(other)], 12)
+    for memory in ("32MiB", "300KiB"):
+        engine = Engine(runner_for(zoo.build("phi3_longrope"), memory=memory, kv="fp32"))
+        turned, beside = engine.generate(
+            [prompt, other], [params, SamplingParams(max_tokens=12, ignore_eos=True)]
+        )
+        texts = [o.token_ids for o in turned.outputs]
+        assert texts == (want or texts)
+        want = texts
+        assert beside.token_ids == list(short[0])
+    assert engine.stats().scheduler.preemptions > 0
 
 
 def test_restarted_ids_on_a_used_cache_raise() -> None:

@@ -111,6 +111,9 @@ class Conversation:
         reason = None
         if same and not self.runner.chunked_prefill and len(tokens) - same > 1:
             same, reason = 0, "this model must compute a prompt as a whole"
+        past = getattr(self.runner, "restart_tokens", None)
+        if past is not None and 0 < same <= past < len(tokens):
+            same, reason = 0, f"beyond {past} tokens this model turns all keys by other factors"
         if same < self.table.length:
             try:
                 self.table.truncate(same)

@@ -60,7 +60,13 @@ class Engine:
         self.runner = runner
         self.tokenizer = tokenizer
         self.clock = clock
-        self.scheduler = Scheduler(runner, config, clock, cut=getattr(runner, "cut", None))
+        self.scheduler = Scheduler(
+            runner,
+            config,
+            clock,
+            cut=getattr(runner, "cut", None),
+            restart_tokens=getattr(runner, "restart_tokens", None),
+        )
         self.intake = Intake(runner, runner.vocab_size, tokenizer, eos_token_ids, clock)
         self.core = Core(runner, self.scheduler, tokenizer, clock, self._deliver)
         self._requests: dict[str, Request] = {}  # submitted and unfinished

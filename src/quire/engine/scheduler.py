@@ -47,6 +47,7 @@ class Scheduler:
         clock: seconds; virtual in a simulation.
         cut: `cut(start, stop, prompt_tokens) -> stop'` with start < stop' ≤ stop: where a chunk must end (recurrent
             checkpoints, compaction); default: anywhere.
+        restart_tokens: a sequence that grows past so many is computed anew, at once up to there (LongRoPE).
 
     Cost: O(samples in the step) Python, about a microsecond each beside the table's own `append`; admission adds
     O(log waiting).
@@ -58,11 +59,13 @@ class Scheduler:
         config: SchedulerConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
         cut: Callable[[int, int, int], int] | None = None,
+        restart_tokens: int | None = None,
     ) -> None:
         self.room = room
         self.config = config or SchedulerConfig()
         self.clock = clock
         self.cut = cut
+        self.restart_tokens = restart_tokens
         self.max_rows = min(
             self.config.max_running,
             self.config.step_tokens,
@@ -191,6 +194,7 @@ class Scheduler:
         for sample in self._running.copy():
             if sample.state is not State.RUNNING:
                 continue  # preempted just now for one before it
+            self._restart(sample)
             start = sample.computed
             if len(sample.tokens) - start > 1:
                 prefills.append(sample)
@@ -250,7 +254,19 @@ class Scheduler:
             stop = min(stop, start + self.config.logits_tokens)
         if self.cut is not None:
             stop = self.cut(start, stop, sample.prompt_tokens)
-        return stop - start
+        return max(stop - start, self._least(sample))
+
+    def _least(self, sample: Sample) -> int:
+        """The smallest chunk that is of use: of a sequence that must be computed anew, all up to where it changed."""
+        past = self.restart_tokens
+        return 1 if past is None or sample.computed or len(sample.tokens) <= past else past + 1
+
+    def _restart(self, sample: Sample, table: Table | None = None) -> None:
+        """Forget what a sample has computed (or found in `table`) if its next token turns it into something else."""
+        past, table = self.restart_tokens, table or sample.table
+        if past and table is not None and 0 < sample.computed <= past < len(sample.tokens):
+            table.truncate(0)
+            sample.computed = 0
 
     def _reserve(self, sample: Sample, n_tokens: int, plan: Plan) -> int:
         """Room for a running sample's next tokens, taken from those behind it.
@@ -258,7 +274,7 @@ class Scheduler:
         Returns:
             How many tokens were reserved: fewer when it is alone and the pool is small, 0 when it must stall.
         """
-        table = sample.table
+        table, least = sample.table, self._least(sample)
         assert table is not None
         while True:
             try:
@@ -267,8 +283,8 @@ class Scheduler:
                 last = self._running[-1]
                 if last is not sample:
                     self._preempt(last, plan)
-                elif len(self._running) == 1 and n_tokens > 1 and self.room.chunked_prefill:
-                    n_tokens //= 2
+                elif len(self._running) == 1 and n_tokens > least and self.room.chunked_prefill:
+                    n_tokens = max(least, n_tokens // 2)
                 else:
                     self.counters.stalls += 1
                     return 0
@@ -282,13 +298,15 @@ class Scheduler:
         while True:
             table = self.room.open()
             sample.computed = table.length
-            wanted = n_tokens = self._chunk(sample, plan)
+            self._restart(sample, table)
+            wanted, least = self._chunk(sample, plan), self._least(sample)
+            n_tokens = wanted
             while n_tokens:
                 if self._take(table, n_tokens):
                     self._let_in(sample, table, n_tokens, plan)
                     return True
-                alone = not self._running and self.room.chunked_prefill
-                n_tokens = n_tokens // 2 if alone else 0  # alone: as little as need be
+                alone = not self._running and self.room.chunked_prefill and n_tokens > least
+                n_tokens = max(least, n_tokens // 2) if alone else 0  # alone: as little as need be
             table.release()
             sample.computed = 0
             last = self._running[-1] if self._running else None

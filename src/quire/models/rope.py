@@ -55,9 +55,14 @@ class Regimes:
             return "short"
         return "long" if self.kind == "longrope" else stop
 
+    @property
+    def restart_tokens(self) -> int | None:
+        """A sequence that grows past so many tokens must be computed anew; None where none must."""
+        return self.limit if self.kind == "longrope" else None
+
     def crosses(self, start: int, stop: int) -> bool:
         """Whether [start, stop) leads into another regime, so that [0, start) must be computed anew."""
-        return self.kind == "longrope" and 0 < start <= self.limit < stop
+        return self.restart_tokens is not None and 0 < start <= self.restart_tokens < stop
 
     def reset(self) -> None:
         """Dynamic NTK remembers the longest forward in the module; forget it, so that history does not matter."""

@@ -66,8 +66,15 @@ class ModelRunner:
     def open(self) -> BlockTable:
         return self.bridge.store.open()
 
+    @property
+    def restart_tokens(self) -> int | None:
+        """A sequence that grows past so many tokens is computed anew; None: never (see `Regimes`)."""
+        return self._regimes.restart_tokens
+
     def fits(self, n_tokens: int) -> bool:
         chunk = 1 if self.chunked_prefill else n_tokens
+        if self.restart_tokens is not None and n_tokens > self.restart_tokens:
+            chunk = max(chunk, self.restart_tokens + 1)
         return self.bridge.store.fits(n_tokens, chunk_tokens=chunk)
 
     def usage(self) -> Usage:
@@ -141,7 +148,7 @@ class ModelRunner:
         return list(logits.split(wanted))
 
     def _row(self, item: Item) -> Row:
-        """The item's row; from the start where its RoPE regime changes."""
+        """The item's row; from the start where its RoPE regime changes and nobody has seen to it before."""
         if self._regimes.crosses(item.start, item.stop):
             item.table.reset()
             item.table.append(item.stop)
