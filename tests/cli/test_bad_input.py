@@ -47,6 +47,7 @@ def changed(tiny: Path, to: Path, config: object = None, *, without: str = "") -
         (["--keep", "h3o"], "keep='h3o' is not known"),
         (["--attention", "flash"], "unknown attention backend 'flash'; known: auto"),
         (["--memory", "lots"], "for example 8GiB"),
+        (["--memory", "1000TiB"], "is more than the"),
         (["--memory", "1KiB"], "too small for one request"),
         (["--memory", "20KB"], "149 tokens need 40,960 bytes of cache and --memory 20KB gives"),
         (["--block-tokens", "0"], "block_tokens must be at least 1, not 0"),

@@ -56,6 +56,26 @@ def test_a_reader_that_leaves_is_no_error(tiny: Path) -> None:
     assert running.wait(60) == 141
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("arguments", [["run", "abc", "--max-tokens", 3, "--json"], ["run", "-h"]])
+def test_a_full_disk_is_one_line(tiny: Path, arguments: list[object]) -> None:
+    if arguments[-1] != "-h":
+        arguments = [*arguments, "--model", tiny]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command(*arguments),
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env=environment(),
+        )
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 def test_ctrl_c_keeps_what_was_written(tiny: Path) -> None:
     """On a busy machine a short run may end before the signal comes: then it is tried again."""
     for _ in range(6):

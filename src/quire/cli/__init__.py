@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -53,8 +54,18 @@ def invoke(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted", "yellow")
         return INTERRUPTED
-    except ReaderGoneError:
-        # whoever read stdout has gone; Python must not complain about it at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ReaderGoneError, BrokenPipeError):
+        _drop_stdout()
         return BROKEN_PIPE
+    except OSError as e:
+        _drop_stdout()
+        where = f" ({e.filename})" if e.filename else ""
+        say(f"the system refused a file or a stream{where}: {e.strerror or e}", "red")
+        return 2
     return code if isinstance(code, int) else 0
+
+
+def _drop_stdout() -> None:
+    """What is still to be written cannot be; Python must not complain about it at exit either."""
+    with suppress(OSError, ValueError):  # where stdout is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

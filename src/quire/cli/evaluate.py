@@ -224,7 +224,7 @@ def _look(model: str | None, dtype: str | None, device: str | None, memory: str)
     quiet_transformers()
     from quire.models.memory import arena_bytes
 
-    arena_bytes(memory, "cpu")
+    arena_bytes(memory, source.chosen_device)
     return source
 
 

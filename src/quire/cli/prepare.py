@@ -33,7 +33,7 @@ def look(options: Options) -> Source:
         from quire.models.memory import arena_bytes
 
         make_backend(options.attention)
-        arena_bytes(options.memory, "cpu")
+        arena_bytes(options.memory, source.chosen_device)
     return source
 
 
@@ -109,10 +109,7 @@ def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -
         return
     config = KVConfig(options.kv, options.keep, options.block_tokens)
     spec = build_layout(shape.layers, config, dtype=dtype, shared=shape.shared).spec
-    device = source.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    store = BlockStore(spec, arena_bytes(options.memory, device))
+    store = BlockStore(spec, arena_bytes(options.memory, source.chosen_device))
     for where, n_tokens in lengths:
         if not store.fits(n_tokens):
             raise CapacityError(

@@ -85,6 +85,15 @@ class Source:
         )
         return int(limit) if limit else None
 
+    @property
+    def chosen_device(self) -> str:
+        """`device`, with auto resolved."""
+        if self.device != "auto":
+            return self.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer; None when it comes without one."""
@@ -398,9 +407,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    device = source.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = source.chosen_device
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,

@@ -30,6 +30,14 @@ def free_bytes(device: torch.device | str) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_bytes(device: torch.device | str) -> int:
+    """Bytes that the device has in all."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total)
+
+
 def arena_bytes(memory: int | float | str, device: torch.device | str) -> int:
     """Resolves a memory argument.
 
@@ -37,7 +45,7 @@ def arena_bytes(memory: int | float | str, device: torch.device | str) -> int:
         memory: an integer is bytes, a float in (0, 1] a share of free memory; text may be either, or `"8GiB"`, `"50%"`.
 
     Raises:
-        ConfigError: not one of these.
+        ConfigError: not one of these, or more than the device has.
     """
     if isinstance(memory, str):
         memory = _parse(memory)
@@ -51,6 +59,11 @@ def arena_bytes(memory: int | float | str, device: torch.device | str) -> int:
                 f"memory as a share must lie in (0, 1], not {memory}; for bytes give a unit, as in 8GiB"
             )
         return int(memory * free_bytes(device))
+    if memory > total_bytes(device):
+        raise ConfigError(
+            f"memory of {memory:,} bytes is more than the {total_bytes(device):,} that this machine's "
+            f"{torch.device(device).type} has; 0.5 takes half of what is free"
+        )
     return memory
 
 
