@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from quire.engine.conversation import Conversation
+from quire.errors import ConfigError
 
 TURNS = ["Hello there", "and who are you", "good bye"]
 
@@ -113,6 +120,71 @@ def test_a_damaged_session_is_refused(quire, tiny: Path, tmp_path: Path, damage:
     assert last.startswith("quire: ")
     assert str(file) in last
     assert file.read_bytes() == bytes(data), "what is there is not overwritten"
+
+
+class Lines(io.StringIO):
+    """Stdin on which something happens before the second line is read."""
+
+    def __init__(self, text: str, between: Callable[[], object]) -> None:
+        super().__init__(text)
+        self.between, self.read_before = between, False
+
+    def readline(self, size: int | None = -1) -> str:
+        if self.read_before:
+            self.between()
+        self.read_before = True
+        return super().readline(-1 if size is None else size)
+
+
+@pytest.mark.parametrize("there_before", [True, False])
+def test_two_conversations_in_one_file_lose_no_turn(
+    quire, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there_before: bool
+) -> None:
+    file, other = tmp_path / "talk.quire", tmp_path / "other.quire"
+    chat(quire, tiny, ["something else"], "--session", other)
+    if there_before:
+        chat(quire, tiny, TURNS[:1], "--session", file)
+    theirs = other.read_bytes()
+    monkeypatch.setattr(sys, "stdin", Lines("more\n", lambda: shutil.copy(other, file)))
+    done = quire("chat", "--model", tiny, "--session", file)
+    assert done.code == 0, done.err
+    assert "written by somebody else meanwhile" in done.err
+    assert file.read_bytes() == theirs
+    [aside] = set(tmp_path.iterdir()) - {file, other}
+    assert f"saved to {aside}" in done.err.replace("\n", "")
+    resumed = quire("chat", "--session", aside, stdin="and\n")
+    assert f"resumed {aside}: {1 + there_before} turns" in resumed.err.replace("\n", "")
+
+
+def test_a_save_that_fails_ends_no_conversation(
+    quire, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, tries = tmp_path / "talk.quire", []
+    save = Conversation.save
+
+    def full_once(self: Conversation, *arguments: Any) -> None:
+        tries.append(arguments)
+        if len(tries) == 1:
+            raise ConfigError("no space left")
+        save(self, *arguments)
+
+    monkeypatch.setattr(Conversation, "save", full_once)
+    done = chat(quire, tiny, [TURNS[0], "/save", TURNS[1]], "--session", file)
+    assert "not saved: no space left" in done.err
+    assert "2 turns" in done.err
+    assert file.exists()
+    tries.clear()
+    done = quire("chat", "--session", file, stdin="more\n")
+    assert done.code == 2, "what was said is not in the file"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_said(
+    quire, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    done = quire("chat", "--model", tiny, "--session", tmp_path / "s", stdin="hello\n")
+    assert (done.code, done.out) == (2, "")
+    assert f"the folder {tmp_path} cannot be written" in done.err
 
 
 def test_reset_forgets(quire, tiny: Path) -> None:

@@ -98,8 +98,8 @@ class Chat:
                 self._note("Ctrl-C again, /exit or Ctrl-D leaves")
                 continue
             if line is None or line.strip() == "/exit":
-                self._leave()
-                return REFUSED if self.refused and not self.asks else 0
+                saved = self._leave()
+                return REFUSED if not saved or (self.refused and not self.asks) else 0
             if line.startswith("/"):
                 self._command(line.strip())
             elif line.strip():
@@ -205,21 +205,35 @@ class Chat:
         if not self.options.quiet:
             err().print(Text(message, style="dim"), soft_wrap=True)
 
-    def _save(self) -> None:
+    def _save(self) -> bool:
+        """Whether it went well."""
         assert self.session is not None
-        self.session.save(self.loaded, self.conversation, self.dialogue, self.options)
+        asked = self.session.path
+        try:
+            diverted = self.session.save(
+                self.loaded, self.conversation, self.dialogue, self.options
+            )
+        except QuireError as e:
+            say(f"not saved: {e}", "red")
+            return False
+        if diverted:
+            say(f"{asked} was written by somebody else meanwhile and is left as it is", "yellow")
         self._note(
             f"saved to {self.session.path}: {self.dialogue.turns} turns, {len(self.conversation.tokens):,} tokens"
         )
+        return True
 
-    def _leave(self) -> None:
+    def _leave(self) -> bool:
+        """Whether all is saved that was to be."""
+        saved = True
         if self.session is not None and (self.dialogue.turns or self.session.exists):
-            self._save()
+            saved = self._save()
         if self.prompt_tokens:
             self._note(
                 f"in all {self.kept_tokens:,} of {self.prompt_tokens:,} prompt tokens were not recomputed"
             )
         self.conversation.close()
+        return saved
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from quire.cli.dialogue import Dialogue
 from quire.cli.options import ChatOptions, flag
 from quire.engine.conversation import Conversation
-from quire.errors import ConfigError, TierError
+from quire.errors import ConfigError, QuireError, TierError
 from quire.models.load import Loaded, Source
 from quire.store.snapshot import Snapshot, read_snapshot, spec_digest
 
@@ -37,13 +38,18 @@ class Session:
         self.exists = path.exists()
         self._head: Snapshot | None = None
         self._settings: Mapping[str, Any] = {}
+        self._ours: str | None = None
+        """Checksum of the file as it was read or written last; None: there was none."""
         if not self.exists:
             if not path.parent.is_dir():
                 raise ConfigError(f"--session {path}: there is no folder {path.parent}")
+            _check_writable(path)
             return
         if not path.is_file():
             raise ConfigError(f"--session {path}: not a file; name one that may be written")
+        _check_writable(path)
         self._head = read_snapshot(path)
+        self._ours = self._head.checksum
         try:
             found = json.loads(self._head.extra["settings"])
             self._settings = {n: found[n] for n in (*BINDING, *FREE)}
@@ -108,8 +114,18 @@ class Session:
         conversation: Conversation,
         dialogue: Dialogue,
         options: ChatOptions,
-    ) -> None:
-        """Writes the file anew."""
+    ) -> bool:
+        """Writes the file anew; under another name beside it, from then on, where somebody else has written it meanwhile.
+
+        Returns:
+            Whether that was so.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        diverted = self._taken()
+        if diverted:
+            self.path = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         settings = {n: getattr(options, n) for n in (*BINDING, *FREE)}
         extra = {
             "model": loaded.name,
@@ -119,7 +135,17 @@ class Session:
             "dialogue": dialogue.dump(),
         }
         conversation.save(self.path, extra)
-        self.exists = True
+        self.exists, self._ours = True, read_snapshot(self.path).checksum
+        return diverted
+
+    def _taken(self) -> bool:
+        """Whether the file is no longer the one that was read or written last: another process has it, too."""
+        if not self.path.exists():
+            return False
+        try:
+            return read_snapshot(self.path).checksum != self._ours
+        except QuireError:
+            return True
 
     def _other(self, name: str) -> ConfigError:
         assert self._head is not None
@@ -129,6 +155,12 @@ class Session:
             f"--session {self.path} belongs to the model {was}{same}, this is {name}; name that model, "
             "or another session file"
         )
+
+
+def _check_writable(path: Path) -> None:
+    """A conversation that cannot be saved at its end is better not begun."""
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--session {path}: the folder {path.parent} cannot be written")
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
