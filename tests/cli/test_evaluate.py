@@ -58,15 +58,42 @@ def test_the_document(quire, tiny: Path, book: Path) -> None:
 def test_the_table(quire, tiny: Path, book: Path) -> None:
     done = quire("eval", tiny, "--text", book, "--length", "64", "--memory", "8MiB", "--inject")
     assert done.code == 0, done.err
-    assert done.out.split()[:3] == ["kv", "task", "metric"]
+    assert done.out.split()[:5] == ["kv", "task", "metric", "length", "depth"]
     assert "perplexity" in done.out
     assert "outliers injected" in done.err
     assert "exact cache, bytes per token: ppl" in done.err
 
 
+def test_recall_by_length_and_depth_without_a_text(quire, tiny: Path) -> None:
+    done = quire(
+        "eval", tiny, "--length", "200,256", "--examples", "5", "--memory", "8MiB",
+        "--task", "copy:asked=2",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    cells = [line.split() for line in done.out.splitlines()[1:]]
+    assert {c[3] for c in cells} == {"200", "256"}
+    assert {c[4] for c in cells} > {"all", "0.00"}
+    assert sum(int(c[-1]) for c in cells if c[4] != "all") == 20
+    assert [c[-1] for c in cells if c[4] == "all"] == ["10"] * 4
+
+
+def test_without_text_or_task_recall_is_measured(quire, tiny: Path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "quire.cli.evaluate._check_source", lambda _, tasks, *__: asked.append(tasks)
+    )
+    monkeypatch.setattr("quire.cli.evaluate._run", lambda *_, **options: asked.append(options))
+    monkeypatch.setattr("quire.cli.evaluate._show", asked.append)
+    done = quire("eval", tiny, "--memory", "8MiB")
+    assert done.code == 0, done.err
+    assert asked[0] == asked[1]["tasks"] == ["passkey", "kv", "token-kv"]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (["--task", "copy", "--seed", "-1"], "--seed must be at least 0, not -1"),
+        (["--task", "copy", "--length", "1k"], "several as 512,1024"),
         (["--task", "ppl"], "task ppl needs a text to score; give --text FILE"),
         (
             ["--text", "BOOK", "--length", "999"],

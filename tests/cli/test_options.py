@@ -48,7 +48,7 @@ def test_flags_over_file_over_environment(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_another_command_s_table_is_its_own(tmp_path: Path) -> None:
     file = tmp_path / "q.toml"
-    file.write_text("[chat]\nsystem = 'be brief'\n[run]\nignore_eos = true\n")
+    file.write_text("[chat]\nsystem = 'be brief'\n[eval]\nseed = 3\n[run]\nignore_eos = true\n")
     assert resolve(config=str(file)).ignore_eos
     assert ChatOptions.resolve("chat", {"config": str(file)}).system == "be brief"
 

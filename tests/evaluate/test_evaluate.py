@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ def test_recall_rows(llama: Any, tokenizer: Any, text: list[int]) -> None:
                 x for x in found.rows if (x.kv, x.task) == (kv, task) and x.depth is not None
             ]
             assert sum(x.tokens for x in by_depth) == tokens
-            assert answers
+            assert r.count == sum(x.count for x in by_depth) == answers
+            assert (r.low, r.high) == (0.0, 1 - 0.025 ** (1 / 5)), "five examples prove little"
             assert r.decoded == (1.0 if kv == "lossy" else 0.0)
     assert set(json.loads(json.dumps(found.document()))["rows"][0]) >= KEYS
 
@@ -211,6 +213,36 @@ def test_recall_through_the_cache_on_a_model_that_recalls(shared: Path) -> None:
     assert row(found, coarse, "drecall", "copy:asked=4").value < 0
 
 
+def test_several_lengths_are_those_of_each_alone(
+    llama: Any, tokenizer: Any, text: list[int]
+) -> None:
+    tasks = ["ppl", "passkey"]
+    each = [run(llama, ["lossy"], text, tokenizer=tokenizer, tasks=tasks, length_tokens=n, examples=2)
+            for n in (100, 140)]  # fmt: skip
+    both = run(
+        llama,
+        ["lossy"],
+        text,
+        tokenizer=tokenizer,
+        tasks=tasks,
+        length_tokens=[100, 140],
+        examples=2,
+    )
+    assert both.rows == each[0].rows + each[1].rows
+    assert {r.length for r in both.rows} == {100, 140}
+    assert all(r.full_bytes_per_token > 0 for r in both.rows)
+
+
+def test_what_is_no_number_is_null_and_said() -> None:
+    line = Row(
+        "lossy", "full", "ppl", "kl", math.inf, None, None, 8.0, 3, 9, full_bytes_per_token=9
+    )
+    found = Evaluation((line,), "d", {"ppl": 9.0})
+    document = json.loads(json.dumps(found.document(), allow_nan=False))
+    assert document["rows"][0]["value"] is None
+    assert document["warnings"] == ["kl of lossy on ppl is inf: the document says null"]
+
+
 def test_refusals(llama: Any, tokenizer: Any, text: list[int]) -> None:
     for options, error, says in (
         ({"text": text[:99]}, RequestError, "99 tokens, fewer than one window of 100"),
@@ -224,6 +256,7 @@ def test_refusals(llama: Any, tokenizer: Any, text: list[int]) -> None:
             "beyond the model's context of 512",
         ),
         ({"length_tokens": 1}, RequestError, "nothing to predict"),
+        ({"seed": -1}, RequestError, "seed must be at least 0"),
         ({"kv": ["none"]}, ConfigError, "keeps no cache"),
         ({"kv": ["int5"]}, ConfigError, "unknown codec"),
         ({"kv": []}, ConfigError, "at least one configuration"),

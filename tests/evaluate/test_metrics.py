@@ -14,6 +14,7 @@ from quire.evaluate.metrics import (
     log_probs,
     paired_bootstrap,
     perplexity,
+    proportion,
     runs,
     top1_agreement,
 )
@@ -107,6 +108,23 @@ def test_one_unit_says_nothing_and_no_value_is_refused() -> None:
     assert paired_bootstrap([1.0, math.inf]).low is None
     with pytest.raises(RequestError, match="at least one value"):
         paired_bootstrap([])
+
+
+def test_all_right_is_not_certain() -> None:
+    """5 of 5: no share below 0.025^(1/5) = 0.478 gives that with 2.5 % probability. Units count, not answers."""
+    units = np.repeat(np.arange(5), 3)
+    all_right = proportion(np.ones(15), units)
+    assert (all_right.value, all_right.low, all_right.high) == (1.0, 0.025 ** (1 / 5), 1.0)
+    none = proportion(np.zeros(15), units)
+    assert (none.value, none.low, none.high) == (0.0, 0.0, pytest.approx(1 - 0.4781762498))
+    some = np.array([1.0] * 9 + [0.0] * 6)
+    assert proportion(some, units, seed=3) == paired_bootstrap(some, units, seed=3)
+
+
+def test_a_perplexity_beyond_float64_is_infinite() -> None:
+    assert perplexity(np.array([800.0])) == math.inf
+    assert math.isnan(perplexity(np.array([math.nan])))
+    assert perplexity(np.array([700.0])) == math.exp(700.0)
 
 
 def test_repeatable_to_the_last_digit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,8 +50,8 @@ def command(
         typer.Option(
             metavar="T,U,…",
             show_default=False,
-            help="ppl (default; needs --text), passkey, kv, token-kv, needle, tracking, copy; "
-            "with numbers as kv:count=32,asked=8; may be repeated.",
+            help="ppl (needs --text), passkey, kv, token-kv, needle, tracking, copy; with numbers as "
+            "kv:count=32,asked=8; may be repeated. Default: ppl with --text, else passkey, kv and token-kv.",
         ),
     ] = None,
     text: Annotated[
@@ -63,8 +63,9 @@ def command(
         ),
     ] = None,
     length: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of a window, and of a recall task.")
-    ] = 1024,
+        str,
+        typer.Option(metavar="N,M,…", help="Tokens of a window, and of a recall task."),
+    ] = "1024",
     max_tokens: Annotated[
         int, typer.Option(metavar="N", help="Most tokens of the text that ppl scores.")
     ] = 65_536,
@@ -109,13 +110,19 @@ def command(
 
     [dim]quire eval --kv bf16 --task ppl,passkey,kv --text book.txt --length 1024[/dim]
     """
-    recipes, tasks = split_recipes(kv or ["auto"]), split_tasks(task or [PPL])
+    usual = [PPL] if text is not None else ["passkey", "kv", "token-kv"]
+    recipes, tasks, lengths = (
+        split_recipes(kv or ["auto"]),
+        split_tasks(task or usual),
+        _lengths(length),
+    )
     configs = [(k, p) for p in keep.split(",") for k in recipes]
-    _check(configs, tasks, examples, max_tokens, block_tokens)
+    _check(configs, tasks, examples, max_tokens, block_tokens, seed)
     words = _read(text)
     with spinner("looking at the model …"):
         source = _look(model, dtype, device, memory)
-    _check_source(source, tasks, words, length, max_tokens, examples, seed)
+    for n in lengths:
+        _check_source(source, tasks, words, n, max_tokens, examples, seed)
     found = _run(
         source,
         inject,
@@ -123,7 +130,7 @@ def command(
         configs=configs,
         tasks=tasks,
         text=words,
-        length_tokens=length,
+        length_tokens=lengths,
         max_tokens=max_tokens,
         examples=examples,
         seed=seed,
@@ -131,7 +138,7 @@ def command(
         memory=memory,
     )
     if json:
-        write(json_module.dumps(found.document(), ensure_ascii=False) + "\n")
+        write(json_module.dumps(found.document(), ensure_ascii=False, allow_nan=False) + "\n")
         return
     _show(found)
 
@@ -181,6 +188,14 @@ def split_tasks(texts: Sequence[str]) -> list[str]:
     return found
 
 
+def _lengths(text: str) -> list[int]:
+    """`"512,1024"` to two numbers. Raises ConfigError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--length {text!r} must be a number of tokens, or several as 512,1024")
+    return list(dict.fromkeys(map(int, parts)))
+
+
 # -- before the weights are read ---------------------------------------------------------------------------------
 
 
@@ -190,6 +205,7 @@ def _check(
     examples: int,
     max_tokens: int,
     block_tokens: int,
+    seed: int,
 ) -> None:
     from quire.evaluate.tasks import parse_task
     from quire.plan.layout import check_config
@@ -197,6 +213,8 @@ def _check(
     for flag, value in (("--examples", examples), ("--max-tokens", max_tokens)):
         if value < 1:
             raise ConfigError(f"{flag} must be at least 1, not {value}")
+    if seed < 0:
+        raise ConfigError(f"--seed must be at least 0, not {seed}")
     for kv, keep in configs:
         check_config(KVConfig(kv, keep, block_tokens))
     for task in tasks:
@@ -268,7 +286,7 @@ def _run(source: Source, inject: bool, *, json: bool, **options: Any) -> Evaluat
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
-        "length": options["length_tokens"],
+        "lengths": options["length_tokens"],
     }
     if source.name == PACKAGED:
         from quire import packaged
@@ -299,6 +317,8 @@ def _show(found: Evaluation) -> None:
     full = ", ".join(f"{task} {size:,.1f}" for task, size in found.full_bytes_per_token.items())
     err().print(f"exact cache, bytes per token: {full}", style="dim")
     injected = ", outliers injected" if found.injected else ""
-    err().print(f"weights {found.digest[:16]}, seed {found.seed}{injected}", style="dim")
+    file = found.about.get("packaged_sha256")
+    packaged = "" if file is None else f", packaged model {file[:16]}"
+    err().print(f"weights {found.digest[:16]}{packaged}, seed {found.seed}{injected}", style="dim")
     for warning in found.warnings:
         say(f"warning: {warning}", "yellow")

@@ -186,7 +186,7 @@ class ChatOptions(Options):
 
 # -- the file ----------------------------------------------------------------------------------------------------
 
-_TABLES = {"run": RunOptions, "chat": ChatOptions}
+_OTHERS = {"run", "chat", "eval"}
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
@@ -206,7 +206,7 @@ def _read_config(path: Path, table: str, cls: type[Options]) -> dict[str, Any]:
     except ValueError as e:
         raise ConfigError(f"--config {path}: not TOML ({e})") from e
     own = document.pop(table, {})
-    for name in set(document) & set(_TABLES):
+    for name in _OTHERS & set(document):
         document.pop(name)  # another command's
     if not isinstance(own, dict):
         raise ConfigError(f"--config {path}: {table} must be a table, [{table}]")

@@ -115,7 +115,7 @@ class Session:
         dialogue: Dialogue,
         options: ChatOptions,
     ) -> bool:
-        """Writes the file anew; under another name beside it, from then on, where somebody else has written it meanwhile.
+        """Writes the file anew, or from then on another beside it, where somebody else has written it meanwhile.
 
         Returns:
             Whether that was so.

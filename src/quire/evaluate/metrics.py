@@ -91,8 +91,9 @@ def _slabs(logits: torch.Tensor) -> list[slice]:
 
 
 def perplexity(nll: Values) -> float:
-    """exp of the mean negative log-likelihood."""
-    return math.exp(float(np.mean(nll)))
+    """exp of the mean negative log-likelihood; infinite where float64 ends."""
+    mean = float(np.mean(nll))
+    return math.exp(mean) if mean < 709 or math.isnan(mean) else math.inf
 
 
 def runs(lengths: list[int], run_tokens: int = RUN_TOKENS) -> npt.NDArray[np.int64]:
@@ -106,6 +107,22 @@ def runs(lengths: list[int], run_tokens: int = RUN_TOKENS) -> npt.NDArray[np.int
         labels.append(at + np.arange(n) // run_tokens)
         at += -(-n // run_tokens)
     return np.concatenate(labels) if labels else np.empty(0, np.int64)
+
+
+def proportion(right: npt.ArrayLike, units: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+    """Share of right answers. Where all are right, or none, resampling sees no spread: then the bounds are exact.
+
+    Args:
+        right: `[n]` 0 or 1.
+        units: `[n]` integers, as for `paired_bootstrap`; the exact bounds count units, not answers.
+
+    Source: Clopper and Pearson, Biometrika 26 (1934): with n of n, the lower 97.5 % bound is 0.025^(1/n).
+    """
+    found = paired_bootstrap(right, units, seed=seed)
+    if found.value not in (0.0, 1.0):
+        return found
+    bound = 0.025 ** (1 / len(np.unique(np.asarray(units))))
+    return Estimate(1.0, bound, 1.0) if found.value else Estimate(0.0, 0.0, 1 - bound)
 
 
 def paired_bootstrap(

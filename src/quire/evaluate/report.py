@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ class Row:
         value, low, high: the figure and its interval; None where one unit gives none.
         bytes_per_token: measured: all live bytes of the tables at the texts' ends over their tokens.
         tokens: scored: predicted tokens, or tokens of answers.
+        count: values that the figure is a mean of: predicted tokens, or answers.
+        full_bytes_per_token: the exact cache's, on the same texts.
         length: tokens of each text.
         depth: of the asked fact; None over all depths.
         decoded: share of scored queries that read a decoded position; 0 under an exact cache.
@@ -38,6 +41,8 @@ class Row:
     length: int
     depth: float | None = None
     decoded: float = 0.0
+    count: int = 0
+    full_bytes_per_token: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Evaluation:
 
     Args:
         digest: of the weights as loaded, before any injection.
-        full_bytes_per_token: the exact cache's, by task, measured on the same texts.
+        full_bytes_per_token: the exact cache's, by task, measured on the same texts (of the last length).
         seed, injected: as asked.
         warnings: what a reader must know, one line each.
     """
@@ -60,10 +65,15 @@ class Evaluation:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Configurations that are called lossy and save nothing: their figures are those of no compression."""
+        """Configurations that are called lossy and save nothing, and figures that are no numbers."""
         found: dict[str, str] = {}
         for r in self.rows:
-            full = self.full_bytes_per_token[r.task]
+            full = r.full_bytes_per_token
+            if not math.isfinite(r.value):
+                found.setdefault(
+                    f"{r.kv} {r.task} {r.metric}",
+                    f"{r.metric} of {r.kv} on {r.task} is {r.value}: the document says null",
+                )
             if r.decoded > 0 and r.bytes_per_token >= full:
                 found.setdefault(
                     r.kv,
@@ -81,19 +91,26 @@ class Evaluation:
             "injected": self.injected,
             "full_bytes_per_token": dict(self.full_bytes_per_token),
             "warnings": list(self.warnings),
-            "rows": [asdict(r) for r in self.rows],
+            "rows": [_finite(asdict(r)) for r in self.rows],
         }
 
     def table(self) -> Sequence[tuple[str, ...]]:
-        """Rows as text, heading first; rows by depth are left to the document."""
-        head = ("kv", "task", "metric", "value", "low", "high", "bytes/token", "tokens")
-        lines: list[tuple[str, ...]] = [head]
+        """Rows as text, heading first. `n` is how many tokens or answers a figure is the mean of."""
+        lines: list[tuple[str, ...]] = [
+            ("kv", "task", "metric", "length", "depth", "value", "low", "high", "bytes/token", "n")
+        ]
         for r in self.rows:
-            if r.depth is None:
-                figures = (_text(x) for x in (r.value, r.low, r.high))
-                size, count = f"{r.bytes_per_token:,.1f}", f"{r.tokens:,}"
-                lines.append((r.kv, r.task, r.metric, *figures, size, count))
+            kv = r.kv if r.keep == "full" else f"{r.kv} {r.keep}"
+            where = (f"{r.length:,}", "all" if r.depth is None else f"{r.depth:.2f}")
+            figures = (_text(x) for x in (r.value, r.low, r.high))
+            size, count = f"{r.bytes_per_token:,.1f}", f"{r.count:,}"
+            lines.append((kv, r.task, r.metric, *where, *figures, size, count))
         return lines
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _text(value: float | None) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from quire.evaluate.metrics import (
     kl_divergence,
     paired_bootstrap,
     perplexity,
+    proportion,
     runs,
     top1_agreement,
 )
@@ -52,7 +54,7 @@ def evaluate(
     tasks: Sequence[str] = (PPL,),
     text: str | Sequence[int] | None = None,
     *,
-    length_tokens: int = 1024,
+    length_tokens: int | Sequence[int] = 1024,
     max_tokens: int = 65_536,
     examples: int = 25,
     depths: Sequence[float] = DEPTHS,
@@ -73,6 +75,7 @@ def evaluate(
         tasks: "ppl", and what `parse_task` takes.
         text: scored by ppl in windows of `length_tokens`, each after the token that begins a text where there is one;
             also what recall hides its facts in.
+        length_tokens: of a window and of a recall task; several lengths are measured one after another.
         max_tokens: of the text that ppl scores.
         examples: per recall task, spread over the depths.
         seed: of examples and intervals.
@@ -87,8 +90,14 @@ def evaluate(
         CapacityError: the memory is too small.
     """
     asked = [None if t.strip() == PPL else parse_task(t) for t in tasks]
-    texts = prepare(tokenizer, asked, text, length_tokens, max_tokens, examples, depths, seed)
-    _check_length(model, length_tokens)
+    lengths = [length_tokens] if isinstance(length_tokens, int) else list(length_tokens)
+    texts = [
+        found
+        for n in lengths
+        for found in prepare(tokenizer, asked, text, n, max_tokens, examples, depths, seed)
+    ]
+    for n in lengths:
+        _check_length(model, n)
     if not configs:
         raise ConfigError("nothing to evaluate: give at least one configuration, as kv='auto'")
     digest = Loaded(model, tokenizer, "").digest
@@ -101,18 +110,18 @@ def evaluate(
             for c in [("auto", "full"), *configs]
         ]
         for cell in cells:
-            _check_read(cell, length_tokens)
+            _check_read(cell, min(lengths))
         rows: list[Row] = []
         full: dict[str, float] = {}
-        for task, found in zip(asked, texts, strict=True):
+        for (n, task), found in zip(product(lengths, asked), texts, strict=True):
             name = PPL if task is None else task.name
             note = _Progress(progress, name, len(found))
             for cell in cells:
                 cell.begin()
             if task is None:
-                rows += _text_rows(cells, [e.tokens for e in found], length_tokens, seed, note)
+                rows += _text_rows(cells, [e.tokens for e in found], n, seed, note)
             else:
-                rows += _recall_rows(cells, task, found, length_tokens, seed, note)
+                rows += _recall_rows(cells, task, found, n, seed, note)
             full[name] = cells[0].scorer.reading.bytes_per_token
     return Evaluation(tuple(rows), digest, full, seed, injected)
 
@@ -128,6 +137,8 @@ def prepare(
     seed: int = 0,
 ) -> list[list[Example]]:
     """The token sequences of every task, without a model. None stands for ppl. Raises RequestError, see `evaluate`."""
+    if seed < 0:
+        raise RequestError(f"seed must be at least 0, not {seed}")
     if length_tokens < 2:
         raise RequestError(f"a length of {length_tokens} tokens has nothing to predict; 2 at least")
     if tokenizer is None and (isinstance(text, str) or any(tasks)):
@@ -292,7 +303,8 @@ def _text_rows(
         note.step()
     exact = full.all("nll")
     units = runs([len(t) - 1 for t in texts])
-    template = Row("", "", PPL, "", 0.0, None, None, 0.0, len(exact), length)
+    template = Row("", "", PPL, "", 0.0, None, None, 0.0, len(exact), length, count=len(exact))
+    template = replace(template, full_bytes_per_token=full.scorer.reading.bytes_per_token)
     rows = []
     for cell in cells[1:]:
         nll = cell.all("nll")
@@ -325,20 +337,24 @@ def _recall_rows(
     tokens = np.array([a.stop - a.start for e in examples for a in e.answers])
     nearest = np.abs(depths[:, None] - np.array(DEPTHS)).argmin(1)
     template = Row("", "", task.name, "", 0.0, None, None, 0.0, int(tokens.sum()), length)
+    template = replace(
+        template,
+        count=len(tokens),
+        full_bytes_per_token=cells[0].scorer.reading.bytes_per_token,
+    )
     rows = []
     for cell in cells[1:]:
         right, exact = cell.all("right"), cells[0].all("right")
-        rows.append(cell.row(template, "recall", paired_bootstrap(right, units, seed=seed)))
+        rows.append(cell.row(template, "recall", proportion(right, units, seed=seed)))
         rows.append(
             cell.row(template, "drecall", paired_bootstrap(right - exact, units, seed=seed))
         )
         for i, depth in enumerate(DEPTHS):
             at = nearest == i
             if at.any():
-                e = paired_bootstrap(right[at], units[at], seed=seed)
-                rows.append(
-                    cell.row(template, "recall", e, depth=depth, tokens=int(tokens[at].sum()))
-                )
+                e = proportion(right[at], units[at], seed=seed)
+                n_tokens, n = int(tokens[at].sum()), int(at.sum())
+                rows.append(cell.row(template, "recall", e, depth=depth, tokens=n_tokens, count=n))
     return rows
 
 
