@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from quire import packaged
+from quire.cli.dialogue import Dialogue
 
 
 @pytest.fixture(scope="module")
@@ -70,5 +71,15 @@ def test_text_survives_the_tokenizer(tokenizer: Tokenizer) -> None:
 
 def test_turns_are_lines(tokenizer: Tokenizer) -> None:
     turns = [{"role": "user", "content": "a = 12 ;"}, {"role": "assistant", "content": "b"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "<s>a = 12 ;\nb"
     said = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert said == "<s>a = 12 ;\nb"
+    assert said == "<s>a = 12 ;\nb\n", "the reply begins a line of its own"
+
+
+def test_the_next_turn_goes_on_from_what_is_cached(tokenizer: Tokenizer) -> None:
+    talk = Dialogue(tokenizer)
+    asked = talk.ask("a = 12 ; a ?")
+    reply = tokenizer.encode(" 12 ;", add_special_tokens=False)
+    talk.answered(" 12 ;", reply, [tokenizer.eos_token_id])
+    again = talk.ask("b ?")
+    assert again[: len(asked) + len(reply)] == asked + reply, "nothing of it is computed twice"

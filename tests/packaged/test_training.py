@@ -208,6 +208,8 @@ def test_an_export_loads_and_carries_its_digest(
     assert settings["chat_template"] == spoken.chat_template
     turns = [{"role": "user", "content": "a = 12 ;"}, {"role": "user", "content": " a ?"}]
     assert spoken.apply_chat_template(turns, tokenize=False) == "<s>a = 12 ;\n a ?"
+    asked = spoken.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert asked == "<s>a = 12 ;\n a ?\n"
 
 
 def test_a_run_needs_a_budget_and_says_so(

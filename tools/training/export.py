@@ -12,10 +12,10 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 from training.corpus import BOS, BOS_ID, EOS, EOS_ID
 
 LIMIT_BYTES = 14_000_000
-# The model knows no roles: a conversation is its turns, one per line.
+# The model knows no roles: a conversation is its turns, one per line; a reply begins a line of its own.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
-    "{{ '' if loop.last else '\\n' }}{% endfor %}"
+    "{{ '' if loop.last and not add_generation_prompt else '\\n' }}{% endfor %}"
 )
 
 
