@@ -1,6 +1,6 @@
 # Every target makes .venv on its first run and touches nothing outside the checkout.
 #
-#   make run         the main job on the packaged model
+#   make run         the tour: what a KV cache is and does, measured on the packaged model
 #   make test        the test suite, at most 10 minutes on 2 cores
 #   make check       formatting, lint, types, layers, at most 2 minutes
 #   make test-long   the slow tests, the laws with 5 times the examples and the sweep, within 45 minutes
@@ -15,7 +15,6 @@
 
 PYTHON ?= python3
 TORCH ?= auto
-PROMPT ?= The KV cache
 JOBS ?= 2
 LIMIT ?= timeout --kill-after=30s 45m
 # Fails when fewer model classes run than once did.
@@ -58,7 +57,7 @@ $(INSTALLED_DOCS): $(INSTALLED)
 	@touch $@
 
 run: $(KERNELS)
-	$(BIN)/quire run "$(PROMPT)"
+	@$(BIN)/quire tour
 
 test: $(KERNELS)
 	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=ci -m "not slow and not gpu" --durations=10

@@ -258,4 +258,44 @@ def chat(
     raise typer.Exit(main(ChatOptions.resolve("chat", context.params)))
 
 
+@app.command()
+def tour(
+    context: typer.Context,
+    panels: Annotated[
+        list[int] | None,
+        typer.Argument(
+            metavar="PANEL",
+            show_default=False,
+            help="Only these: 1 steps, 2 with and without the cache, 3 formula and bytes, 4 rooms, blocks and sharing, "
+            "5 techniques.",
+        ),
+    ] = None,
+    model: Model = None,
+    dtype: Annotated[
+        str | None,
+        _option(
+            _MODEL,
+            "--dtype",
+            "NAME",
+            "float32, bfloat16, float16 or float64; default: float32 for the packaged model, else the file's.",
+        ),
+    ] = None,
+    device: Device = None,
+    memory: Memory = None,
+    block_tokens: BlockTokens = None,
+    attention: Attention = None,
+    json: Annotated[
+        bool, _option(_OUTPUT, "--json", " ", "One JSON document on stdout and nothing else.")
+    ] = False,
+) -> None:
+    """Show what a KV cache is and does, measured on the packaged model while you look.
+
+    Five panels on stdout, each with the command for more. Needs no network and well under a minute.
+    """
+    from quire.cli.options import TourOptions
+    from quire.cli.tour import main
+
+    raise typer.Exit(main(TourOptions.resolve("tour", context.params)))
+
+
 app.command("eval")(evaluate.command)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,7 +15,7 @@ from rich.table import Table
 
 from quire.cli.console import err, spinner, write
 from quire.cli.meter import Meter
-from quire.cli.options import NO_CACHE, RunOptions
+from quire.cli.options import NO_CACHE, Options, RunOptions
 from quire.cli.prepare import open_cache
 from quire.cli.prompts import Ask
 from quire.cli.report import grid, result, show, show_figures
@@ -21,7 +23,7 @@ from quire.cli.run import Outcome, generate
 from quire.engine.request import RequestOutput
 from quire.models.load import Loaded
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "cached_runs", "compare", "judge", "plain_runs", "step_seconds"]
 
 ROWS = 10
 """Rows of the table: steps are put together when there are more."""
@@ -70,17 +72,10 @@ def step_seconds(output: RequestOutput) -> list[float]:
 
 def compare(loaded: Loaded, ask: Ask, options: RunOptions) -> int:
     """Runs the command. Returns the exit code."""
-    runner = open_cache(loaded, options)
-    meter = Meter(runner)
-    _warm(loaded, runner, ask)
-    outcome = generate(loaded, meter, [ask], stream=not options.json)
-    runner.bridge.close()  # the baseline is the model with its own attention
-    baseline = open_cache(loaded, replace(options, kv=NO_CACHE))
-    _warm(loaded, baseline, ask)
-    same_draws = replace(ask, params=replace(ask.params, seed=outcome.outputs[0].seed))
+    runner, (outcome,) = cached_runs(loaded, [ask], options, stream=not options.json)
     with spinner("the same without a cache …", shown=not options.quiet):
-        plain = generate(loaded, baseline, [same_draws])
-    found = _judge(outcome.outputs[0], plain.outputs[0])
+        (plain,) = plain_runs(loaded, [ask], [outcome], options)
+    found = judge(outcome.outputs[0], plain.outputs[0])
     if options.json:
         document = result(loaded, runner, options, outcome) | {"compare": _document(found, plain)}
         write(json.dumps(document, ensure_ascii=False) + "\n")
@@ -93,13 +88,54 @@ def compare(loaded: Loaded, ask: Ask, options: RunOptions) -> int:
     return 0
 
 
+def cached_runs(
+    loaded: Loaded, asks: Sequence[Ask], options: Options, *, stream: bool = False
+) -> tuple[Any, list[Outcome]]:
+    """Runs requests with the cache, one after the other, each by itself.
+
+    Returns:
+        The runner, which has given the model back its own attention, and an outcome per request.
+    """
+    runner = open_cache(loaded, options)
+    try:
+        _warm(loaded, runner, asks[0])
+        return runner, [generate(loaded, Meter(runner), [a], stream=stream) for a in asks]
+    finally:
+        runner.bridge.close()
+
+
+def plain_runs(
+    loaded: Loaded,
+    asks: Sequence[Ask],
+    cached: Sequence[Outcome],
+    options: Options,
+    limit_s: float = math.inf,
+) -> list[Outcome]:
+    """The same requests without a cache, by the model's own attention, drawn with the seeds that `cached` used.
+
+    Args:
+        limit_s: none is begun after so many seconds, except the first.
+    """
+    baseline = open_cache(loaded, replace(options, kv=NO_CACHE))
+    _warm(loaded, baseline, asks[0])
+    began = time.monotonic()
+    outcomes: list[Outcome] = []
+    for ask, with_cache in zip(asks, cached, strict=True):
+        if outcomes and time.monotonic() - began > limit_s:
+            break
+        params = replace(ask.params, seed=with_cache.outputs[0].seed)
+        outcomes.append(generate(loaded, baseline, [replace(ask, params=params)]))
+    return outcomes
+
+
 def _warm(loaded: Loaded, runner: Any, ask: Ask) -> None:
     """Two tokens that nobody sees: what a first forward sets up is not a step's price."""
     few = replace(ask.params, max_tokens=2, min_tokens=0, stop=(), ignore_eos=True)
     generate(loaded, runner, [replace(ask, token_ids=ask.token_ids[:2], params=few)])
 
 
-def _judge(cached: RequestOutput, plain: RequestOutput) -> Comparison:
+def judge(cached: RequestOutput, plain: RequestOutput) -> Comparison:
+    """How far both went the same way."""
     same = 0
     for a, b in zip(cached.token_ids, plain.token_ids, strict=False):
         if a != b:

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -17,6 +17,7 @@ __all__ = [
     "INTERRUPTED",
     "ReaderGoneError",
     "err",
+    "out",
     "quiet_libraries",
     "quiet_transformers",
     "say",
@@ -45,6 +46,39 @@ class ReaderGoneError(Exception):
 def err() -> Console:
     """The console on stderr; made anew, so that it follows redirection and NO_COLOR."""
     return Console(stderr=True, highlight=False)
+
+
+def out(widest: int = 120) -> Console:
+    """A console on stdout for what is laid out. Into a file it is 80 columns wide, or what COLUMNS says."""
+    stdout = cast("IO[str]", _Stdout())
+    wanted = os.environ.get("COLUMNS", "")
+    width = int(wanted) if wanted.isdigit() else 0
+    if not width:
+        width = Console(file=stdout).width if stdout.isatty() else 80
+    return Console(file=stdout, highlight=False, width=min(width, widest), height=25)
+
+
+class _Stdout:
+    """`write` as a file, so that a reader that leaves is treated alike everywhere."""
+
+    def __init__(self) -> None:
+        self.encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+
+    def write(self, text: str) -> int:
+        """All of it, at once."""
+        write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def isatty(self) -> bool:
+        """Whether somebody looks on."""
+        return sys.stdout.isatty()
+
+    def fileno(self) -> int:
+        """Of the real stream."""
+        return sys.stdout.fileno()
 
 
 def say(message: str, style: str = "") -> None:

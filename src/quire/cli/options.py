@@ -22,7 +22,7 @@ from quire.engine.params import SamplingParams
 from quire.errors import ConfigError, RequestError
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
-__all__ = ["ChatOptions", "Options", "RunOptions", "flag"]
+__all__ = ["ChatOptions", "Options", "RunOptions", "TourOptions", "flag"]
 
 NO_CACHE = "none"
 """--kv none: nothing is kept, everything is computed at every step."""
@@ -182,6 +182,14 @@ class ChatOptions(Options):
             raise ConfigError(
                 "--session keeps a conversation's cache and --kv none has none; drop one of them"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TourOptions(Options):
+    """What `quire tour` shows: `panels` by number, all of them when none is named."""
+
+    panels: tuple[int, ...] = ()
+    json: bool = False
 
 
 # -- the file ----------------------------------------------------------------------------------------------------

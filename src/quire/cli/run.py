@@ -75,7 +75,7 @@ def main(arguments: Sequence[str], options: RunOptions) -> int:
         from quire.cli.trace import Trace
 
         lengths = [len(a.token_ids) for a in asks]
-        trace = Trace(runner, loaded.tokenizer, lengths, shown=not options.json)
+        trace = Trace(runner, loaded.tokenizer, lengths, None if options.json else err())
     meter = Meter(runner, trace.add if trace else None)
     streams = len(asks) == 1 and not options.json and trace is None
     outcome = generate(loaded, meter, asks, stream=streams, bar=len(asks) > 1 and not options.quiet)

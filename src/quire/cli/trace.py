@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from quire.cli.console import err
 from quire.cli.meter import StepItem
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Trace", "spans_text"]
 
@@ -17,7 +19,7 @@ _COLUMNS = (
     ("step", 4, ">"),
     ("seq", 3, ">"),
     ("phase", 7, "<"),
-    ("input", 16, "<"),
+    ("input", 15, "<"),
     ("computed", 9, ">"),
     ("cached", 15, ">"),
     ("read", 7, ">"),
@@ -32,29 +34,28 @@ class Trace:
         runner: for its groups; without a cache every step computes [0, stop).
         tokenizer: None: inputs are shown as ids.
         prompt_tokens: of each sequence, in order.
-        shown: print lines on stderr.
+        console: where lines are printed as they come; None: nowhere.
     """
 
     def __init__(
-        self, runner: Any, tokenizer: Any, prompt_tokens: Sequence[int], *, shown: bool
+        self, runner: Any, tokenizer: Any, prompt_tokens: Sequence[int], console: Console | None
     ) -> None:
         bridge = getattr(runner, "bridge", None)
         self.groups = () if bridge is None else bridge.layout.spec.groups
         self.cached = bridge is not None
         self.tokenizer = tokenizer
         self.prompt_tokens = prompt_tokens
-        self.shown = shown
         self.rows: list[dict[str, Any]] = []
         self.steps = 0
-        self._console = err()
-        wider = max(0, self._console.width - 80) // 2
+        self._console = console
+        wider = 0 if console is None else max(0, console.width - 80) // 2
         self._columns = [
             (name, width + wider * (name == "input"), side)
             for name, width, side in _COLUMNS
             if name != "seq" or len(prompt_tokens) > 1
         ]
-        if shown:
-            self._head()
+        if console is not None:
+            self._head(console)
 
     def add(self, items: Sequence[StepItem], seconds: float) -> None:
         """A step has been computed."""
@@ -75,11 +76,10 @@ class Trace:
                 "seconds": seconds,
             }
             self.rows.append(row)
-            if self.shown:
-                self._line(row, first=i == 0)
+            if self._console is not None:
+                self._line(self._console, row, first=i == 0)
 
-    def _head(self) -> None:
-        out = self._console
+    def _head(self, out: Console) -> None:
         if not self.cached:
             out.print("no cache: every step computes the whole sequence", style="dim")
         for g in self.groups:
@@ -89,15 +89,14 @@ class Trace:
             out.print(
                 Text(
                     f"group {g.name}: {g.codec}, {span}, layers {layers}, {heads} KV heads, "
-                    f"{g.block_tokens} tokens in a block of {g.block_bytes:,} B",
+                    f"{g.block_tokens}-token blocks, {g.block_bytes:,} B",
                     style="dim",
                 ),
-                soft_wrap=True,
             )
         head = " ".join(f"{name:{side}{width}}" for name, width, side in self._columns)
         out.print(Text(f"{head}  blocks", style="cyan"), soft_wrap=True)
 
-    def _line(self, row: dict[str, Any], *, first: bool) -> None:
+    def _line(self, out: Console, row: dict[str, Any], *, first: bool) -> None:
         a, b = row["computed"]
         before, after = (self._spans(row[f"cached_{x}"]) for x in ("before", "after"))
         cells = {
@@ -116,11 +115,11 @@ class Trace:
             line.append(_cell(cells[name], width, side), style if name == "phase" else "")
             line.append(" ")
         blocks = self._blocks(row["blocks"])
-        if cell_len(line.plain) + 1 + len(blocks) <= self._console.width:
+        if cell_len(line.plain) + 1 + len(blocks) <= out.width:
             line.append(f" {blocks}")
         elif blocks:
             line.append(f"\n{'':12} blocks {blocks}")
-        self._console.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
     def _input(self, ids: Sequence[int]) -> str:
         if self.tokenizer is None:
