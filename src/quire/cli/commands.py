@@ -10,6 +10,7 @@ import typer
 
 from quire import __version__
 from quire.cli import evaluate
+from quire.cli.console import interruptible
 from quire.codecs.recipe import available
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
@@ -209,7 +210,7 @@ def run(
     from quire.cli.run import main
 
     options = RunOptions.resolve("run", context.params)
-    raise typer.Exit(main(prompt or [], options))
+    raise typer.Exit(interruptible(lambda: main(prompt or [], options)))
 
 
 @app.command()
@@ -295,7 +296,8 @@ def tour(
     from quire.cli.options import TourOptions
     from quire.cli.tour import main
 
-    raise typer.Exit(main(TourOptions.resolve("tour", context.params)))
+    options = TourOptions.resolve("tour", context.params)
+    raise typer.Exit(interruptible(lambda: main(options)))
 
 
 app.command("eval")(evaluate.command)

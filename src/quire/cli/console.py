@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
@@ -17,6 +17,7 @@ __all__ = [
     "INTERRUPTED",
     "ReaderGoneError",
     "err",
+    "interruptible",
     "out",
     "quiet_libraries",
     "quiet_transformers",
@@ -99,6 +100,15 @@ def write(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError as e:
         raise ReaderGoneError from e
+
+
+def interruptible(work: Callable[[], int]) -> int:
+    """Does a command's work; Ctrl-C ends it with one line, said once no moving line can wipe it away."""
+    try:
+        return work()
+    except KeyboardInterrupt as e:
+        say(" ".join(["interrupted", *map(str, e.args)]), "yellow")
+        return INTERRUPTED
 
 
 @contextmanager

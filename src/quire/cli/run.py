@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
-import typer
-
-from quire.cli.console import INTERRUPTED, err, say, write
+from quire.cli.console import err, say, write
 from quire.cli.meter import Books, Meter
 from quire.cli.options import RunOptions
 from quire.cli.prepare import load, look, open_cache, vocabulary
@@ -114,7 +112,7 @@ def generate(
 
     Raises:
         QuireError: the only prompt was refused, or failed.
-        KeyboardInterrupt: what was written stays.
+        KeyboardInterrupt: what was written stays; its argument says how much that was.
     """
     from quire.engine import Engine
 
@@ -143,8 +141,7 @@ def generate(
     except KeyboardInterrupt:
         if stream:
             write("" if last == "\n" else "\n")
-        say(f"interrupted after {engine.core.output_tokens} tokens", "yellow")
-        raise typer.Exit(INTERRUPTED) from None
+        raise KeyboardInterrupt(f"after {engine.core.output_tokens} tokens") from None
     outcome.seconds = time.monotonic() - began
     if stream:
         write("" if last == "\n" and engine.core.output_tokens else "\n")

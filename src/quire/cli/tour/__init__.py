@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from quire.cli.console import INTERRUPTED, say, write
+from quire.cli.console import write
 from quire.cli.options import TourOptions
 from quire.cli.prepare import load, look, vocabulary
 from quire.cli.tour import formula, growth, memory, steps, techniques
@@ -46,15 +46,8 @@ def main(options: TourOptions, pace: Pace | None = None) -> int:
     if wrong:
         known = ", ".join(f"{i} {name}" for i, name in enumerate(PANELS, 1))
         raise ConfigError(f"there is no panel {wrong[0]}; known: {known}")
-    try:
-        return _tour(options, pace or PACE)
-    except KeyboardInterrupt:
-        say("interrupted", "yellow")
-        return INTERRUPTED
-
-
-def _tour(options: TourOptions, pace: Pace) -> int:
     began = time.monotonic()
+    pace = pace or PACE
     if options.model is None and options.dtype is None:
         # so that the two ways of panel 2 round alike: in bfloat16 a near tie may fall either way
         options = replace(options, dtype="float32")

@@ -78,11 +78,18 @@ class Page:
     def more(self, command: str) -> None:
         """The command that shows more. Where it is broken, a backslash lets it be pasted as it is."""
         label = "more: "
-        lines = [""]
+        parts: list[str] = []
         for word in map(shlex.quote, shlex.split(command)):
-            if lines[-1] and len(label) + len(lines[-1]) + 1 + len(word) + 2 > self.width:
+            valued = parts and parts[-1].startswith("--") and " " not in parts[-1]
+            if valued and not word.startswith("--"):
+                parts[-1] += f" {word}"  # a flag keeps its value
+            else:
+                parts.append(word)
+        lines = [""]
+        for part in parts:
+            if lines[-1] and len(label) + len(lines[-1]) + 1 + len(part) + 2 > self.width:
                 lines.append("")
-            lines[-1] += f" {word}" if lines[-1] else word
+            lines[-1] += f" {part}" if lines[-1] else part
         for i, line in enumerate(lines):
             end = " \\" if i < len(lines) - 1 else ""
             self.line(
