@@ -273,8 +273,10 @@ def _lay_out(groups: tuple[CacheGroup, ...], layer: int, k: str, v: str) -> _Til
         heads[list(group.heads(layer))] = np.arange(len(group.heads(layer)))
         form.first = group.tile_index(layer) * group.tile_bytes if layer in group.layers else 0
         form.tile_bytes = group.tile_bytes
-        form.k, form.v = group.field_offsets[k], group.field_offsets[v]
-        form.heads, form.codec = heads.ctypes.data, native.ROWS[fields[k].dtype]
+        for part, name in ((form.k, k), (form.v, v)):
+            part.codes, part.scale, part.min = group.field_offsets[name], -1, -1
+            part.kind = native.ROWS[fields[name].dtype]
+        form.heads = heads.ctypes.data
         form.block_tokens = group.block_tokens
         tiles.alive.append(heads)
     return tiles if d in native.HEAD_DIMS else None

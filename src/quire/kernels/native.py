@@ -19,10 +19,14 @@ from quire.kernels.build import LIBRARY
 
 log = logging.getLogger("quire")
 
-ABI = 1
+ABI = 2
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-ROWS = {"float32": 0, "bfloat16": 1, "float16": 2}
-"""Codecs that store plain rows, by the dtype of their elements."""
+ROWS = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
+"""Kinds of fields that are rows, by the dtype of their elements."""
+TILES = {8: 5, 4: 6, 2: 7}
+"""Kinds of fields that are packed integers, by their bits."""
+SCALED = {"": 0, "token": 1, "channel": 2, "tile": 3}
+"""What shares a scale."""
 HEAD_DIMS = range(16, 257, 16)
 """Head dimensions that the attention kernel serves."""
 
@@ -32,14 +36,26 @@ SEGMENT = np.dtype(
 """One stretch of slots that a query reads; `table` is the address of its blocks' places."""
 
 
+class FieldLayout(Structure):
+    """How the keys or the values of a tile lie."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("codes", "scale", "min")),
+        *((name, c_int32) for name in ("kind", "scaled", "group", "turned")),
+    )
+
+
 class Form(Structure):
     """How a codec lays out the tiles of one group and layer, and which KV heads they hold."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("first", "tile_bytes", "k", "v")),
+        ("first", c_int64),
+        ("tile_bytes", c_int64),
         ("heads", c_void_p),
-        ("codec", c_int32),
+        ("k", FieldLayout),
+        ("v", FieldLayout),
         ("block_tokens", c_int32),
+        ("unused", c_int32),
     )
 
 

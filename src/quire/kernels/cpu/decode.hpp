@@ -7,13 +7,12 @@
 #include <cmath>
 #include <vector>
 
-#include "quire_cpu.h"
 #include "rows.hpp"
+#include "tiles.hpp"
 
 namespace quire {
 
 constexpr int PIECE = 512;
-constexpr int MAX_DIM = 256;
 constexpr float LOG2E = 1.4426950408889634f;
 
 struct Piece {
@@ -29,92 +28,111 @@ struct State {
 template <int G>
 QUIRE_INLINE void soften(float* S, int n, float softcap) {
     const float peak = softcap * LOG2E;
-    for (int i = 0; i < n * G; i += LANES) store(S + i, tanh_of(load(S + i)) * peak);
+    for (int g = 0; g < G; g++)
+        for (int t = 0; t < n; t += LANES) store(S + g * CHUNK + t, tanh_of(load(S + g * CHUNK + t)) * peak);
 }
 
-// Scores become weights; top, total and out are brought to the new maximum.
+// Scores of slots [skip, n) become weights, those of others zero; top, total and out are brought to the new maximum.
 template <int G>
-QUIRE_INLINE void weigh(float* S, int n, int d, State s) {
-    for (int i = n * G; i % LANES; i++) S[i] = -INFINITY;
-    alignas(64) float lanes[LANES];
-    Floats high = load(S);
-    for (int i = LANES; i < n * G; i += LANES) {
-        const Floats x = load(S + i);
-        high = (Floats)(x > high ? x : high);
-    }
-    store(lanes, high);
-    float top[G], alpha[G];
-    bool moved = false;
+QUIRE_INLINE void weigh(float* S, int skip, int n, int whole, int d, State s) {
     for (int g = 0; g < G; g++) {
-        top[g] = s.top[g];
-        for (int i = g; i < LANES; i += G) top[g] = lanes[i] > top[g] ? lanes[i] : top[g];
-        moved |= top[g] != s.top[g];
-        alpha[g] = std::exp2(s.top[g] - top[g]);
+        float* row = S + g * CHUNK;
+        for (int t = 0; t < skip; t++) row[t] = -INFINITY;
+        for (int t = n; t < whole; t++) row[t] = -INFINITY;
+        Floats high = load(row);
+        for (int t = LANES; t < whole; t += LANES) {
+            const Floats x = load(row + t);
+            high = (Floats)(x > high ? x : high);
+        }
+        const float here = greatest(high), top = here > s.top[g] ? here : s.top[g];
+        const Floats base = all(top);
+        Floats sum = {};
+        for (int t = 0; t < whole; t += LANES) {
+            const Floats p = exp2_of(load(row + t) - base);
+            store(row + t, p);
+            sum += p;
+        }
+        const float total = added(sum);
+        if (top != s.top[g]) {
+            const float alpha = std::exp2(s.top[g] - top);
+            s.total[g] *= alpha;
+            for (int j = 0; j < d; j += LANES) store(s.out + g * d + j, load(s.out + g * d + j) * alpha);
+            s.top[g] = top;
+        }
+        s.total[g] += total;
     }
-    for (int i = 0; i < LANES; i++) lanes[i] = top[i % G];
-    const Floats base = load(lanes);
-    Floats sum = {};
-    for (int i = 0; i < n * G; i += LANES) {
-        const Floats p = exp2_of(load(S + i) - base);
-        store(S + i, p);
-        sum += p;
-    }
-    store(lanes, sum);
-    for (int g = 0; g < G; g++) {
-        float total = s.total[g] * alpha[g];
-        for (int i = g; i < LANES; i += G) total += lanes[i];
-        s.total[g] = total;
-        s.top[g] = top[g];
-    }
-    if (moved)
-        for (int g = 0; g < G; g++)
-            for (int j = 0; j < d; j += LANES) store(s.out + g * d + j, load(s.out + g * d + j) * alpha[g]);
 }
 
-template <class T, int G>
-void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, const float* q, float softcap, State s) {
-    typedef Rows<T> Tiles;
-    alignas(64) float S[CHUNK * G + LANES];
-    typename Tiles::Chunk chunks[2];
-    const uint8_t* keys = base + f.k;
-    const int64_t to_values = f.v - f.k;
+template <int G>
+QUIRE_INLINE void score_step(const quire_form& f, const Chunk& c, int at, int d, Query& q, float* S) {
+    switch (f.k.kind) {
+        case QUIRE_ROWS_F32: return score_rows<F32, G>(f.k, c, at, d, q.q, S);
+        case QUIRE_ROWS_BF16: return score_rows<BF16, G>(f.k, c, at, d, q.q, S);
+        case QUIRE_ROWS_F16: return score_rows<F16, G>(f.k, c, at, d, q.q, S);
+        case QUIRE_ROWS_E4M3: return score_rows<E4M3, G>(f.k, c, at, d, q.q, S);
+        case QUIRE_ROWS_E5M2: return score_rows<E5M2, G>(f.k, c, at, d, q.q, S);
+        case QUIRE_TILES_8: return score_tiles<8, G>(f.k, c, at, d, f.block_tokens, q, S);
+        case QUIRE_TILES_4: return score_tiles<4, G>(f.k, c, at, d, f.block_tokens, q, S);
+        case QUIRE_TILES_2: return score_tiles<2, G>(f.k, c, at, d, f.block_tokens, q, S);
+    }
+}
+
+template <int G>
+QUIRE_INLINE void add_values(const quire_form& f, const Chunk& c, int d, float* S, float* acc, const Ahead& next) {
+    switch (f.v.kind) {
+        case QUIRE_ROWS_F32: return add_rows<F32, G>(f.v, c, d, S, acc, next);
+        case QUIRE_ROWS_BF16: return add_rows<BF16, G>(f.v, c, d, S, acc, next);
+        case QUIRE_ROWS_F16: return add_rows<F16, G>(f.v, c, d, S, acc, next);
+        case QUIRE_ROWS_E4M3: return add_rows<E4M3, G>(f.v, c, d, S, acc, next);
+        case QUIRE_ROWS_E5M2: return add_rows<E5M2, G>(f.v, c, d, S, acc, next);
+        case QUIRE_TILES_8: return add_tiles<8, G>(f.v, c, d, f.block_tokens, S, acc, next);
+        case QUIRE_TILES_4: return add_tiles<4, G>(f.v, c, d, f.block_tokens, S, acc, next);
+        case QUIRE_TILES_2: return add_tiles<2, G>(f.v, c, d, f.block_tokens, S, acc, next);
+    }
+}
+
+// One piece for G query heads. While scores are computed their values are fetched, while values are added the next keys.
+template <int G>
+void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Query& q, float softcap, State s) {
+    alignas(64) float S[G * CHUNK];
+    Chunk chunks[2];
     const int64_t* table = piece.segment->table;
-    int at = 0, n = std::min(CHUNK, piece.hi - piece.lo);
-    Tiles::locate(chunks[0], keys, table, f.block_tokens, d, piece.lo, n);
-    for (int lo = piece.lo; lo < piece.hi; lo += CHUNK) {
-        const int ahead = std::min(CHUNK, std::max(0, piece.hi - lo - CHUNK));
-        typename Tiles::Chunk &now = chunks[at], &next = chunks[at ^ 1];
-        if (ahead)
-            Tiles::locate(next, keys, table, f.block_tokens, d, lo + CHUNK, ahead);
-        for (int i = ahead; i < n; i++) next.row[i] = now.row[i];
-        Tiles::template scores<G>(now, n, d, q, S, to_values, lo == piece.lo);
-        if (softcap > 0) soften<G>(S, n, softcap);
-        weigh<G>(S, n, d, s);
-        Tiles::template values<G>(now, next, n, d, S, s.out, to_values);
-        at ^= 1;
-        n = ahead;
+    const bool packed = f.k.kind >= QUIRE_TILES_8 || f.v.kind >= QUIRE_TILES_8;
+    int lo = packed ? piece.lo / STEP * STEP : piece.lo, at = 0;
+    if (f.k.turned)
+        for (int g = 0; g < G; g++) turn(q.q + g * d, d, f.k.turned);
+    if (f.k.kind >= QUIRE_TILES_8) prepare_tiles<G>(f.k, d, q);
+    chunks[0].locate(base, table, f.block_tokens, lo, std::min(CHUNK, piece.hi - lo));
+    bool cold = true;  // nothing has fetched the first chunk's keys
+    for (; lo < piece.hi; lo += CHUNK, at ^= 1) {
+        Chunk &now = chunks[at], &next = chunks[at ^ 1];
+        const int steps = now.steps();
+        next.n = 0;
+        if (lo + CHUNK < piece.hi)
+            next.locate(base, table, f.block_tokens, lo + CHUNK, std::min(CHUNK, piece.hi - lo - CHUNK));
+        for (int i = 0; i < steps; i++) {
+            fetch_step(f.v, now, i, d);
+            if (cold && i + 1 < steps) fetch_step(f.k, now, i + 1, d);
+            score_step<G>(f, now, i, d, q, S);
+        }
+        if (softcap > 0) soften<G>(S, steps * STEP, softcap);
+        weigh<G>(S, std::max(0, piece.lo - lo), now.n, steps * STEP, d, s);
+        cold = false;
+        add_values<G>(f, now, d, S, s.out, Ahead{f.k, next, d});
     }
+    if (f.v.turned)
+        for (int g = 0; g < G; g++) turn(s.out + g * d, d, f.v.turned);
 }
 
-typedef void (*Fold)(const quire_form&, const uint8_t*, const Piece&, int, const float*, float, State);
+typedef void (*Fold)(const quire_form&, const uint8_t*, const Piece&, int, Query&, float, State);
 
-template <int G>
-Fold fold_of(int codec) {
-    switch (codec) {
-        case QUIRE_ROWS_F32: return fold<F32, G>;
-        case QUIRE_ROWS_BF16: return fold<BF16, G>;
-        case QUIRE_ROWS_F16: return fold<F16, G>;
-    }
-    return nullptr;
-}
-
-inline Fold fold_of(int codec, int heads) {
+inline Fold fold_of(int heads) {
     switch (heads) {
-        case 1: return fold_of<1>(codec);
-        case 2: return fold_of<2>(codec);
-        case 4: return fold_of<4>(codec);
+        case 1: return fold<1>;
+        case 2: return fold<2>;
+        case 4: return fold<4>;
         case 8:
-            if constexpr (MAX_HEADS == 8) return fold_of<8>(codec);
+            if constexpr (MAX_HEADS == 8) return fold<8>;
     }
     return nullptr;
 }
@@ -155,7 +173,7 @@ inline void write_result(const quire_decode_args& a, int64_t at, float factor, c
 
 // One piece for one KV head: all its query heads. `room` is top [n], total [n], out [n][d] for n = heads * parts.
 inline void run_piece(const quire_decode_args& a, const Grouping& by, const Piece& piece, int head, float* room) {
-    alignas(64) float q[MAX_HEADS * MAX_DIM];
+    Query query;
     const quire_form& f = a.forms[piece.segment->form];
     const int n = by.heads * by.parts, d = a.d;
     float *top = room, *total = room + n, *out = room + 2 * n;
@@ -164,13 +182,14 @@ inline void run_piece(const quire_decode_args& a, const Grouping& by, const Piec
     if (f.heads[head] < 0) return;
     const uint8_t* base = a.arena + f.first + f.heads[head] * f.tile_bytes;
     const float factor = a.softcap > 0 ? a.scale / a.softcap : a.scale * LOG2E;
-    const Fold fold = fold_of(f.codec, by.heads);
+    const Fold fold = fold_of(by.heads);
     for (int part = 0; part < by.parts; part++) {
         const int first = part * by.heads, have = std::min(by.heads, a.share - first);
-        std::fill(q, q + by.heads * d, 0.0f);
+        std::fill(query.q, query.q + by.heads * d, 0.0f);
         for (int g = 0; g < have; g++)
-            read_query(a, piece.segment->query * a.q_row + (head * a.share + first + g) * a.q_head, factor, q + g * d);
-        fold(f, base, piece, d, q, a.softcap, State{top + first, total + first, out + first * d});
+            read_query(a, piece.segment->query * a.q_row + (head * a.share + first + g) * a.q_head, factor,
+                       query.q + g * d);
+        fold(f, base, piece, d, query, a.softcap, State{top + first, total + first, out + first * d});
     }
 }
 
@@ -245,46 +264,6 @@ inline int decode(const quire_decode_args& a) {
         }
     }
     return 0;
-}
-
-// ---- writing plain rows ----------------------------------------------------------------------------------------------
-
-template <class From, class To>
-void write_field(const quire_write_args& a, int field) {
-    const int width = a.width[field];
-    const typename From::Element* source = (const typename From::Element*)a.source[field];
-    for (int t = 0; t < a.n_tokens; t++) {
-        const int64_t token = a.tokens ? a.tokens[t] : t;
-        uint8_t* block = a.arena + a.units[t] * 64 + a.offset[field] + (int64_t)a.rows[t] * width * sizeof(typename To::Element);
-        for (int h = 0; h < a.n_heads; h++) {
-            const typename From::Element* from = source + token * a.source_row[field] + a.heads[h] * a.source_head[field];
-            typename To::Element* to = (typename To::Element*)(block + h * a.tile_bytes);
-            if constexpr (std::is_same_v<From, To>)
-                memcpy(to, from, width * sizeof(*to));
-            else
-                for (int j = 0; j < width; j++) to[j] = To::narrow(From::one(from[j]));
-        }
-    }
-}
-
-template <class From>
-int write_from(const quire_write_args& a) {
-    for (int field = 0; field < 2; field++) switch (a.dtype) {
-            case QUIRE_F32: write_field<From, F32>(a, field); break;
-            case QUIRE_BF16: write_field<From, BF16>(a, field); break;
-            case QUIRE_F16: write_field<From, F16>(a, field); break;
-            default: return -1;
-        }
-    return 0;
-}
-
-inline int write(const quire_write_args& a) {
-    switch (a.source_dtype) {
-        case QUIRE_F32: return write_from<F32>(a);
-        case QUIRE_BF16: return write_from<BF16>(a);
-        case QUIRE_F16: return write_from<F16>(a);
-    }
-    return -1;
 }
 
 }  // namespace quire

@@ -1,7 +1,7 @@
 // What the library exports: checks, and the choice of the instruction-set level, made once.
 #include "quire_cpu.h"
 
-#define QUIRE_ABI 1
+#define QUIRE_ABI 2
 
 #define LEVEL(name)                                         \
     extern "C" int quire_decode_##name(const quire_decode_args*); \

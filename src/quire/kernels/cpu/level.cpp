@@ -1,6 +1,7 @@
 // One instruction-set level: compiled several times, with -DQUIRE_LEVEL and the level's -march.
 #define quire QUIRE_LEVEL  // each level's templates are its own: the linker must not mix them
 #include "decode.hpp"
+#include "write.hpp"
 #undef quire
 
 #define QUIRE_JOIN(a, b) a##b

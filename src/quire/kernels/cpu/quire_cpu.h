@@ -15,16 +15,40 @@ extern "C" {
 
 enum quire_dtype : int32_t { QUIRE_F32 = 0, QUIRE_BF16 = 1, QUIRE_F16 = 2 };
 
-// Codecs of a form. The plain ones are rows [t][d] of a dtype.
-enum quire_codec : int32_t { QUIRE_ROWS_F32 = 0, QUIRE_ROWS_BF16 = 1, QUIRE_ROWS_F16 = 2 };
+// How the elements of a field lie. Rows are [t][d]; tiles are packed small integers, sixteen tokens at a time
+// (ops/pack.py): keys [t / 16][d / 4p][16 t][4], values [t / 4p][d][4], p of them in a byte.
+enum quire_kind : int32_t {
+    QUIRE_ROWS_F32 = 0,
+    QUIRE_ROWS_BF16 = 1,
+    QUIRE_ROWS_F16 = 2,
+    QUIRE_ROWS_E4M3 = 3,
+    QUIRE_ROWS_E5M2 = 4,
+    QUIRE_TILES_8 = 5,
+    QUIRE_TILES_4 = 6,
+    QUIRE_TILES_2 = 7,
+};
+
+// What a scale (and a minimum) in float16 is for: value = code * scale + min; without a minimum (code - 128) * scale.
+enum quire_scaled : int32_t {
+    QUIRE_UNSCALED = 0,
+    QUIRE_BY_TOKEN = 1,    // [d / group][t]: `group` channels of a token
+    QUIRE_BY_CHANNEL = 2,  // [t / group][d]: a channel of `group` tokens
+    QUIRE_BY_TILE = 3,     // [1]
+};
+
+struct quire_field {
+    int64_t codes, scale, min;  // bytes from the tile's begin; min -1: none
+    int32_t kind, scaled, group;
+    int32_t turned;  // stored in the basis of a Hadamard rotation over so many channels; 0: in the model's
+};
 
 struct quire_form {
     int64_t first;         // bytes from a block's begin to the layer's first tile
     int64_t tile_bytes;    // from one head's tile to the next
-    int64_t k, v;          // bytes from the tile's begin to its keys and values
     const int32_t* heads;  // [kv_heads]: which tile of the layer is the head's, -1 where the form does not hold it
-    int32_t codec;
+    quire_field k, v;
     int32_t block_tokens;
+    int32_t unused;
 };
 
 struct quire_segment {

@@ -27,6 +27,8 @@ typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef float FloatsAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t HalvesAt __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
+typedef uint8_t BytesAt __attribute__((vector_size(LANES), aligned(1), may_alias));
+
 QUIRE_INLINE Floats all(float x) { return Floats{} + x; }
 QUIRE_INLINE Floats load(const float* p) { return *(const FloatsAt*)p; }
 QUIRE_INLINE void store(float* p, Floats v) { *(FloatsAt*)p = v; }
@@ -101,6 +103,25 @@ struct F16 {
     }
 };
 
+// 8-bit floats are shifted into place; NaN stays NaN.
+struct E4M3 {
+    typedef uint8_t Element;
+    static QUIRE_INLINE Floats read(const uint8_t* p) {
+        const Words x = __builtin_convertvector(*(const BytesAt*)p, Words);
+        const Floats v = (Floats)(((x & 0x80) << 24) | ((x & 0x7f) << 20)) * as_float(0x7b800000u);  // times 2^120
+        return (Floats)((x & 0x7f) == 0x7f ? (Words)all(as_float(0x7fc00000u)) : (Words)v);
+    }
+};
+
+struct E5M2 {
+    typedef uint8_t Element;
+    static QUIRE_INLINE Floats read(const uint8_t* p) {
+        const Words x = __builtin_convertvector(*(const BytesAt*)p, Words);
+        const Floats v = (Floats)(((x & 0x80) << 24) | ((x & 0x7f) << 21)) * as_float(0x77800000u);  // times 2^112
+        return (Floats)((x & 0x7c) == 0x7c ? (Words)v | 0x7f800000u : (Words)v);
+    }
+};
+
 // ---- sums of whole vectors, many at once -----------------------------------------------------------------------------
 
 // Sums the two halves of every group of 2h lanes of a and of b: a's results in the lower h lanes, b's in the upper.
@@ -122,6 +143,29 @@ QUIRE_INLINE Floats sums_from(Floats* v) {  // v holds 2H vectors; destroyed
 
 // Lane i of the result is the sum over the lanes of v[i].
 QUIRE_INLINE Floats sums(Floats* v) { return sums_from<LANES / 2>(v); }
+
+// Over the lanes of one vector.
+template <int H, int... I>
+QUIRE_INLINE Floats turned(Floats v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, ((I + H) % LANES)...);
+}
+template <int H = LANES / 2>
+QUIRE_INLINE float added(Floats v) {
+    v += turned<H>(v, std::make_integer_sequence<int, LANES>{});
+    if constexpr (H > 1)
+        return added<H / 2>(v);
+    else
+        return v[0];
+}
+template <int H = LANES / 2>
+QUIRE_INLINE float greatest(Floats v) {
+    const Floats other = turned<H>(v, std::make_integer_sequence<int, LANES>{});
+    v = (Floats)(other > v ? other : v);
+    if constexpr (H > 1)
+        return greatest<H / 2>(v);
+    else
+        return v[0];
+}
 
 // ---- functions -------------------------------------------------------------------------------------------------------
 
