@@ -104,6 +104,16 @@ def test_rope_regimes_do_not_mix(name: str) -> None:
     assert engine_texts(runner_for(zoo.build(name)), texts, 20, budget=64) == want
 
 
+def test_the_baseline_forgets_how_long_others_were() -> None:
+    """Dynamic NTK keeps the longest forward in the module; without a cache each text is a function of itself, too."""
+    texts = list(zoo.prompts(lengths=(40, 18)))
+    alone = [
+        engine_texts(open_runner(zoo.build("llama_dynamic"), kv="none"), [t], 8) for t in texts
+    ]
+    baseline = open_runner(zoo.build("llama_dynamic"), kv="none")
+    assert [engine_texts(baseline, [t], 8) for t in texts] == alone
+
+
 def test_a_rope_turn_without_room_preempts_and_nobody_is_lost() -> None:
     """Forked samples share their prompt until its RoPE turns; then each wants all of its own, more than there is."""
     params = SamplingParams(max_tokens=12, n=4, temperature=1.0, seed=3, ignore_eos=True)

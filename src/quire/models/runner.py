@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -247,7 +248,9 @@ class NoCacheRunner:
         self.device = torch.device(model.device)
         config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(config.vocab_size)
-        self.max_context_tokens = context_tokens(config, Regimes(model).stretch)
+        self._regimes = Regimes(model)
+        self.max_context_tokens = context_tokens(config, self._regimes.stretch)
+        self._trims = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def open(self) -> NoCacheTable:
         return NoCacheTable()
@@ -267,7 +270,9 @@ class NoCacheRunner:
         self.adapters.use(adapter)
         out = []
         for item in items:
+            self._regimes.reset()
             ids = torch.tensor([list(item.tokens[: item.stop])], device=self.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+            few = {"logits_to_keep": item.logits} if self._trims and item.logits else {}
+            logits = self.model(input_ids=ids, use_cache=False, **few).logits[0]
             out.append(logits[len(logits) - item.logits :].float())
         return torch.cat(out) if out else torch.empty(0, self.vocab_size)
