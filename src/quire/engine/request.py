@@ -149,6 +149,14 @@ class Sample:
         """Tokens sampled so far."""
         return len(self.tokens) - self.prompt_tokens
 
+    @property
+    def unscored(self) -> int:
+        """First prompt position whose log-probability is still wanted; 0: none."""
+        scores = self.request.prompt_logprobs
+        if scores is None or self.index or len(scores) >= self.prompt_tokens:
+            return 0
+        return len(scores)
+
 
 @dataclass(slots=True, eq=False)
 class Request:

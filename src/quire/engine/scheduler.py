@@ -250,7 +250,7 @@ class Scheduler:
         if not self.room.chunked_prefill:
             return 0 if plan.prefills else end - start
         stop = min(end, start + plan.budget)
-        if _unscored(sample):
+        if sample.unscored:
             stop = min(stop, start + self.config.logits_tokens)
         if self.cut is not None:
             stop = self.cut(start, stop, sample.prompt_tokens)
@@ -375,7 +375,7 @@ class Scheduler:
         stop = start + n_tokens
         end = len(sample.tokens)
         logits = 1 if stop == end else 0
-        first = _unscored(sample)
+        first = sample.unscored
         if first:
             first = max(start, first - 1)
             if first < min(stop, sample.prompt_tokens - 1):
@@ -443,11 +443,3 @@ class Scheduler:
         if len(self._waiting) > 2 * self._n_waiting + 64:
             self._waiting = [entry for entry in self._waiting if entry[1].state is State.WAITING]
             heapify(self._waiting)
-
-
-def _unscored(sample: Sample) -> int:
-    """First prompt position whose log-probability is still wanted; 0: none."""
-    scores = sample.request.prompt_logprobs
-    if scores is None or sample.index or len(scores) >= sample.prompt_tokens:
-        return 0
-    return len(scores)
