@@ -126,6 +126,27 @@ def test_an_interrupt_leaves_nothing_behind() -> None:
     assert not engine.has_work
 
 
+def test_an_interrupt_while_a_request_is_admitted_leaves_nothing_behind() -> None:
+    class Interrupted(FakeRunner):
+        def open(self) -> Any:
+            table = super().open()
+            append = table.append
+
+            def interrupted(n_tokens: int, **options: Any) -> None:
+                append(n_tokens, **options)
+                raise KeyboardInterrupt
+
+            table.append = interrupted  # type: ignore[method-assign]
+            return table
+
+    runner = Interrupted()
+    engine = Engine(runner)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[1, 2]], GREEDY)
+    assert (runner.pool.opened, runner.pool.refs) == (0, {})
+    assert not engine.has_work
+
+
 def test_generate_interrupted_between_steps_cancels_what_it_began(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

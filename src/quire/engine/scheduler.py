@@ -297,17 +297,20 @@ class Scheduler:
             return False
         while True:
             table = self.room.open()
-            sample.computed = table.length
-            self._restart(sample, table)
-            wanted, least = self._chunk(sample, plan), self._least(sample)
-            n_tokens = wanted
-            while n_tokens:
-                if self._take(table, n_tokens):
-                    self._let_in(sample, table, n_tokens, plan)
-                    return True
-                alone = not self._running and self.room.chunked_prefill and n_tokens > least
-                n_tokens = max(least, n_tokens // 2) if alone else 0  # alone: as little as need be
-            table.release()
+            try:
+                sample.computed = table.length
+                self._restart(sample, table)
+                wanted, least = self._chunk(sample, plan), self._least(sample)
+                n_tokens = wanted
+                while n_tokens:
+                    if self._take(table, n_tokens):
+                        self._let_in(sample, table, n_tokens, plan)
+                        return True
+                    alone = not self._running and self.room.chunked_prefill and n_tokens > least
+                    n_tokens = max(least, n_tokens // 2) if alone else 0  # as little as need be
+            finally:  # an interrupt may come anywhere, and nobody else knows this table yet
+                if sample.table is not table:
+                    table.release()
             sample.computed = 0
             last = self._running[-1] if self._running else None
             if not wanted or last is None or last.seat < sample.seat:
