@@ -156,6 +156,15 @@ def test_a_slow_machine_leaves_points_out_and_says_so(shown, monkeypatch) -> Non
     assert "Left out to save time: bf16, fp16." in said
 
 
+def test_when_all_of_it_takes_long_lossy_codecs_come_first(shown, monkeypatch) -> None:
+    add(monkeypatch, lossy=Lossy)
+    monkeypatch.setattr(tour, "PACE", replace(PACE, total_s=0.0))
+    found = shown(2, 5, "--json").json["panels"]
+    assert found["growth"]["left_out"] == [16, 32, 48]
+    assert [r["technique"] for r in found["techniques"]["rows"]] == ["auto"]
+    assert found["techniques"]["left_out"] == ["lossy", "bf16", "fp16"]
+
+
 def test_the_formula_is_the_model_s_and_the_bytes_are_the_pool_s(document, tiny: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
     shape = (
@@ -270,9 +279,12 @@ def test_a_new_codec_gets_its_rows_by_itself(document, shown, monkeypatch) -> No
     add(monkeypatch, lossy=Lossy, several=Several)
     found = document(5)["panels"]["techniques"]
     rows = {r["technique"]: r for r in found["rows"]}
-    assert list(rows) == [
+    assert set(rows) == {
         *("auto", "bf16", "fp16", "lossy", "several", "several:residual_tokens=32"),
-    ]
+    }
+    assert next(iter(rows)) == "auto"
+    sizes = [r["bytes_per_token"] for r in found["rows"][1:]]
+    assert sizes == sorted(sizes, reverse=True)
     assert rows["lossy"]["kl"] > 0
     assert rows["several"]["kl"] == rows["lossy"]["kl"]
     assert rows["several:residual_tokens=32"]["kl"] < rows["lossy"]["kl"]
@@ -389,6 +401,22 @@ def test_every_panel_ends_with_a_command_that_runs(quire, tiny: Path, document, 
         done = quire(*arguments)
         assert done.code == 0, (command, done.err)
         assert done.out
+
+
+def test_commands_of_the_page_and_the_readme_parse() -> None:
+    import typer.main
+
+    from quire.cli import app
+
+    text = (ROOT / "docs" / "kv-cache.md").read_text() + (ROOT / "README.md").read_text()
+    inline = [" ".join(c.split()) for c in re.findall(r"`(quire [^`]*)`", text)]
+    blocks = [re.split(r" {3,}", c)[0] for c in re.findall(r"^(quire .*)$", text, re.MULTILINE)]
+    commands = [c for c in inline + blocks if len(c.split()) > 1]
+    known: Any = typer.main.get_command(app)
+    assert len(commands) > 15
+    for command in commands:
+        name, *arguments = shlex.split(command)[1:]
+        known.commands[name].make_context(name, arguments)
 
 
 def test_panels_by_number(shown) -> None:

@@ -56,7 +56,7 @@ def main(options: TourOptions, pace: Pace | None = None) -> int:
     longest = _check(source, pace)
     loaded = load(source, options, [("the tour's first text: ", longest)])
     page = None if options.json else Page()
-    stage = Stage(loaded, options, pace, page)
+    stage = Stage(loaded, options, pace, page, began)
     document: dict[str, Any] = stage.about()
     if page is not None:
         _title(page, document)

@@ -31,7 +31,7 @@ def run(stage: Stage) -> dict[str, Any]:
     asks += [stage.ask(stage.ids[:n], pace.point_tokens) for n in lengths]
     with stage.working("the same requests with the cache and without …"):
         _, cached = cached_runs(stage.loaded, asks, stage.options)
-        plain = plain_runs(stage.loaded, asks, cached, stage.options, pace.curve_s)
+        plain = plain_runs(stage.loaded, asks, cached, stage.options, stage.limit_s(pace.curve_s))
     pairs = [judge(a.outputs[0], b.outputs[0]) for a, b in zip(cached, plain, strict=False)]
     first, points = pairs[0], pairs[1:]
     curve = [_point(n, found) for n, found in zip(lengths, points, strict=False)]

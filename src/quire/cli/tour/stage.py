@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Pace:
         window_tokens: of the text that techniques are scored on.
         speed_tokens, speed_steps: context and steps behind a technique's tokens per second.
         speed_s, techniques_s: no further round of steps, and no further technique, after so long.
+        total_s: what all panels together should not exceed: what is measured in turn ends early for its sake.
     """
 
     steps: int = 8
@@ -59,16 +61,22 @@ class Pace:
     speed_steps: int = 12
     speed_s: float = 8.0
     techniques_s: float = 25.0
+    total_s: float = 50.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`page` is None when only the document is wanted."""
+    """`page` is None when only the document is wanted. `began` is by `time.monotonic`."""
 
     loaded: Loaded
     options: TourOptions
     pace: Pace
     page: Page | None
+    began: float
+
+    def limit_s(self, own_s: float) -> float:
+        """Seconds for one thing that may end early: its own, or what is left of all."""
+        return max(0.0, min(own_s, self.began + self.pace.total_s - time.monotonic()))
 
     # -- the text ------------------------------------------------------------------------------------------------
 

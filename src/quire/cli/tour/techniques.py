@@ -52,10 +52,10 @@ def run(stage: Stage) -> dict[str, Any]:
         speeds = _speeds(stage, [EXACT, *chosen], refused)
         rows: list[dict[str, Any]] = []
         left_out: list[str] = []
-        began = time.monotonic()
+        began, limit_s = time.monotonic(), stage.limit_s(pace.techniques_s)
         for i, (technique, speed) in enumerate(speeds.items()):
             name = name_of(technique)
-            if rows and time.monotonic() - began > pace.techniques_s:
+            if rows and time.monotonic() - began > limit_s:
                 left_out.append(name)
                 continue
             if status is not None:
@@ -66,6 +66,7 @@ def run(stage: Stage) -> dict[str, Any]:
                 refused.append((name, " ".join(str(e).split())))
     if not rows:
         raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in refused))
+    rows.sort(key=lambda r: ((r["kv"], r["keep"]) != EXACT, -r["bytes_per_token"]))
     recipes = [r["kv"] for r in rows if r["keep"] == "full"]
     found = {
         "tokens": length - 1,
@@ -87,10 +88,11 @@ def techniques(dtype: str) -> tuple[list[Technique], list[str], list[tuple[str, 
     """What is worth a row for a model that computes in `dtype`.
 
     Returns:
-        Techniques beside the exact one; plain codecs that hold the same numbers in more bytes; what cannot be loaded,
-        with the reason.
+        Techniques beside the exact one, plain codecs last, since time may run out; plain codecs that hold the same
+        numbers in more bytes; what cannot be loaded, with the reason.
     """
     chosen: list[Technique] = []
+    plain: list[Technique] = []
     wider: list[str] = []
     broken: list[tuple[str, str]] = []
     for name in recipe.available():
@@ -105,7 +107,9 @@ def techniques(dtype: str) -> tuple[list[Technique], list[str], list[tuple[str, 
         if DTYPE_BYTES[own] > DTYPE_BYTES[dtype]:
             wider.append(name)
         else:
-            chosen += [(text, "full") for text in getattr(codec, "shown", (name,))]
+            rows = [(text, "full") for text in getattr(codec, "shown", (name,))]
+            (plain if getattr(codec, "plain", False) else chosen).extend(rows)
+    chosen += plain
     chosen += [("auto", policy) for policy in _policies() if policy != "full"]
     return chosen, wider, broken
 
@@ -157,9 +161,9 @@ def _speeds(
             except REFUSALS as e:
                 cells.pop(technique, None)
                 refused.append((name_of(technique), " ".join(str(e).split())))
-        began = time.monotonic()
+        began, limit_s = time.monotonic(), stage.limit_s(pace.speed_s)
         for i in range(pace.speed_steps):
-            if i and time.monotonic() - began > pace.speed_s:
+            if i and time.monotonic() - began > limit_s:
                 break
             for cell in cells.values():
                 cell.step(1)
