@@ -526,7 +526,20 @@ def test_without_block_elements_in_the_encoding_there_are_others() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_ctrl_c_ends_it_with_one_line_that_stays() -> None:
-    """stderr is a terminal, where a moving line may wipe others away."""
+    """stderr is a terminal, where a moving line may wipe others away. On a busy machine it is tried again."""
+    for _ in range(4):
+        code, shown = _interrupted()
+        if code:
+            break
+    assert code == 130
+    last = shown.rpartition("\x1b[2K")[2]  # what nothing wipes any more
+    assert re.fullmatch(r"quire: interrupted( after \d+ tokens)?", ESCAPE.sub("", last).strip()), (
+        last
+    )
+
+
+def _interrupted() -> tuple[int, str]:
+    """Exit code and stderr of a tour that was interrupted in the middle, if the signal came in time."""
     import pty
 
     ours, theirs = pty.openpty()
@@ -540,25 +553,19 @@ def test_ctrl_c_ends_it_with_one_line_that_stays() -> None:
         env=kept | more | {"COLUMNS": "80"},
     )
     os.close(theirs)
-    shown = b""
+    shown, sent = b"", False
     try:
         while part := _read(ours):
             shown += part
-            if b"with the cache and without" in shown and running.poll() is None:
+            if not sent and b"with the cache and without" in shown:
                 time.sleep(0.3)
                 running.send_signal(signal.SIGINT)
-                break
-        while part := _read(ours):
-            shown += part
+                sent = True
         running.communicate(timeout=60)
     finally:
         running.kill()
         os.close(ours)
-    assert running.returncode == 130
-    last = shown.decode().rpartition("\x1b[2K")[2]  # what nothing wipes any more
-    assert re.fullmatch(r"quire: interrupted( after \d+ tokens)?", ESCAPE.sub("", last).strip()), (
-        last
-    )
+    return running.returncode, shown.decode()
 
 
 def _read(terminal: int) -> bytes:
