@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from quire.engine import sampling
+from quire.engine import sampler, sampling
 from quire.engine.params import SamplingParams
 from quire.engine.request import Request, Sample
 from quire.engine.sampler import draw, score
@@ -49,12 +49,10 @@ def a_sample(
 
 
 def survivors(logits: Tensor, top_k: list[int], top_p: list[float], min_p: list[float]) -> Tensor:
-    best = logits.sort(dim=-1, descending=True).values
-    floor, complete = sampling.cutoff(
-        logits, best, torch.tensor(top_k), torch.tensor(top_p), torch.tensor(min_p)
-    )
-    assert complete.all()
-    return logits >= floor.unsqueeze(1)
+    at = torch.tensor([min(k or VOCAB, logits.shape[1]) - 1 for k in top_k])
+    kth = logits.sort(dim=-1, descending=True).values.gather(1, at.unsqueeze(1)).squeeze(1)
+    mass = sampling.distribution(logits, kth)
+    return sampling.survivors(mass, torch.tensor(top_p), torch.tensor(min_p)) > 0
 
 
 def theirs(logits: Tensor, *warpers: object) -> Tensor:
@@ -116,7 +114,7 @@ def test_choices_are_those_of_the_definition(
         torch.tensor([p] * 6),
         torch.tensor([m] * 6),
         draws,
-        sampling.width(k, p, 3000),
+        sampling.width(k, 3000),
     )
     decided = 0
     for row in range(6):
@@ -152,10 +150,42 @@ def defined_choice(logits: Tensor, k: int, p: float, m: float, u: float) -> tupl
 
 
 def test_a_row_is_looked_at_alike_in_every_batch() -> None:
-    assert sampling.width(0, 1.0, 5000) == 0
-    assert sampling.width(0, 0.9, 5000) == sampling.CANDIDATES
-    assert sampling.width(0, 0.9, 100) == 100
-    assert sampling.width(50, 0.9, 5000) == sampling.width(50, 1.0, 5000) == 128
+    assert sampling.width(0, 5000) == 0
+    assert sampling.width(50, 5000) == 128
+    assert sampling.width(50, 100) == 100
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.5, 2.0, 8.0])
+@pytest.mark.parametrize("p", [0.05, 0.9, 0.999])
+def test_a_nucleus_found_by_levels_is_the_sorted_one(scale: float, p: float) -> None:
+    logits = scale * random_logits(5, vocab=20_000)
+    logits[3] = logits[3].bfloat16().float()  # many ties
+    logits[4] = 1.0  # nothing else
+    mass = logits.softmax(-1)
+    ones = torch.ones(5)
+    kept = sampling.survivors(mass, p * ones, 0 * ones) > 0
+    for row in range(5):
+        ordered = mass[row].double().sort(descending=True).values
+        before = ordered.cumsum(0) - ordered
+        least = ordered[before < float(torch.tensor(p))][-1]  # p as float32 has it
+        assert torch.equal(kept[row], mass[row].double() >= least)
+
+
+def test_the_likely_tokens_are_all_that_can_survive() -> None:
+    logits = random_logits(6, vocab=2000) * torch.tensor([0.01, 0.5, 1.0, 2.0, 4.0, 9.0]).unsqueeze(
+        1
+    )
+    mass = logits.softmax(-1)
+    for p, m in ((0.5, 0.0), (0.99, 0.0), (1.0, 0.2), (0.9, 0.01)):
+        top_p, min_p = torch.full((6,), p), torch.full((6,), m)
+        best, ids, few = sampling._likely(mass, top_p, min_p)
+        assert few.any()
+        kept = sampling.survivors(mass, top_p, min_p)
+        for row in few.nonzero().squeeze(1).tolist():
+            there = torch.zeros(2000).scatter_add_(0, ids[row], best[row])
+            assert torch.equal(there[kept[row] > 0], kept[row][kept[row] > 0])
+            named = ids[row][best[row] > 0]
+            assert torch.equal(named, named.sort().values)  # vocabulary order
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 1.0])
@@ -209,8 +239,6 @@ def test_each_row_has_its_own_filters() -> None:
 
 
 def processed(logits: Tensor, samples: list[Sample]) -> Tensor:
-    from quire.engine import sampler
-
     work = logits.clone()
     sampler._process(work, samples)
     return work
@@ -321,21 +349,20 @@ def test_draws_follow_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
     logits = probabilities.log().repeat(20_000, 1)
     draws = torch.tensor([sampling.uniform(3, 0, p) for p in range(20_000)])
-    share = torch.bincount(sampling.pick(logits, None, draws), minlength=5) / 20_000
+    share = torch.bincount(sampling.pick(logits.softmax(-1), draws), minlength=5) / 20_000
     assert share[1] == 0
     torch.testing.assert_close(share, probabilities, rtol=0, atol=0.015)
 
 
 def test_draws_at_the_ends_stay_inside() -> None:
-    logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]]).repeat(2, 1)
+    mass = torch.tensor([[0.0, 0.2, 0.8, 0.0]]).repeat(2, 1)
     ends = torch.tensor([0.0, 1 - 2.0**-24])
-    assert sampling.pick(logits, None, ends).tolist() == [1, 2]
-    floor = torch.tensor([1.5, 1.5])
-    assert sampling.pick(logits, floor, ends).tolist() == [2, 2]
+    assert sampling.pick(mass, ends).tolist() == [1, 2]
+    assert sampling.pick(mass * (mass > 0.5), ends).tolist() == [2, 2]
     for seed in range(200):  # sums that round to a little more or less than one
         many = random_logits(1, seed=seed)
         many[0, -3:] = -math.inf
-        assert sampling.pick(many, None, ends[1:]).item() == VOCAB - 4
+        assert sampling.pick(many.softmax(-1), ends[1:]).item() == VOCAB - 4
 
 
 def test_a_scan_that_is_not_monotone_never_lands_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,8 +375,9 @@ def test_a_scan_that_is_not_monotone_never_lands_outside(monkeypatch: pytest.Mon
         return reached
 
     monkeypatch.setattr(torch.Tensor, "cumsum", wobbly)
-    logits = torch.tensor([[1.0, -math.inf, 1.0]])
-    assert sampling.pick(logits, None, torch.tensor([0.5000005])).item() in (0, 2)
+    mass = torch.tensor([[0.5, 0.0, 0.5]])
+    assert sampling.pick(mass, torch.tensor([0.5000005])).item() in (0, 2)
+    assert sampling.pick(torch.zeros(1, 3), torch.tensor([0.5])).item() == -1
 
 
 @given(seed=st.integers(0, 2**64 - 1), data=st.data())
@@ -358,6 +386,8 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch(seed: int, data: st.Da
         SamplingParams(),
         SamplingParams(temperature=1.0, seed=seed),
         SamplingParams(temperature=0.7, top_p=0.9, seed=seed),
+        SamplingParams(temperature=5.0, top_p=0.95, seed=seed),
+        SamplingParams(temperature=0.1, top_p=0.6, min_p=0.01, seed=seed),
         SamplingParams(temperature=2.0, top_k=10, min_p=0.01, seed=seed),
         SamplingParams(temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.2, seed=seed),
         SamplingParams(logit_bias={4: 3.0}, min_tokens=5, logprobs=2),
@@ -384,6 +414,17 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch(seed: int, data: st.Da
             assert alone_logprobs[0] == logprobs[row]
 
 
+def test_rows_in_pieces_are_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(7)
+    params = [SamplingParams(temperature=3.0, top_p=0.9, seed=s) for s in range(7)]
+    params[2] = SamplingParams(temperature=1.0, presence_penalty=3.0, seed=1, logprobs=1)
+    samples = [a_sample(p, [1], [2]) for p in params]
+    at_once = draw(logits, samples, None)
+    assert len(set(at_once[0])) > 3
+    monkeypatch.setattr(sampler, "AT_ONCE", 2 * VOCAB)
+    assert draw(logits, samples, None) == at_once
+
+
 @pytest.mark.parametrize("mode", ["plain", "inference", "grad"])
 def test_logits_are_left_alone(mode: str) -> None:
     """Whatever the runner computed them under."""
@@ -405,7 +446,16 @@ def test_greedy_with_processors_takes_the_best_of_what_they_leave() -> None:
     ]
 
 
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0, seed=5)])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=5),
+        SamplingParams(temperature=1.0, top_p=0.9, seed=5),
+        SamplingParams(temperature=1.0, top_k=5, seed=5),
+        SamplingParams(temperature=1.0, min_p=0.1, seed=5),
+    ],
+)
 def test_not_a_number_is_told_apart(params: SamplingParams) -> None:
     logits = random_logits(3)
     logits[1, 7] = math.nan

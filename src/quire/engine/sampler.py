@@ -29,6 +29,9 @@ from quire.engine.sampling import (
 
 __all__ = ["draw", "score"]
 
+AT_ONCE = 1 << 19
+"""Logits that a CPU transforms together: they stay in its cache, and so does the memory for their copies."""
+
 
 @torch.inference_mode()
 def draw(
@@ -56,11 +59,12 @@ def draw(
     if calm:
         for i, token in zip(calm, _greedy(mine[_index(calm, logits)]), strict=True):
             tokens[i] = token
-    chosen = [samples[i] for i in busy]
-    work = mine[_index(busy, logits)] if calm else mine.clone()
-    _process(work, chosen)
-    for i, token in zip(busy, _choose(work, chosen), strict=True):
-        tokens[i] = token
+    for piece in _pieces(busy, logits):
+        chosen = [samples[i] for i in piece]
+        work = mine.clone() if len(piece) == len(mine) else mine[_index(piece, logits)]
+        _process(work, chosen)
+        for i, token in zip(piece, _choose(work, chosen), strict=True):
+            tokens[i] = token
     asked = [i for i in busy if samples[i].request.params.logprobs is not None and tokens[i] >= 0]
     if not asked:
         return tokens, None
@@ -103,6 +107,12 @@ def _index(rows: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=like.device)
 
 
+def _pieces(rows: list[int], logits: Tensor) -> list[list[int]]:
+    """The rows, a few at a time on a CPU, all at once elsewhere."""
+    n = max(1, AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else len(rows)
+    return [rows[at : at + n] for at in range(0, len(rows), n)]
+
+
 def _greedy(logits: Tensor) -> list[int]:
     """[R, V] → R tokens; NaN wins every maximum, so looking for it costs nothing more."""
     best, at = largest(logits)
@@ -124,7 +134,7 @@ def _choose(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
     logits /= _column([p.temperature for p in params], logits).unsqueeze(1)
     groups: dict[int, list[int]] = {}
     for at, p in enumerate(params):
-        groups.setdefault(width(p.top_k, p.top_p, logits.shape[-1]), []).append(at)
+        groups.setdefault(width(p.top_k, logits.shape[-1]), []).append(at)
     for n_best, rows in groups.items():
         part = logits if len(groups) == 1 else logits[_index(rows, logits)]
         for at, token in zip(
@@ -139,8 +149,8 @@ def _filtered(logits: Tensor, samples: Sequence[Sample], n_best: int) -> list[in
     params = [sample.request.params for sample in samples]
     draws = [uniform(s.request.seed, s.index, s.output_tokens) for s in samples]
     at = _column(draws, logits)
-    if not n_best and not any(p.min_p for p in params):
-        return pick(logits, None, at).tolist()
+    if not n_best and not any(p.min_p or p.top_p < 1.0 for p in params):
+        return pick(logits.softmax(-1), at).tolist()
     return choose(
         logits,
         _index([p.top_k for p in params], logits),

@@ -26,21 +26,28 @@ __all__ = [
     "TokenCounts",
     "add_bias_",
     "choose",
-    "cutoff",
+    "distribution",
     "forbid_",
     "largest",
     "pick",
     "repetition_penalty_",
     "subtract_penalties_",
+    "survivors",
     "uniform",
     "width",
 ]
 
-CANDIDATES = 256
-"""Best tokens that are sorted in search of a nucleus, at first."""
+SORTED = 1024
+"""So many candidates are sorted in search of a nucleus; of more only those where it ends."""
 
-WIDEN = 8
-"""How many times more a row with a wider nucleus looks at next."""
+FEW_SHARE = 8
+"""A row is looked at whole where more than this fraction of the vocabulary can survive."""
+
+LEVEL_BITS = 17
+"""Low bits of a float32 probability that its level leaves out: 64 levels for each factor of two."""
+
+N_LEVELS = (0x3F800000 >> LEVEL_BITS) + 1
+"""Levels of the probabilities from 0 to 1."""
 
 STRIDE = 64
 """Logits per group in the search for the largest."""
@@ -150,75 +157,12 @@ def forbid_(logits: Tensor, rows: Tensor, ids: Tensor) -> None:
     logits[rows, ids] = -math.inf
 
 
-def width(top_k: int, top_p: float, n_vocab: int) -> int:
-    """How many of a row's best tokens to look at first; 0: none are needed, only sums over the vocabulary.
+def width(top_k: int, n_vocab: int) -> int:
+    """How many of a row's best tokens are its candidates; 0: top-k does not tell.
 
     A function of the row's own parameters, so that a row is treated alike in every batch.
     """
-    if not top_k and top_p >= 1.0:
-        return 0
-    wanted = 1 << (top_k + TIES - 1).bit_length() if top_k else CANDIDATES
-    return min(wanted, n_vocab)
-
-
-def cutoff(
-    logits: Tensor, best: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The least logit that survives top-k, then top-p, then min-p.
-
-    All three keep the best tokens and drop the rest, so their composition is one threshold per row; tokens tied with
-    the last survivor survive.
-
-    Args:
-        logits: [R, V] float32, temperature applied.
-        best: [R, n] the n largest of them in falling order; n = 0 where neither top-k nor top-p is asked.
-        top_k: [R] int64; 0: off.
-        top_p: [R] float32 in (0, 1]; 1: off.
-        min_p: [R] float32 in [0, 1]; 0: off.
-
-    Returns:
-        [R] float32, -inf keeps all; and [R] bool, whether every survivor is among the best: otherwise more of them are
-        needed, and the threshold is only a bound.
-
-    Differs: `TopPLogitsWarper` keeps one of several tied tokens at the edge of the nucleus, whichever its unstable sort
-        put last; here all stay, so that the result does not depend on the sort.
-    """
-    floor = logits.amax(dim=-1) + min_p.log()
-    n_best = best.shape[1]
-    if not n_best:
-        return floor, torch.ones_like(floor, dtype=torch.bool)
-    last = best[:, -1]
-    kth = best.gather(1, (top_k.clamp(1, n_best) - 1).unsqueeze(1)).squeeze(1)
-    kth = torch.where(top_k > 0, kth, -math.inf)
-    complete = (top_k == 0) | (kth > last)  # else more tokens may be tied with the k-th
-    if bool((top_p < 1.0).any()):
-        kth = torch.where(top_p < 1.0, _nucleus(logits, best, kth, top_p), kth)
-    floor = torch.maximum(floor, kth)
-    return floor, (complete & (floor > last)) | (n_best == logits.shape[1])
-
-
-def _nucleus(logits: Tensor, best: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:
-    """The least logit of each row's nucleus, sought among its best tokens.
-
-    Args:
-        logits: [R, V].
-        best: [R, n] the n largest of them, in falling order.
-        floor: [R] what top-k left: probabilities are those among tokens at or above it.
-        top_p: [R].
-
-    Returns:
-        [R]; the last of the best where the nucleus goes on beyond them.
-    """
-    kept = best >= floor.unsqueeze(1)
-    inside = torch.where(kept, best, -math.inf)
-    # what top-k left is all among the best; otherwise the sum runs over the vocabulary
-    total = inside.logsumexp(-1)
-    if best.shape[1] < logits.shape[1]:
-        total = torch.where(floor == -math.inf, logits.logsumexp(-1), total)
-    mass = (inside - total.unsqueeze(1)).exp()
-    keep = kept & (mass.cumsum(-1) - mass < top_p.unsqueeze(1))
-    keep[:, 0] = True
-    return inside.gather(1, keep.sum(-1, keepdim=True) - 1).squeeze(1)
+    return min(1 << (top_k + TIES - 1).bit_length(), n_vocab) if top_k else 0
 
 
 def choose(
@@ -226,37 +170,136 @@ def choose(
 ) -> Tensor:
     """Filter and draw one token per row.
 
+    Most rows have few candidates, among which all survivors are; the others are looked at whole. Which it is depends on
+    the row alone.
+
     Args:
         logits: [R, V] float32, temperature applied.
-        top_k: [R] int64, see `cutoff`.
-        top_p: [R] float32.
+        top_k: [R] int64, at least 1 where n_best > 0.
+        top_p: [R] float32, see `survivors`.
         min_p: [R] float32.
         draws: [R] float32 in [0, 1), see `uniform`.
-        n_best: how many of the best tokens to look at first, see `width`.
+        n_best: see `width`.
 
     Returns:
         [R] int64; -1 where the logits are not numbers.
 
-    Cost: one partial sort of each row and work on n_best tokens; rows with more survivors go round again.
+    Cost: a softmax; a partial sort (top-k) or a comparison (else) of the row; work on the candidates. About ten passes
+        over rows that are looked at whole.
     """
-    if not n_best:
-        return pick(logits, cutoff(logits, logits[:, :0], top_k, top_p, min_p)[0], draws)
-    best, ids = logits.topk(n_best, dim=-1)
-    floor, complete = cutoff(logits, best, top_k, top_p, min_p)
-    ids, order = ids.sort(dim=-1)  # vocabulary order
-    at = pick(best.gather(1, order), floor, draws)
+    kth: Tensor | None = None
+    if n_best:
+        best, ids = logits.topk(n_best, dim=-1)
+        kth = best.gather(1, (top_k.clamp(1, n_best) - 1).unsqueeze(1)).squeeze(1)
+        few = (kth > best[:, -1]) | (
+            n_best == logits.shape[1]
+        )  # else others are tied with the k-th
+        ids, order = ids.sort(dim=-1)  # vocabulary order
+        mass = distribution(best.gather(1, order), kth)
+    else:
+        mass, ids, few = _likely(logits.softmax(-1), top_p, min_p)
+    at = pick(survivors(mass, top_p, min_p), draws)
     tokens = torch.where(at < 0, at, ids.gather(1, at.clamp(0).unsqueeze(1)).squeeze(1))
-    again = torch.nonzero(~complete & (at >= 0)).squeeze(1)
-    if len(again):
-        tokens[again] = choose(
-            logits[again],
-            top_k[again],
-            top_p[again],
-            min_p[again],
-            draws[again],
-            min(WIDEN * n_best, logits.shape[-1]),
-        )
+    if not bool(few.all()):
+        rows = torch.nonzero(~few).squeeze(1)
+        whole = distribution(logits[rows], None if kth is None else kth[rows])
+        tokens[rows] = pick(survivors(whole, top_p[rows], min_p[rows]), draws[rows])
     return tokens
+
+
+def distribution(logits: Tensor, kth: Tensor | None) -> Tensor:
+    """[R, n] probabilities among the tokens that top-k leaves, those at or above `kth` [R]; None: all of them."""
+    if kth is not None:
+        logits = logits.masked_fill(logits < kth.unsqueeze(1), -math.inf)
+    return logits.softmax(-1)
+
+
+def _likely(mass: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that can survive top-p and min-p, in vocabulary order, for the rows where they are few.
+
+    Tokens less probable than (1 - top_p) / V add up to less than what a nucleus leaves out.
+
+    Returns:
+        [R, n] their probabilities, padded with 0; [R, n] their ids; [R] bool, whether the row is among them.
+    """
+    n_vocab = mass.shape[1]
+    bound = (
+        torch.maximum(mass.amax(-1) * min_p, (1.0 - top_p) / n_vocab) / 2
+    )  # rounding stays far from it
+    inside = mass >= bound.unsqueeze(1)
+    few = inside.sum(-1, dtype=torch.int32) * FEW_SHARE <= n_vocab
+    if bool(few.all()):
+        return *_listed(mass, inside), few
+    rows = torch.nonzero(few).squeeze(1)
+    part, part_ids = _listed(mass[rows], inside[rows])
+    best, ids = part.new_zeros(len(few), part.shape[1]), part_ids.new_zeros(len(few), part.shape[1])
+    best[rows], ids[rows] = part, part_ids
+    return best, ids, few
+
+
+def _listed(mass: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's marked probabilities and their columns, in order, padded to one length with 0."""
+    row, column = here.nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=len(here))
+    slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    shape = len(mass), max([1, *counts.tolist()])
+    values, columns = mass.new_zeros(shape), row.new_zeros(shape)
+    values[row, slot] = mass[row, column]
+    columns[row, slot] = column
+    return values, columns
+
+
+def survivors(mass: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The probabilities that top-p and then min-p leave; 0 for the others.
+
+    Both keep the best tokens and drop the rest, so their composition is one threshold per row; tokens tied with the
+    last survivor survive.
+
+    Args:
+        mass: [R, n] float32 probabilities of the vocabulary, or of all candidates, as top-k left them.
+        top_p: [R] float32 in (0, 1]; 1: off.
+        min_p: [R] float32 in [0, 1]; 0: off.
+
+    Returns:
+        [R, n] float32.
+
+    Differs: `TopPLogitsWarper` keeps one of several tied tokens at the edge of the nucleus, whichever its unstable sort
+        put last; here all stay, so that the result does not depend on the sort.
+    """
+    floor = mass.amax(-1) * min_p
+    if bool((top_p < 1.0).any()):
+        floor = torch.where(top_p < 1.0, torch.maximum(floor, _nucleus(mass, top_p)), floor)
+    return mass * (mass >= floor.unsqueeze(1))
+
+
+def _nucleus(mass: Tensor, top_p: Tensor) -> Tensor:
+    """The least probability of each row's nucleus: of the fewest best tokens that add up to top_p.
+
+    A long row is not sorted. Its probabilities are summed by level, the leading bits of their float32; the level in
+    which the sum reaches top_p is found among the sums, and only the tokens of that level are put in order.
+
+    Args:
+        mass: [R, n] float32.
+        top_p: [R] float32.
+
+    Returns:
+        [R] float32.
+    """
+    target = top_p.double()
+    before = target.new_zeros(len(mass), 1)
+    if mass.shape[1] > SORTED:
+        levels = mass.view(torch.int32) >> LEVEL_BITS
+        sums = target.new_zeros(len(mass), N_LEVELS)
+        sums.scatter_add_(1, levels.long(), mass.double())
+        reached = sums.flip(1).cumsum(1)  # from the best down
+        at = torch.searchsorted(reached, target.unsqueeze(1)).clamp_(max=N_LEVELS - 1)
+        before = torch.where(at > 0, reached.gather(1, (at - 1).clamp_(0)), 0.0)
+        mass, _ = _listed(mass, levels == N_LEVELS - 1 - at)
+    ordered = mass.sort(-1, descending=True).values
+    inside = ordered.double()
+    keep = before + inside.cumsum(-1) - inside < target.unsqueeze(1)
+    keep[:, 0] = True
+    return ordered.gather(1, keep.sum(-1, keepdim=True) - 1).squeeze(1)
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,25 +330,23 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return best, at
 
 
-def pick(logits: Tensor, floor: Tensor | None, draws: Tensor) -> Tensor:
+def pick(mass: Tensor, draws: Tensor) -> Tensor:
     """One token per row, by inverting the cumulative distribution in vocabulary order.
 
     Args:
-        logits: [R, V] float32, transformed.
-        floor: [R] tokens below it are out; None: all are in.
+        mass: [R, n] float32, probabilities up to a factor; 0 is never drawn.
         draws: [R] float32 in [0, 1), see `uniform`.
 
     Returns:
-        [R] int64; -1 where the logits are not numbers.
+        [R] int64 column; -1 where there is no distribution.
     """
-    if floor is not None:
-        logits = logits.masked_fill(logits < floor.unsqueeze(1), -math.inf)
-    mass = logits.softmax(-1)
     reached = mass.cumsum(-1)
     total = reached[:, -1:]
     # the largest draw times a total near 1 still rounds to less than the total
     token = torch.searchsorted(reached, draws.unsqueeze(1) * total, right=True)
-    token = token.clamp_(max=logits.shape[-1] - 1)
+    token = token.clamp_(max=mass.shape[-1] - 1)
     # a parallel scan need not be monotone to the last bit: never land on a token that is out
-    token = torch.where(mass.gather(1, token) > 0, token, mass.argmax(-1, keepdim=True))
-    return torch.where(total.isfinite(), token, -1).squeeze(1)
+    landed = mass.gather(1, token) > 0
+    if not bool(landed.all()):
+        token = torch.where(landed, token, largest(mass)[1].unsqueeze(1))
+    return torch.where((total > 0) & total.isfinite(), token, -1).squeeze(1)
