@@ -18,6 +18,7 @@ KEYS = {
     "overhead": {"cases", "bar", "met"},
     "waste": {"by_block_tokens", "by_reservation_tokens", "full_arena", "bars"},
     "blocks": {"rows", "stream_gb_per_s"},
+    "sampling": {"cases"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
 

@@ -421,7 +421,8 @@ def test_rows_in_pieces_are_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     samples = [a_sample(p, [1], [2]) for p in params]
     at_once = draw(logits, samples, None)
     assert len(set(at_once[0])) > 3
-    monkeypatch.setattr(sampler, "AT_ONCE", 2 * VOCAB)
+    monkeypatch.setattr(sampler, "AT_ONCE", 3 * VOCAB)
+    monkeypatch.setattr(sampling, "WHOLE", 2 * VOCAB)
     assert draw(logits, samples, None) == at_once
 
 

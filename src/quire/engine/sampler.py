@@ -22,6 +22,7 @@ from quire.engine.sampling import (
     largest,
     pick,
     repetition_penalty_,
+    rows_at_once,
     subtract_penalties_,
     uniform,
     width,
@@ -30,7 +31,7 @@ from quire.engine.sampling import (
 __all__ = ["draw", "score"]
 
 AT_ONCE = 1 << 19
-"""Logits that a CPU transforms together: they stay in its cache, and so does the memory for their copies."""
+"""Logits that a CPU transforms together, see `rows_at_once`."""
 
 
 @torch.inference_mode()
@@ -59,7 +60,8 @@ def draw(
     if calm:
         for i, token in zip(calm, _greedy(mine[_index(calm, logits)]), strict=True):
             tokens[i] = token
-    for piece in _pieces(busy, logits):
+    n = rows_at_once(logits, AT_ONCE)
+    for piece in (busy[at : at + n] for at in range(0, len(busy), n)):
         chosen = [samples[i] for i in piece]
         work = mine.clone() if len(piece) == len(mine) else mine[_index(piece, logits)]
         _process(work, chosen)
@@ -105,12 +107,6 @@ def score(logits: Tensor, tokens: Sequence[int], widths: Sequence[int]) -> list[
 
 def _index(rows: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=like.device)
-
-
-def _pieces(rows: list[int], logits: Tensor) -> list[list[int]]:
-    """The rows, a few at a time on a CPU, all at once elsewhere."""
-    n = max(1, AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else len(rows)
-    return [rows[at : at + n] for at in range(0, len(rows), n)]
 
 
 def _greedy(logits: Tensor) -> list[int]:

@@ -31,6 +31,7 @@ __all__ = [
     "largest",
     "pick",
     "repetition_penalty_",
+    "rows_at_once",
     "subtract_penalties_",
     "survivors",
     "uniform",
@@ -42,6 +43,9 @@ SORTED = 1024
 
 FEW_SHARE = 8
 """A row is looked at whole where more than this fraction of the vocabulary can survive."""
+
+WHOLE = 1 << 17
+"""Logits of rows looked at whole that a CPU works on together, see `rows_at_once`."""
 
 LEVEL_BITS = 17
 """Low bits of a float32 probability that its level leaves out: 64 levels for each factor of two."""
@@ -201,10 +205,15 @@ def choose(
     at = pick(survivors(mass, top_p, min_p), draws)
     tokens = torch.where(at < 0, at, ids.gather(1, at.clamp(0).unsqueeze(1)).squeeze(1))
     if not bool(few.all()):
-        rows = torch.nonzero(~few).squeeze(1)
-        whole = distribution(logits[rows], None if kth is None else kth[rows])
-        tokens[rows] = pick(survivors(whole, top_p[rows], min_p[rows]), draws[rows])
+        for rows in torch.nonzero(~few).squeeze(1).split(rows_at_once(logits, WHOLE)):
+            whole = distribution(logits[rows], None if kth is None else kth[rows])
+            tokens[rows] = pick(survivors(whole, top_p[rows], min_p[rows]), draws[rows])
     return tokens
+
+
+def rows_at_once(logits: Tensor, n_logits: int) -> int:
+    """Rows to work on together: on a CPU about n_logits, so that copies stay in its cache and memory is used again."""
+    return max(1, n_logits // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
 
 
 def distribution(logits: Tensor, kth: Tensor | None) -> Tensor:
