@@ -26,6 +26,7 @@ def attach(
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     attention: str = "auto",
     way: str | None = None,
+    weights: str = "plain",
 ) -> Attachment:
     """Makes a causal transformers model keep its keys and values in Quire's blocks.
 
@@ -40,10 +41,12 @@ def attach(
         block_tokens: tokens per block.
         attention: backend, `"auto"`, `"cpu"` (the compiled kernels), `"torch"` or `"reference"`.
         way: forces packed, rows, patched or dense.
+        weights: "plain" leaves the linear layers alone; "prepacked" and "auto" as for an engine, until `detach()`.
 
     Raises:
         ConfigError: the model or the configuration cannot be served, with the reason.
         CapacityError: the memory is too small.
     """
     config = KVConfig(kv, keep, block_tokens)
-    return Attachment(connect(model, config, memory=memory, attention=attention, way=way))
+    bridge = connect(model, config, memory=memory, attention=attention, way=way, weights=weights)
+    return Attachment(bridge)

@@ -19,6 +19,7 @@ KEYS = {
     "waste": {"by_block_tokens", "by_reservation_tokens", "full_arena", "bars"},
     "blocks": {"rows", "stream_gb_per_s"},
     "sampling": {"cases"},
+    "linears": {"cases"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
 

@@ -90,6 +90,15 @@ Attention = Annotated[
         "auto (default): cpu where its kernels were built, else torch; or cpu, torch, reference.",
     ),
 ]
+Weights = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        "--weights",
+        "FORM",
+        "auto (default), plain or prepacked: how linear layers hold their weights on a CPU.",
+    ),
+]
 MaxTokens = Annotated[
     int | None, _option(_SAMPLING, "--max-tokens", "N", "Most output tokens; default: 128.")
 ]
@@ -169,6 +178,7 @@ def run(
     memory: Memory = None,
     block_tokens: BlockTokens = None,
     attention: Attention = None,
+    weights: Weights = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -236,6 +246,7 @@ def chat(
     memory: Memory = None,
     block_tokens: BlockTokens = None,
     attention: Attention = None,
+    weights: Weights = None,
     max_tokens: Annotated[
         int | None, _option(_SAMPLING, "--max-tokens", "N", "Most tokens of a reply; default: 256.")
     ] = None,

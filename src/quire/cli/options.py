@@ -57,6 +57,7 @@ class Options:
     memory: str | int | float = 0.5
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     attention: str = "auto"
+    weights: str = "auto"
     quiet: bool = False
     given: frozenset[str] = frozenset()
 

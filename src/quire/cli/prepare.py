@@ -31,8 +31,10 @@ def look(options: Options) -> Source:
         quiet_transformers()
         from quire.models.bridge import make_backend
         from quire.models.memory import arena_bytes
+        from quire.models.prepack import check_weights
 
         make_backend(options.attention)
+        check_weights(options.weights)
         arena_bytes(options.memory, source.chosen_device)
     return source
 
@@ -74,6 +76,7 @@ def open_cache(loaded: Loaded, options: Options) -> Any:
             memory=options.memory,
             block_tokens=options.block_tokens,
             attention=options.attention,
+            weights=options.weights,
         )
 
 

@@ -46,6 +46,7 @@ def result(loaded: Loaded, runner: Any, options: RunOptions, outcome: Outcome) -
         "architecture": type(loaded.model).__name__,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
+        "weights": "plain" if runner.weights is None else "prepacked",
         "groups": _groups(runner),
         "output_tokens": outcome.output_tokens,
         "steps": outcome.books.steps,
@@ -145,6 +146,7 @@ def show_figures(
         show(console, _requests_table(outcome.outputs))
     rows = [
         ("model", _model_line(loaded)),
+        *_weights_rows(runner),
         ("way into the model", way_of(runner) or "none: every step recomputes the whole sequence"),
         *(_batch_rows(outcome) if many else _single_rows(outcome)),
         *_cache_rows(runner, options, outcome),
@@ -166,6 +168,13 @@ def show(console: Console, table: Table) -> None:
 def _model_line(loaded: Loaded) -> str:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     return f"{loaded.name} ({type(loaded.model).__name__}, {dtype}, {loaded.model.device})"
+
+
+def _weights_rows(runner: Any) -> list[tuple[str, str]]:
+    packed = runner.weights
+    if packed is None:
+        return []
+    return [("weights", f"{packed.n_layers} linear layers prepacked, {bytes_text(packed.n_bytes)}")]
 
 
 def _single_rows(outcome: Outcome) -> list[tuple[str, str]]:

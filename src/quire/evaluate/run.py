@@ -247,6 +247,7 @@ def _cell(
     options: dict[str, Any],
     chunk_tokens: int | None,
 ) -> Iterator[_Cell]:
+    options = {"weights": "plain"} | options  # the twin shares them with the model
     runner = open_runner(twin(model), kv=config[0], keep=config[1], **options)
     try:
         scorer = Scorer(runner, chunk_tokens=chunk_tokens)

@@ -19,6 +19,7 @@ from quire.models.forward import NAME
 from quire.models.hf_cache import KVCache
 from quire.models.memory import arena_bytes
 from quire.models.patches import Patches, cached_heads
+from quire.models.prepack import check_weights
 from quire.models.probe import (
     Shape,
     one_line,
@@ -57,6 +58,7 @@ def connect(
     memory: int | float | str = 0.5,
     attention: str = "auto",
     way: str | None = None,
+    weights: str = "plain",
     self_test: bool = True,
 ) -> Bridge:
     """Joins a causal transformers model to a new store.
@@ -67,6 +69,7 @@ def connect(
         memory: bytes, a share of free memory as a float in (0, 1], or text as `"8GiB"`.
         attention: backend, see `bridge.make_backend`.
         way: force one of `WAYS`; by default the first that the model passes.
+        weights: what the linear layers read, one of `prepack.WEIGHTS`.
         self_test: compare with the model's own attention first, and step down or refuse on a difference.
 
     Raises:
@@ -74,6 +77,7 @@ def connect(
         CapacityError: the memory is too small.
     """
     check_choices(config, attention, way)
+    check_weights(weights)
     adapters = Adapters(model)
     model = unwrap(model)
     total_bytes = arena_bytes(memory, model.device)
@@ -101,6 +105,7 @@ def connect(
             layout = _layout(model, shape, candidate, config, dtype)
             store = BlockStore(layout.spec, total_bytes, device=str(model.device))
             bridge = Bridge(model, candidate, shape, layout, store, patches, adapters, attention)
+            bridge.prepack(weights)
         except BaseException:
             patches.undo()
             raise

@@ -18,6 +18,7 @@ from quire.models.adapters import Adapters
 from quire.models.forward import Forward, windows_of
 from quire.models.hf_cache import KVCache
 from quire.models.patches import Patches
+from quire.models.prepack import Prepacked, prepack
 from quire.models.probe import Shape
 from quire.plan.layout import Layout
 from quire.spec import CacheGroup
@@ -61,6 +62,7 @@ class Bridge:
         self.patches = patches
         self.backend = make_backend(backend)
         self.device = torch.device(model.device)
+        self.weights: Prepacked | None = None
         self.chunked_prefill = True
         self.key_offsets: Mapping[int, torch.Tensor] = {}
         """Layer to `[H_kv, D]`, added to its keys where they enter the cache (`quire.evaluate.inject`)."""
@@ -172,6 +174,12 @@ class Bridge:
                 out[h, at] = x[i, keep]
         assert out is not None
         return out
+
+    def prepack(self, weights: str) -> None:
+        """Packs the model's linear layers until `close`, see `models.prepack`. Raises ConfigError."""
+        self.weights = prepack(self.model, weights)
+        if self.weights is not None:
+            self.patches.also(self.weights.restore)
 
     def close(self) -> None:
         """Undoes what was changed in the model."""

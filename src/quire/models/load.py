@@ -460,7 +460,7 @@ def _fingerprint(parameters: Iterable[tuple[str, Any]]) -> str:
     found = hashlib.sha256()
     for name, p in parameters:
         found.update(f"{name} {tuple(p.shape)} {p.dtype}\n".encode())
-        flat = p.detach().reshape(-1)
+        flat = (p.detach().to_dense() if p.is_mkldnn else p.detach()).reshape(-1)
         some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().contiguous()
         found.update(some.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quire.models.attach import connect
+from quire.models.prepack import prepack
 from quire.models.runner import ModelRunner, NoCacheRunner
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
 
@@ -18,6 +19,7 @@ def open_runner(
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     attention: str = "auto",
     way: str | None = None,
+    weights: str = "auto",
 ) -> ModelRunner | NoCacheRunner:
     """A runner over a new store, or over none at all for `kv="none"`.
 
@@ -26,11 +28,15 @@ def open_runner(
         kv, keep: string forms, see `KVConfig`.
         memory: of the arena: bytes, a share of free memory, or text as `"8GiB"`.
         attention: backend; way: forces a way into the model.
+        weights: "plain", "prepacked" or "auto": what the linear layers read, see `quire.models.prepack`.
 
     Raises:
-        ConfigError, CapacityError: see `connect`.
+        ConfigError, CapacityError: see `connect` and `prepack`.
     """
     if kv == "none":
-        return NoCacheRunner(model)
+        plain = NoCacheRunner(model)
+        plain.weights = prepack(plain.model, weights)
+        return plain
     config = KVConfig(kv, keep, block_tokens)
-    return ModelRunner(connect(model, config, memory=memory, attention=attention, way=way))
+    bridge = connect(model, config, memory=memory, attention=attention, way=way, weights=weights)
+    return ModelRunner(bridge)

@@ -32,6 +32,10 @@ class Patches:
         while self._undo:
             self._undo.pop()()
 
+    def also(self, undo: Callable[[], None]) -> None:
+        """Takes on a change that was made elsewhere, to be undone before all earlier ones."""
+        self._undo.append(undo)
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """The model with its own attention for a while; needed only where a change works without a `Forward`."""

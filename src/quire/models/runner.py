@@ -16,6 +16,7 @@ from quire.models.adapters import Adapters, unwrap
 from quire.models.bridge import Bridge
 from quire.models.forward import CURRENT
 from quire.models.hf_cache import KVCache
+from quire.models.prepack import Prepacked
 from quire.models.rope import Regimes
 from quire.spec import Usage
 from quire.store.table import BlockTable
@@ -61,6 +62,7 @@ class ModelRunner:
         self.max_rows: int | None = None
         self.cache = KVCache(bridge)
         self.adapters = bridge.adapters
+        self.weights = bridge.weights
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -88,6 +90,10 @@ class ModelRunner:
     @property
     def bytes_per_token(self) -> float:
         return self.bridge.layout.spec.bytes_per_token
+
+    def close(self) -> None:
+        """Gives the model back as it was: its attention, its cache, its weights. Idempotent."""
+        self.bridge.close()
 
     # -- forwards ------------------------------------------------------------------------------------------------
 
@@ -251,6 +257,12 @@ class NoCacheRunner:
         self._regimes = Regimes(model)
         self.max_context_tokens = context_tokens(config, self._regimes.stretch)
         self._trims = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.weights: Prepacked | None = None
+
+    def close(self) -> None:
+        """As `ModelRunner.close`."""
+        if self.weights is not None:
+            self.weights.restore()
 
     def open(self) -> NoCacheTable:
         return NoCacheTable()

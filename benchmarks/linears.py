@@ -1,0 +1,107 @@
+"""Do a model's linear layers gain from prepacked weights, and from how many rows on do they lose?
+
+One `nn.Linear` shape at a time, several layers of it so that weights are read cold; plain and packed take turns.
+
+    python benchmarks/linears.py --clock cpu --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import common
+import torch
+from common import Document, Stream, Table
+from torch import nn
+
+from quire.models.prepack import Prepacked
+
+
+class Stack(nn.Module):
+    """Layers side by side over one input."""
+
+    def __init__(self, shape: tuple[int, int], n_bytes: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        size = shape[0] * shape[1] * dtype.itemsize
+        n = max(1, n_bytes // size)
+        self.dtype, self.weight_bytes = dtype, n * size
+        self.layers = nn.ModuleList(nn.Linear(*shape, bias=False).to(dtype) for _ in range(n))
+        self.requires_grad_(requires_grad=False)
+
+    def caller(self, x: torch.Tensor) -> Callable[[], object]:
+        @torch.inference_mode()
+        def call() -> None:
+            for layer in self.layers:
+                layer(x)
+
+        return call
+
+
+def measure(
+    doc: Document, args: argparse.Namespace, dtype: str, shape: tuple[int, int], stream: Stream
+) -> list[dict[str, Any]]:
+    kind = getattr(torch, dtype)
+    torch.manual_seed(args.seed)
+    plain = Stack(shape, args.mib << 20, kind)
+    torch.manual_seed(args.seed)
+    packed = Stack(shape, args.mib << 20, kind)
+    changed = Prepacked(packed)
+    changed.pack_layers()
+    out = []
+    for rows in args.rows:
+        x = torch.randn(rows, shape[0]).to(kind)
+        with torch.inference_mode():
+            want, got = plain.layers[0](x), packed.layers[0](x)
+        error = float((want - got).abs().max() / want.std())
+        where = f"{dtype} {shape[0]} x {shape[1]}, {rows} rows"
+        common.check(doc, where, error < 1e-5, error)
+        sides = {"plain": plain.caller(x), "packed": packed.caller(x)}
+        turns = common.take_turns(sides, args.repeats, clock=args.clock, stream=stream)
+        seconds = turns.spread("packed").median
+        out.append(
+            {
+                "dtype": dtype,
+                "shape": list(shape),
+                "rows": rows,
+                "plain_over_packed": turns.ratio("plain", "packed").json(digits=3),
+                "packed_gb_per_s": round(packed.weight_bytes / seconds / 1e9, 2),
+                "stream_gb_per_s": [round(s, 1) for s in turns.stream_gb_per_s or ()],
+            }
+        )
+    changed.restore()
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> Document:
+    p = common.parser(__doc__ or "")
+    p.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    p.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 32, 128, 512])
+    p.add_argument("--mib", type=int, default=100, help="weights of one shape")
+    args = p.parse_args(argv)
+    shapes = [(2048, 5632), (2048, 256)]
+    if args.smoke:
+        shapes, args.rows, args.mib, args.repeats = [(64, 96)], [1, 5], 1, 2
+    common.prepare(args)
+    question = "Do linear layers gain from prepacked weights?"
+    doc = common.document("linears", question, args)
+    stream = Stream(8 << 20 if args.smoke else common.STREAM_BYTES)
+    doc["cases"] = [
+        case for d in args.dtype for s in shapes for case in measure(doc, args, d, s, stream)
+    ]
+    table = Table(["dtype, shape", "rows", "plain / packed", "min", "max", "GB/s"])
+    for c in doc["cases"]:
+        ratio = c["plain_over_packed"]
+        figures = (f"{ratio[k]:.2f}" for k in ("median", "min", "max"))
+        table.add(
+            f"{c['dtype']}, {c['shape'][0]} x {c['shape'][1]}",
+            c["rows"],
+            *figures,
+            c["packed_gb_per_s"],
+        )
+    return common.report(doc, args, [table])
+
+
+if __name__ == "__main__":
+    main()
