@@ -23,9 +23,10 @@ from typing import Any, ClassVar
 import common
 from common import Document, Table
 
+from quire.codecs.coded import Coded
 from quire.errors import CapacityError
 from quire.plan import KVLayer, build_layout
-from quire.spec import DEFAULT_BLOCK_TOKENS, CacheSpec, Field, Full, KVConfig, Window
+from quire.spec import DEFAULT_BLOCK_TOKENS, CacheSpec, Field, Full, KVConfig, Site, Window
 from quire.store import BlockStore, BlockTable
 
 LENGTHS = common.ROOT.parent / "shared" / "data" / "traces" / "sharegpt8k-lengths.csv"
@@ -37,15 +38,15 @@ Lengths = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class OneByte:
+class OneByte(Coded):
     """Bytes of a typical 8-bit codec: a code per element, a 2-byte scale per token and head. Encodes nothing."""
 
     residual_tokens: int = 0
     group_tokens: int = 1
     name: ClassVar[str] = "one-byte"
-    plain: ClassVar[bool] = False
 
-    def stored(self, of: Field, block_tokens: int) -> tuple[Field, ...]:
+    def stored(self, site: Site) -> tuple[Field, ...]:
+        of = site.field
         return Field(f"{of.name}.codes", of.shape, "uint8"), Field(
             f"{of.name}.scale", (1,), "float16"
         )

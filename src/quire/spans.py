@@ -124,13 +124,17 @@ class Sinks(Span):
 class Residual(Span):
     """The raw window over a lossy body: positions from `s(i) = max(0, B*(i//B) - R)` on, within `inner`.
 
-    With blocks of B tokens and a residual window of R tokens, query i reads raw values for `k >= s(i)` and decoded ones
-    before. `s` is a function of i alone, which is what makes chunking, batching and prefix hits invisible.
+    With blocks of B tokens and a residual window of R tokens, query i reads raw values for `k >= s(i)` and for the
+    first `sinks` positions, and decoded ones between. `s` is a function of i alone, which is what makes chunking,
+    batching and prefix hits invisible.
+
+    |raw sinks|---- decoded ----|[s(i) raw ####|i
     """
 
     block_tokens: int
     residual_tokens: int
     inner: Span = field(default_factory=Full)
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         _positive("a block", self.block_tokens)
@@ -138,22 +142,39 @@ class Residual(Span):
             raise ConfigError(
                 f"a residual window holds 0 tokens or more, not {self.residual_tokens}"
             )
+        if self.sinks < 0:
+            raise ConfigError(f"the number of raw sinks is 0 or more, not {self.sinks}")
 
     def start(self, i: Any) -> Any:
         """`s(i)`: the first position that query i reads raw (not clamped at zero when `i` is an array)."""
         s = i // self.block_tokens * self.block_tokens - self.residual_tokens
         return max(0, s) if isinstance(s, int) else s
 
+    def coded(self, q: Any, k: Any) -> Any:
+        """Whether the query at `q` reads the position `k` decoded, if `inner` lets it read it at all."""
+        return (k >= self.sinks) & (k < self.start(q))
+
     def needs(self, b: int) -> tuple[Interval, ...]:
         s = self.start(b)
-        return tuple((max(lo, s), hi) for lo, hi in self.inner.needs(b) if max(lo, s) < hi)
+        if s <= self.sinks:
+            return self.inner.needs(b)
+        out: tuple[Interval, ...] = ()
+        for lo, hi in self.inner.needs(b):
+            out += _interval(lo, min(hi, self.sinks)) + _interval(max(lo, s), hi)
+        return out
 
     def visible(self, q: Any, k: Any) -> Any:
-        return self.inner.visible(q, k) & (k >= self.start(q))
+        return self.inner.visible(q, k) & ((k < self.sinks) | (k >= self.start(q)))
 
     def reach(self, n: int) -> tuple[int, ...]:
         whole = min(n, self.residual_tokens + self.block_tokens - 1)
-        return tuple(min(r, whole) for r in self.inner.reach(n))
+        inner = self.inner.reach(n)
+        if not self.sinks:
+            return tuple(min(r, whole) for r in inner)
+        sinks = min(n, self.sinks)
+        if len(inner) > 1:  # its intervals may begin among the sinks and end in the window
+            return min(n, max(sinks, inner[0])), min(sum(inner), n, whole + sinks)
+        return sinks, min(inner[0], whole)
 
 
 @dataclass(frozen=True)

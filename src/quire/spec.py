@@ -34,6 +34,7 @@ __all__ = [
     "Residual",
     "RetentionPolicy",
     "Sinks",
+    "Site",
     "Span",
     "State",
     "Usage",
@@ -348,33 +349,93 @@ class KVConfig:
             )
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where a codec works: one of the model's own fields, in blocks of `block_tokens`."""
+
+    field: Field
+    block_tokens: int
+
+    @property
+    def name(self) -> str:
+        """`"k"`, `"v"`, `"latent"` or `"k_rope"`."""
+        return self.field.name
+
+    @property
+    def width(self) -> int:
+        """Elements per token (and head)."""
+        return math.prod(self.field.shape)
+
+    @property
+    def values(self) -> bool:
+        """Whether it holds values only; a latent is key and value at once and laid out as a key."""
+        return self.field.name == "v"
+
+
 @runtime_checkable
 class KVCodec(Protocol):
-    """How one field (k, v, latent) is stored once its block is sealed.
+    """How one field (k, v, latent, k_rope) is stored once its block is sealed.
 
     `plain` codecs store what they are given, cast to `dtype`: tails are blocks of a plain codec, and sealing under one
-    moves nothing. Every other codec encodes a whole block once.
+    moves nothing. Every other codec encodes a whole block once. A codec is its parameters and nothing else; every
+    method is told the site that it serves.
+
+    needs: what `encode` is given of a key: "rotated" (RoPE applied) or "unrotated" (`decode` then applies it at `pos`).
+    group_tokens: `block_tokens` must be a multiple of it.
+    residual_tokens: how many recent tokens stay raw by default.
     """
 
     name: str
     plain: bool
+    needs: Literal["rotated", "unrotated"]
     group_tokens: int
     residual_tokens: int
 
-    def stored(self, of: Field, block_tokens: int) -> tuple[Field, ...]:
-        """The fields that a tile stores for the model's field `of`."""
+    def stored(self, site: Site) -> tuple[Field, ...]:
+        """The fields that a tile stores, named `<field>.<part>` (`<field>` alone for the part `""`).
+
+        Raises:
+            ConfigError: the codec cannot serve this site; one line that says what would work.
+        """
         ...
 
-    def encode(self, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encodes whole blocks. `x: [..., block_tokens, *shape]`, `pos: [block_tokens]`; returns the stored fields."""
+    def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encodes whole blocks.
+
+        Args:
+            x: `[..., block_tokens, *shape]`, any float dtype.
+            pos: int64, broadcastable to `[..., block_tokens]`.
+
+        Returns:
+            Part to `[..., block_tokens, *shape]` for a field per token, `[..., *shape]` for one per block.
+        """
         ...
 
-    def decode(self, stored: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """The inverse, up to `error_bound`: `[..., block_tokens, *shape]` in the model's basis."""
+    def decode(
+        self,
+        site: Site,
+        stored: Mapping[str, torch.Tensor],
+        pos: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        own_basis: bool = False,
+    ) -> torch.Tensor:
+        """The inverse, up to `error_bound`: `[..., block_tokens, *shape]`, in the model's basis or the codec's own."""
         ...
 
-    def error_bound(self, x: torch.Tensor) -> torch.Tensor:
-        """Upper bound of |decode(encode(x)) - x|, elementwise, broadcastable to `x`."""
+    def query_map(self, site: Site, q: torch.Tensor) -> torch.Tensor:
+        """Queries `[..., D]` into the codec's own basis: their products with keys decoded there are the model's."""
+        ...
+
+    def output_map(self, site: Site, out: torch.Tensor) -> torch.Tensor:
+        """Sums `[..., D]` of values decoded in the codec's own basis, back into the model's."""
+        ...
+
+    def error_bound(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+        """Upper bound of |decode(encode(x)) - x|, elementwise in the model's basis, broadcastable to `x`.
+
+        For a decode in float32 or wider; a narrower dtype adds its own rounding.
+        """
         ...
 
 

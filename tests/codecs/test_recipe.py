@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -12,6 +12,8 @@ from quire.codecs import available, load_codec, parse_recipe, recipe
 from quire.codecs.plain import Plain
 from quire.errors import ConfigError
 from quire.plan import KVLayer, StateLayer, build_layout
+from quire.plan.layout import check_config
+from quire.spans import Full, Residual
 from quire.spec import Field, KVCodec, KVConfig
 
 
@@ -73,6 +75,7 @@ def test_auto_is_the_models_own_dtype(dtype: str, name: str) -> None:
         ("fancy:bits=2,residual=128", {"": "fancy:bits=2,residual=128"}, ()),
         ("k=fancy:bits=2,residual=128,v=fp16", {"k": "fancy:bits=2,residual=128", "v": "fp16"}, ()),
         ("latent=fp16,k_rope=auto", {"latent": "fp16", "k_rope": "auto"}, ()),
+        ("k=int8,v=auto;sinks=4;skip_layers=2", {"k": "int8", "v": "auto"}, (2,)),
     ],
 )
 def test_what_a_recipe_means(
@@ -98,10 +101,14 @@ def test_what_a_recipe_means(
         ("k=bf16,k=fp16", "k is given twice"),
         ("q=bf16", "unknown field 'q'; fields are k, v, latent, k_rope"),
         ("k=fp16,residual=4", "unknown field 'residual'"),
-        ("bf16;skip=1", "unknown option 'skip'; known: skip_layers=0,1,-1"),
+        ("bf16;skip=1", "unknown option 'skip'; known: skip_layers=0,1,-1, sinks=4, window=128"),
         ("bf16;", "unknown option ''"),
         ("bf16;skip_layers=a", "skip_layers takes layer numbers"),
         ("bf16;skip_layers=", "skip_layers takes layer numbers"),
+        ("int8;sinks=4,8", "sinks takes a number of tokens, as in sinks=4"),
+        ("int8;sinks=-1", "sinks takes a number of tokens, as in sinks=4"),
+        ("int8;window=", "window takes a number of tokens, as in window=4"),
+        ("int8;window=1;window=2", "window is given twice"),
     ],
 )
 def test_a_wrong_recipe_is_refused_in_one_line(fancy: None, text: str, says: str) -> None:
@@ -160,3 +167,52 @@ def test_given_codecs_respect_skipped_layers() -> None:
     config = KVConfig(kv="auto;skip_layers=0")
     made = build_layout(layers, config, dtype="float32", codecs={"": load_codec("fp16")})
     assert {g.codec: g.layers for g in made.spec.groups} == {"fp32": (0,), "fp16": (1,)}
+
+
+# -- sinks, windows and blocks -----------------------------------------------------------------------------------
+
+
+def raw_span(kv: str, **config: Any) -> Residual:
+    layers = [KVLayer(0, 1, (Field("k", (16,), "float32"), Field("v", (16,), "float32")))]
+    _, raw = build_layout(layers, KVConfig(kv, **config), dtype="bfloat16").spec.groups
+    assert raw.codec == "bf16"
+    assert isinstance(raw.span, Residual)
+    return raw.span
+
+
+def test_sinks_and_window_are_read_raw() -> None:
+    assert raw_span("int8") == Residual(32, 0)
+    assert raw_span("int8;sinks=4;window=100") == Residual(32, 100, Full(), 4)
+    assert raw_span("k=int8,v=bf16;sinks=4") == Residual(32, 0, Full(), 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("auto;sinks=4", "sinks and window keep tokens out of a codec that rounds them"),
+        ("bf16;window=64", "and none does here; drop them"),
+        ("k=bf16;sinks=4", "drop them"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(text: str, says: str) -> None:
+    for check in (lambda: check_config(KVConfig(text)), lambda: groups_of(text)):
+        with pytest.raises(ConfigError) as caught:
+            check()
+        assert says in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_blocks_hold_whole_groups() -> None:
+    assert raw_span("int8", block_tokens=48) == Residual(48, 0)
+    for check in (check_config, lambda c: raw_span(c.kv, block_tokens=c.block_tokens)):
+        with pytest.raises(ConfigError) as caught:
+            check(KVConfig("int8", block_tokens=24))
+        assert str(caught.value) == (
+            "blocks of 24 tokens do not hold whole groups of int8; take a multiple of 16, as 32"
+        )
+
+
+def test_a_codec_of_unrotated_keys_is_refused(fancy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fancy, "needs", "unrotated")
+    with pytest.raises(ConfigError, match="takes keys before RoPE"):
+        groups_of("fancy")

@@ -17,28 +17,28 @@ import torch
 
 from lossy import Lossy
 from quire.codecs import recipe
-from quire.spec import Field
+from quire.codecs.coded import Coded
+from quire.spec import Field, Site
 
 if TYPE_CHECKING:
     import pytest
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Coded):
     """2-bit codes, four in a byte; minimum in float32, step in float16."""
 
     along: str = "tokens"
     group: int = 16
     residual_tokens: int = 0
     name: ClassVar[str] = "grouped"
-    plain: ClassVar[bool] = False
 
     @property
     def group_tokens(self) -> int:
         return self.group if self.along == "tokens" else 1
 
-    def stored(self, of: Field, block_tokens: int) -> tuple[Field, ...]:
-        (width,) = of.shape
+    def stored(self, site: Site) -> tuple[Field, ...]:
+        of, block_tokens, width = site.field, site.block_tokens, site.width
         groups = block_tokens // self.group if self.along == "tokens" else block_tokens
         wide = width if self.along == "tokens" else 1
         return (
@@ -51,7 +51,7 @@ class Grouped:
         """`[..., block_tokens, D]` to `[..., groups, tokens of a group, D]`."""
         return x.unflatten(-2, (-1, self.group if self.along == "tokens" else 1))
 
-    def encode(self, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         g = self._grouped(x.float())
         dim = -2 if self.along == "tokens" else -1
         low, high = g.amin(dim, keepdim=True), g.amax(dim, keepdim=True)
@@ -61,13 +61,21 @@ class Grouped:
         packed = four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6
         return {"codes": packed, "low": low.squeeze(-2), "step": step.squeeze(-2)}
 
-    def decode(self, stored: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    def decode(
+        self,
+        site: Site,
+        stored: Mapping[str, torch.Tensor],
+        pos: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        own_basis: bool = False,
+    ) -> torch.Tensor:
         four = torch.stack([stored["codes"] >> s & 3 for s in (0, 2, 4, 6)], -1)
         g = self._grouped(four.flatten(-2).float())
         x = g * stored["step"].float().unsqueeze(-2) + stored["low"].unsqueeze(-2)
         return x.flatten(-3, -2).to(dtype)
 
-    def error_bound(self, x: torch.Tensor) -> torch.Tensor:
+    def error_bound(self, site: Site, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
 

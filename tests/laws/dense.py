@@ -17,7 +17,7 @@ def may_read(span: Span, q: int, k: int) -> bool:
     match span:
         case Residual():
             begin = q - q % span.block_tokens - span.residual_tokens
-            return k >= begin and may_read(span.inner, q, k)
+            return (k >= begin or k < span.sinks) and may_read(span.inner, q, k)
         case Window():
             return q - k < span.tokens
         case Chunked():
@@ -49,5 +49,5 @@ plain_spans = st.one_of(
 spans = st.one_of(
     plain_spans,
     st.just(State()),
-    st.builds(Residual, st.integers(1, 8), st.integers(0, 20), plain_spans),
+    st.builds(Residual, st.integers(1, 8), st.integers(0, 20), plain_spans, st.integers(0, 9)),
 )

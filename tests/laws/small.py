@@ -11,13 +11,19 @@ KV = (Field("k", (4,), "float32"), Field("v", (4,), "float32"))
 
 
 def layout_of(
-    *spans: Span, size: int = 4, codec: KVCodec | None = None, state: bool = False, heads: int = 2
+    *spans: Span,
+    size: int = 4,
+    codec: KVCodec | None = None,
+    state: bool = False,
+    heads: int = 2,
+    sinks: int = 0,
 ) -> Layout:
     layers: list[KVLayer | StateLayer] = [KVLayer(i, heads, KV, s) for i, s in enumerate(spans)]
     if state:
         layers.append(StateLayer(len(layers), (Field("s", (50,), "float32", "block"),)))
     codecs = None if codec is None else {"": codec}
-    return build_layout(layers, KVConfig(block_tokens=size), dtype="float32", codecs=codecs)
+    config = KVConfig(f"auto;sinks={sinks}", block_tokens=size)
+    return build_layout(layers, config, dtype="float32", codecs=codecs)
 
 
 def store_of(layout: Layout, slabs: int = 64, device: str | None = None) -> BlockStore:

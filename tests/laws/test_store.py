@@ -37,16 +37,20 @@ def worlds(draw: st.DrawFn) -> World:
             )
         )
     codecs = None
-    skip = ""
+    skip = sinks = ""
     if draw(st.booleans()):
         lossy = Lossy(
             draw(st.one_of(st.sampled_from([0, size, 2 * size]), st.integers(0, 3 * size)))
         )
         codecs = {"": lossy}
+        sinks = f";sinks={draw(st.sampled_from([0, 0, 1, 3, 7]))}"
         if len(layers) > 1 and draw(st.booleans()):
             skip = ";skip_layers=0"
     layout = build_layout(
-        layers, KVConfig(kv="auto" + skip, block_tokens=size), dtype="float32", codecs=codecs
+        layers,
+        KVConfig(kv="auto" + skip + sinks, block_tokens=size),
+        dtype="float32",
+        codecs=codecs,
     )
     sizes = {g.block_bytes for g in layout.spec.groups}
     slab = max(sizes) * draw(st.integers(1, 3)) + 64 * draw(st.integers(0, 2))

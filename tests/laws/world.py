@@ -16,6 +16,7 @@ from laws.dense import first_raw, may_read
 from lossy import Lossy, decoded
 from quire.attention import Row, Step
 from quire.plan import KVLayer, Layout, StateLayer
+from quire.spec import CacheGroup, KVCodec, Residual, Site
 from quire.store import BlockPool, BlockStore, BlockTable, Chain
 
 
@@ -46,6 +47,15 @@ class Seq:
             [set(d) for d in self.dropped],
             list(self.cut),
         )
+
+
+def alone(codec: KVCodec, site: Site, x: np.ndarray, first: int) -> np.ndarray:
+    """One block of one head through a codec, with nothing beside it."""
+    pos = torch.arange(first, first + len(x))
+    kept = {f.name.partition(".")[2]: getattr(torch, f.dtype) for f in codec.stored(site)}
+    parts = codec.encode(site, torch.from_numpy(x), pos)
+    parts = {part: y.to(kept[part]) for part, y in parts.items()}
+    return codec.decode(site, parts, pos, torch.float32).numpy()
 
 
 def fingerprint(table: BlockTable) -> tuple[object, ...]:
@@ -83,14 +93,22 @@ class World:
         self.seqs.append(seq)
         return seq
 
-    def lossy_of(self, layer: int, name: str) -> tuple[Lossy, int] | None:
-        """The codec of a field of a layer and the block it seals, or None where it is plain."""
+    def lossy_of(self, layer: int) -> tuple[CacheGroup, Residual] | None:
+        """The body of a layer and the span of its raw companion, or None where the layer is plain."""
+        spans = {g.name: g.span for g in self.layout.spec.groups}
         for g in self.layout.spec.groups:
             if layer in g.layers and g.raw is not None:
-                codec = self.layout.codecs_of(g)[name]
-                # a plain field of a lossy group is read raw or from the body: the same values
-                return (codec, g.block_tokens) if isinstance(codec, Lossy) else None
+                span = spans[g.raw]
+                assert isinstance(span, Residual)
+                return g, span
         return None
+
+    def sealed(self, body: CacheGroup, name: str, x: np.ndarray, first: int) -> np.ndarray:
+        """What one block `[B, D]` of one head reads as once it is sealed at position `first`."""
+        codec = self.layout.codecs_of(body)[name]
+        if isinstance(codec, Lossy):
+            return decoded(x, first)
+        return alone(codec, next(s for s in self.layout.sites_of(body) if s.name == name), x, first)
 
     # -- a forward -----------------------------------------------------------------------------------------------
 
@@ -152,21 +170,29 @@ class World:
         """What queries [start, stop) read: `[T, heads, longest, D]`, NaN where nothing is read."""
         width = x.fields[of].shape[0]
         raw = elements(np.array(s.tokens[:stop], np.int64), x.layer, x.heads, width, of)
-        lossy = self.lossy_of(x.layer, name)
-        coded = raw.copy()
+        plain = next(g for g in self.layout.spec.groups if x.layer in g.layers and g.raw is None)
+        for h in range(
+            x.heads if plain.codec != "fp32" else 0
+        ):  # rows of a plain codec are rounded when they are written
+            raw[:, h] = self.sealed(plain, name, raw[:, h], 0)
+        lossy = self.lossy_of(x.layer)
+        coded, residual, size = raw.copy(), None, 1
         if lossy is not None:
-            size = lossy[1]
+            body, residual = lossy
+            size = body.block_tokens
             for first in range(0, stop // size * size, size):
                 for h in range(x.heads):
-                    coded[first : first + size, h] = decoded(raw[first : first + size, h], first)
+                    at = slice(first, first + size)
+                    coded[at, h] = self.sealed(body, name, raw[at, h], first)
         out = np.full((stop - start, x.heads, longest, width), np.nan, np.float32)
         for q in range(start, stop):
-            limit = first_raw(q, lossy[1], lossy[0].residual_tokens) if lossy is not None else 0
+            limit = 0 if residual is None else first_raw(q, size, residual.residual_tokens)
+            sinks = 0 if residual is None else residual.sinks
             for h in range(x.heads):
                 gone = self._dropped(s, x.layer, h)
                 for k in range(q + 1):
                     if may_read(x.span, q, k) and k not in gone:
-                        out[q - start, h, k] = coded[k, h] if k < limit else raw[k, h]
+                        out[q - start, h, k] = coded[k, h] if sinks <= k < limit else raw[k, h]
         return out
 
     @staticmethod

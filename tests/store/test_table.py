@@ -50,6 +50,29 @@ def test_a_window_gives_blocks_back_and_sinks_stay() -> None:
     assert by_span == {Window: [6, 7], Sinks: [0, 6, 7], Chunked: [6, 7]}
 
 
+def held_entries(table: BlockTable, chain: int) -> list[int]:
+    c = table.chains[chain]
+    return [i for i, b in enumerate(c.ids[: c.count].tolist()) if b >= 0]
+
+
+def test_raw_sinks_stay_under_full_attention_and_go_with_a_window() -> None:
+    """Blocks of 4, window of 8 tokens, first 6 raw: entry 0 and 1 of the raw companion."""
+    store = store_of(layout_of(Full(), Window(8), codec=Lossy(0), sinks=6))
+    names = [g.name for g in store.spec.groups]
+    full, window = (names.index(n) for n in ("full0.raw", "window2.raw"))
+    table = store.open()
+    trail = []
+    for _ in range(20):
+        table.append(1)
+        table.commit()
+        trail.append((held_entries(table, full), held_entries(table, window)))
+    assert trail[4] == ([0, 1], [0, 1])
+    assert trail[9] == ([0, 1, 2], [0, 1, 2])
+    assert trail[10] == ([0, 1, 2], [1, 2])  # 11 tokens: the window is [4, 11) and the query's own
+    assert trail[12] == ([0, 1, 3], [3])
+    assert trail[19] == ([0, 1], [])
+
+
 @pytest.mark.parametrize(
     "act",
     [

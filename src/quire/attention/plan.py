@@ -148,7 +148,7 @@ class Plan:
         firsts: np.ndarray,
         members: dict[CacheGroup, list[tuple[int, Chain]]],
     ) -> None:
-        # The raw companion's own span says k >= s(q); the body reads what lies below.
+        # The raw companion's own span says which positions are read raw; the body reads the others.
         limit = raw.span if raw is not None and isinstance(raw.span, Residual) else None
         found: list[tuple[int, Extent]] = []
         for at, chain in chains:

@@ -64,7 +64,7 @@ class Read:
         source: whose blocks are read: the group, or the raw companion of a lossy body.
         mode: what is read of a lossy group: "raw" rows, "body" codes, or "through" (raw rows encoded and decoded on
             the way, for whole blocks that are not accepted yet).
-        limit: set on a lossy body, where query i reads positions below s(i) only.
+        limit: set on a lossy body, where query i reads positions from the raw sinks on and below s(i) only.
         rows: of the forward, with the index of each one's first token: `firsts`.
         extents: what each row of the batch reads.
         units: where the blocks of each extent begin.
@@ -139,7 +139,7 @@ class Read:
 
     @cached_property
     def pos(self) -> torch.Tensor:
-        """`[R, n, block_tokens]` position of every slot by its place, for what is encoded on the way."""
+        """`[R, n, block_tokens]` position of every slot by its place, for what is decoded."""
         n, size = self.blocks.units.shape[1], self.source.block_tokens
         first = np.array([e.first for e in self.extents])
         return index(
@@ -169,12 +169,16 @@ class Read:
     def runs(self, at: int) -> list[tuple[int, int]]:
         """Runs of slots `[lo, hi)` that row `at`'s single query reads, ascending: what its mask says, as intervals."""
         e, query = self.extents[at], self.rows[at].start
-        limit = e.stop if self.limit is None else min(e.stop, self.limit.start(query))
         if e.positions is None and GONE not in e.blocks:
             # an extent is what the span needs at its first query; a single query reads all of that
-            return [(e.start - e.first, limit - e.first)] if e.start < limit else []
+            lo, hi = e.start, e.stop
+            if self.limit is not None:
+                lo, hi = max(lo, self.limit.sinks), min(hi, self.limit.start(query))
+            return [(lo - e.first, hi - e.first)] if lo < hi else []
         pos = e.slot_positions(self.source.block_tokens)
-        seen = (pos >= 0) & (pos < limit) & self.group.span.visible(query, pos)
+        seen = (pos >= 0) & self.group.span.visible(query, pos)
+        if self.limit is not None:
+            seen &= self.limit.coded(query, pos)
         edges = np.flatnonzero(np.diff(np.concatenate([[False], seen, [False]])))
         return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
@@ -182,7 +186,7 @@ class Read:
         q, k = self.qpos.unsqueeze(-1), self.kpos.unsqueeze(-2)
         ok: torch.Tensor = self.group.span.visible(q, k) & (k >= 0)
         if self.limit is not None:
-            ok = ok & (k < self.limit.start(q))
+            ok = ok & self.limit.coded(q, k)
         if window is not None:
             ok = ok & (k > q - window)
         return None if bool(ok.all()) else ok

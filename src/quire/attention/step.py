@@ -44,10 +44,10 @@ class Step(Plan):
     def _seal(self, layer: int, s: Seal) -> None:
         codecs = self.layout.codecs_of(s.body)
         dtype = getattr(torch, self.layout.dtype)
-        for f in self.layout.fields_of(s.body):
-            x = self.store.view(s.raw, layer, f.name)[s.source.at].to(dtype)
-            for part, stored in codecs[f.name].encode(x, s.pos.unsqueeze(1)).items():
-                view = self.store.view(s.body, layer, f"{f.name}.{part}" if part else f.name)
+        for site in self.layout.sites_of(s.body):
+            x = self.store.view(s.raw, layer, site.name)[s.source.at].to(dtype)
+            for part, stored in codecs[site.name].encode(site, x, s.pos.unsqueeze(1)).items():
+                view = self.store.view(s.body, layer, f"{site.name}.{part}" if part else site.name)
                 view[s.target.at] = stored.to(view.dtype)
         s.todo.discard(layer)
         if not s.todo:
@@ -112,16 +112,16 @@ class Step(Plan):
             x = fetch(name).to(dtype)
         else:
             codec = self.layout.codecs_of(read.group)[name]
-            f = next(f for f in self.layout.fields_of(read.group) if f.name == name)
-            stored = codec.stored(f, read.group.block_tokens)
+            site = next(x for x in self.layout.sites_of(read.group) if x.name == name)
+            pos, stored = read.pos.unsqueeze(1), codec.stored(site)
             if read.mode == "body":
                 parts = {s.name.partition(".")[2]: fetch(s.name) for s in stored}
             else:
                 model = getattr(torch, self.layout.dtype)
-                parts = codec.encode(fetch(name).to(model), read.pos.unsqueeze(1))
+                parts = codec.encode(site, fetch(name).to(model), pos)
                 kept = {s.name.partition(".")[2]: getattr(torch, s.dtype) for s in stored}
                 parts = {part: y.to(kept[part]) for part, y in parts.items()}
-            x = codec.decode(parts, dtype)
+            x = codec.decode(site, parts, pos, dtype)
         r, heads, n, size, *shape = x.shape
         if read.empty is not None:  # what was never written may be no number, and 0 x NaN is NaN
             x = x.reshape(r * heads * n * size, -1)

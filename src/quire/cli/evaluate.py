@@ -121,6 +121,7 @@ def command(
     words = _read(text)
     with spinner("looking at the model …"):
         source = _look(model, dtype, device, memory)
+        _check_shape(source, configs, block_tokens)
     for n in lengths:
         _check_source(source, tasks, words, n, max_tokens, examples, seed)
     found = _run(
@@ -244,6 +245,15 @@ def _look(model: str | None, dtype: str | None, device: str | None, memory: str)
 
     arena_bytes(memory, source.chosen_device)
     return source
+
+
+def _check_shape(source: Source, configs: Sequence[tuple[str, str]], block_tokens: int) -> None:
+    """What a configuration cannot serve in this model, found without its weights."""
+    from quire.cli.prepare import check_shape, depends_on_shape
+
+    for kv, keep in configs:
+        if depends_on_shape(kv):
+            check_shape(source, KVConfig(kv, keep, block_tokens))
 
 
 def _check_source(

@@ -7,13 +7,13 @@ from typing import Any
 
 from quire.cli.console import quiet_transformers, say, spinner
 from quire.cli.options import NO_CACHE, Options
-from quire.codecs.recipe import load_codec, parse_recipe
+from quire.codecs.recipe import parse_recipe
 from quire.errors import CapacityError
 from quire.models.load import Loaded, Source, check_source, load_model
-from quire.plan.layout import KVLayer, build_layout
-from quire.spec import Field, KVConfig
+from quire.plan.layout import build_layout, check_config
+from quire.spec import CacheSpec, KVConfig
 
-__all__ = ["load", "look", "open_cache", "vocabulary"]
+__all__ = ["check_shape", "depends_on_shape", "load", "look", "open_cache", "vocabulary"]
 
 
 def look(options: Options) -> Source:
@@ -23,9 +23,7 @@ def look(options: Options) -> Source:
         ConfigError: an unknown codec, policy or backend; a model that cannot run here.
     """
     if options.kv != NO_CACHE:
-        parse_recipe(options.kv)
-        unit = KVLayer(0, 1, tuple(Field(n, (64,), "float32") for n in ("k", "v")))
-        build_layout([unit], KVConfig("auto", options.keep, options.block_tokens), dtype="float32")
+        check_config(KVConfig(options.kv, options.keep, options.block_tokens))
     with spinner("looking at the model …", shown=not options.quiet):
         source = check_source(options.model, dtype=options.dtype, device=options.device)
         quiet_transformers()
@@ -80,26 +78,19 @@ def open_cache(loaded: Loaded, options: Options) -> Any:
         )
 
 
-def _depends_on_shape(options: Options) -> bool:
-    """Whether a choice can fail on one model and work on another: worth the seconds that its shape takes to find."""
-    recipe = parse_recipe(options.kv)
-    coded = [c for c in recipe.codecs.values() if c != "auto" and not load_codec(c).plain]
-    return bool("memory" in options.given or options.keep != "full" or recipe.skip_layers or coded)
+def check_shape(source: Source, config: KVConfig) -> CacheSpec | None:
+    """The cache's groups on the model's shape, found without weights: torch's meta device holds none.
 
+    Returns:
+        None for a model that does not run there: it is judged when it is loaded.
 
-def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -> None:
-    """The cache's own arithmetic on the model's shape, found without weights: torch's meta device holds none.
-
-    Models that do not run there are judged when they are loaded.
+    Raises:
+        ConfigError: the configuration cannot serve this model.
     """
-    if options.kv == NO_CACHE or not _depends_on_shape(options):
-        return
     import torch
     from transformers import AutoModelForCausalLM
 
-    from quire.models.memory import arena_bytes
     from quire.models.probe import probe
-    from quire.store.store import BlockStore
 
     dtype = source.dtype
     if dtype == "auto":
@@ -109,9 +100,30 @@ def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -
             model = AutoModelForCausalLM.from_config(source.hf_config, dtype=getattr(torch, dtype))
         shape = probe(model.eval())
     except Exception:  # noqa: BLE001 - data-dependent models raise many kinds on the meta device
+        return None
+    return build_layout(shape.layers, config, dtype=dtype, shared=shape.shared).spec
+
+
+def depends_on_shape(kv: str) -> bool:
+    """Whether a recipe can fail on one model and work on another: worth the seconds that a shape takes to find."""
+    recipe = parse_recipe(kv)
+    return bool(recipe.skip_layers or any(not c.plain for c in recipe.loaded()))
+
+
+def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -> None:
+    """The cache's own arithmetic, before the weights are read."""
+    if options.kv == NO_CACHE:
         return
-    config = KVConfig(options.kv, options.keep, options.block_tokens)
-    spec = build_layout(shape.layers, config, dtype=dtype, shared=shape.shared).spec
+    if not ("memory" in options.given or options.keep != "full" or depends_on_shape(options.kv)):
+        return
+    import torch
+
+    from quire.models.memory import arena_bytes
+    from quire.store.store import BlockStore
+
+    spec = check_shape(source, KVConfig(options.kv, options.keep, options.block_tokens))
+    if spec is None:
+        return
     store = BlockStore(spec, arena_bytes(options.memory, source.chosen_device))
     for where, n_tokens in lengths:
         if not store.fits(n_tokens):

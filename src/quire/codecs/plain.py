@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from quire.spec import Field
+from quire.spec import Field, Site
 
 if TYPE_CHECKING:
     import torch
@@ -23,20 +23,36 @@ class Plain:
     smallest: ClassVar[float]
     """Largest absolute rounding error of a subnormal one."""
     plain: ClassVar[bool] = True
+    needs: ClassVar[Literal["rotated", "unrotated"]] = "rotated"
     group_tokens: ClassVar[int] = 1
     residual_tokens: ClassVar[int] = 0
 
-    def stored(self, of: Field, block_tokens: int) -> tuple[Field, ...]:
+    def stored(self, site: Site) -> tuple[Field, ...]:
+        of = site.field
         return (Field(of.name, of.shape, self.dtype, of.per),)
 
-    def encode(self, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch
 
         return {"": x.to(getattr(torch, self.dtype))}
 
-    def decode(self, stored: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    def decode(
+        self,
+        site: Site,
+        stored: Mapping[str, torch.Tensor],
+        pos: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        own_basis: bool = False,
+    ) -> torch.Tensor:
         return stored[""].to(dtype)
 
-    def error_bound(self, x: torch.Tensor) -> torch.Tensor:
+    def query_map(self, site: Site, q: torch.Tensor) -> torch.Tensor:
+        return q
+
+    def output_map(self, site: Site, out: torch.Tensor) -> torch.Tensor:
+        return out
+
+    def error_bound(self, site: Site, x: torch.Tensor) -> torch.Tensor:
         """Elementwise, for values within the dtype's range."""
         return x.abs() * self.epsilon + self.smallest

@@ -5,25 +5,28 @@ bf16                        one codec for every field
 kivi:bits=2,residual=128    with parameters
 k=int8,v=int4               one codec per field
 int4;skip_layers=0,1,-1     options for all: these layers stay in the plain codec of the model's dtype
+int4;sinks=4;window=128     and so do the first 4 tokens and the last 128 of every layer
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from quire.errors import ConfigError
-from quire.spec import KVCodec
+from quire.spec import DEFAULT_BLOCK_TOKENS, KVCodec
 
 FIELDS = ("k", "v", "latent", "k_rope")
 """What a recipe may name."""
 
-_NOT_CODECS = frozenset({"recipe", "plain"})
+_NOT_CODECS = frozenset({"recipe", "plain", "coded"})
+_OPTIONS = "skip_layers=0,1,-1, sinks=4, window=128"
 PLAIN_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 
@@ -93,11 +96,39 @@ def _value(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed `kv=` string. `codecs` maps a field's name, or `""` for every field, to a codec's string form."""
+    """A parsed `kv=` string.
+
+    Args:
+        codecs: a field's name, or `""` for every field, to a codec's string form.
+        skip_layers: these stay in the plain codec of the model's dtype; negative numbers count from the last.
+        sinks: so many first tokens are read raw.
+        window: so many recent tokens are read raw, at least; None for the codecs' own residual window.
+    """
 
     text: str
     codecs: Mapping[str, str] = field(default_factory=dict)
     skip_layers: tuple[int, ...] = ()
+    sinks: int = 0
+    window: int | None = None
+
+    def loaded(self) -> tuple[KVCodec, ...]:
+        """The codecs that it names."""
+        return tuple(load_codec(c) for c in self.codecs.values() if c != "auto")
+
+    def check_options(self) -> None:
+        """Refuses options that would change nothing. Raises ConfigError."""
+        coded = [c for c in self.loaded() if not c.plain]
+        if (self.sinks or self.window is not None) and not coded:
+            raise ConfigError(
+                f"kv={self.text!r}: sinks and window keep tokens out of a codec that rounds them, and none does here; "
+                "drop them"
+            )
+        for codec in coded:
+            if self.window is not None and self.window < codec.residual_tokens:
+                raise ConfigError(
+                    f"kv={self.text!r}: {codec_text(codec)} keeps {codec.residual_tokens} recent tokens raw by itself; "
+                    "give a wider window, or change that parameter"
+                )
 
     def codec(self, field_name: str, model_dtype: str) -> KVCodec:
         """The codec of a field for a model that computes in `model_dtype`."""
@@ -125,24 +156,45 @@ def parse_recipe(text: str) -> Recipe:
         ConfigError: one line that says what would work.
     """
     body, *options = (part.strip() for part in text.split(";"))
-    skip: tuple[int, ...] = ()
+    given: dict[str, tuple[int, ...]] = {}
     for option in options:
-        key, _, value = option.partition("=")
-        if key.strip() != "skip_layers":
-            raise ConfigError(
-                f"kv={text!r}: unknown option {key.strip()!r}; known: skip_layers=0,1,-1"
-            )
+        key, _, value = (x.strip() for x in option.partition("="))
+        if key not in ("skip_layers", "sinks", "window"):
+            raise ConfigError(f"kv={text!r}: unknown option {key!r}; known: {_OPTIONS}")
+        if key in given:
+            raise ConfigError(f"kv={text!r}: {key} is given twice")
         try:
-            skip = tuple(int(x) for x in value.split(","))
+            given[key] = tuple(int(x) for x in value.split(","))
         except ValueError:
+            given[key] = ()
+        if key == "skip_layers" and not given[key]:
             raise ConfigError(
                 f"kv={text!r}: skip_layers takes layer numbers, as in skip_layers=0,1,-1"
-            ) from None
+            )
+        if key != "skip_layers" and (len(given[key]) != 1 or given[key][0] < 0):
+            raise ConfigError(f"kv={text!r}: {key} takes a number of tokens, as in {key}=4")
     codecs = _fields(text, body) if _per_field(body) else {"": body}
-    for codec in codecs.values():
-        if codec != "auto":
-            load_codec(codec)
-    return Recipe(text, codecs, skip)
+    (sinks,), (window,) = given.get("sinks", (0,)), given.get("window", (None,))
+    recipe = Recipe(text, codecs, given.get("skip_layers", ()), sinks, window)
+    recipe.loaded()
+    return recipe
+
+
+def block_tokens_for(codecs: Iterable[KVCodec], block_tokens: int) -> int:
+    """Tokens per block under these codecs: as asked, or for the default of 32 the least multiple that serves them.
+
+    Raises:
+        ConfigError: another number was asked for, and the codecs' groups do not fill such blocks.
+    """
+    codecs = list(codecs)
+    unit = math.lcm(*(c.group_tokens for c in codecs))
+    if block_tokens == DEFAULT_BLOCK_TOKENS or block_tokens % unit == 0:
+        return math.lcm(block_tokens, unit)
+    names = ", ".join(dict.fromkeys(codec_text(c) for c in codecs if c.group_tokens > 1))
+    raise ConfigError(
+        f"blocks of {block_tokens} tokens do not hold whole groups of {names}; take a multiple of {unit}, as "
+        f"{-(-block_tokens // unit) * unit}"
+    )
 
 
 def _fields(text: str, body: str) -> dict[str, str]:

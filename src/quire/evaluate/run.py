@@ -263,13 +263,11 @@ def _cell(
 def _check_read(cell: _Cell, length: int) -> None:
     """Refuses a length at which a lossy configuration would never be read decoded, before anything is scored."""
     spec = cell.scorer.runner.bridge.layout.spec
-    starts = [
-        raw.span.start(length - 2) for raw in spec if any(g.raw == raw.name for g in spec.groups)
-    ]
-    if starts and not any(starts):
+    spans = [raw.span for raw in spec if any(g.raw == raw.name for g in spec.groups)]
+    if spans and not any(s.start(length - 2) > s.sinks for s in spans):
         raise RequestError(
             f"kv={cell.config[0]!r}: in {length} tokens no query would read a decoded position; take a length above "
-            "one block and the residual window"
+            "one block, the residual window and the sinks"
         )
 
 

@@ -8,11 +8,10 @@ Layers that keep the same tokens in the same form share a group, and so a block 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from quire.codecs.recipe import Recipe, codec_text, parse_recipe, plain_codec
+from quire.codecs.recipe import Recipe, block_tokens_for, codec_text, parse_recipe, plain_codec
 from quire.errors import ConfigError
 from quire.spec import (
     CacheGroup,
@@ -23,6 +22,7 @@ from quire.spec import (
     KVCodec,
     KVConfig,
     Residual,
+    Site,
     Span,
     State,
 )
@@ -66,6 +66,10 @@ class Layout:
         """The model's own fields of a group, before any codec."""
         return self.fields[group.name.partition("/")[0]]
 
+    def sites_of(self, group: CacheGroup) -> tuple[Site, ...]:
+        """Where the codecs of a group work: its model fields, in its blocks."""
+        return tuple(Site(f, group.block_tokens) for f in self.fields_of(group))
+
 
 def build_layout(
     layers: Sequence[KVLayer | StateLayer],
@@ -86,29 +90,42 @@ def build_layout(
     Raises:
         ConfigError: the recipe cannot serve this model.
     """
-    check_config(config)
+    _check_keep(config)
     recipe = parse_recipe(config.kv)
+    if codecs is None:
+        recipe.check_options()
     n_layers = 1 + max(x.layer for x in layers)
     if any(not -n_layers <= s < n_layers for s in recipe.skip_layers):
         raise ConfigError(
             f"kv={config.kv!r}: skip_layers must lie within -{n_layers}..{n_layers - 1}"
         )
     _check_fields(config.kv, recipe, layers)
-    made = _Groups(config, dtype)
+    made = _Groups(config, recipe, dtype)
     for x in layers:
         if isinstance(x, StateLayer):
             made.add_state(x)
             continue
         chosen = {f.name: _choose(f, x.layer, n_layers, recipe, codecs, dtype) for f in x.fields}
+        for codec in chosen.values():
+            if codec.needs != "rotated":
+                raise ConfigError(
+                    f"codec {codec.name} takes keys before RoPE, and models hand theirs over rotated; use another codec"
+                )
         made.add_tokens(x, chosen)
     return made.layout(dict(shared or {}))
 
 
 def check_config(config: KVConfig) -> None:
     """Refuses a configuration that no model can have. Raises ConfigError."""
+    _check_keep(config)
+    recipe = parse_recipe(config.kv)
+    recipe.check_options()
+    block_tokens_for(recipe.loaded(), config.block_tokens)
+
+
+def _check_keep(config: KVConfig) -> None:
     if config.keep != "full":
         raise ConfigError(f"keep={config.keep!r} is not known; known: full")
-    parse_recipe(config.kv)
 
 
 def _check_fields(kv: str, recipe: Recipe, layers: Sequence[KVLayer | StateLayer]) -> None:
@@ -143,8 +160,9 @@ def _choose(
 class _Groups:
     """Collects coordinates under equal forms, in order of first appearance."""
 
-    def __init__(self, config: KVConfig, dtype: str) -> None:
+    def __init__(self, config: KVConfig, recipe: Recipe, dtype: str) -> None:
         self.config = config
+        self.recipe = recipe
         self.dtype = dtype
         self.coords: dict[tuple[object, ...], list[Coord]] = {}
         self.chosen: dict[tuple[object, ...], Mapping[str, KVCodec]] = {}
@@ -187,21 +205,24 @@ class _Groups:
         chosen, span, fields = self.chosen[key], self.spans[key], self.model_fields[key]
         if not chosen:
             return [(CacheGroup(name, coords, fields, span, codec=self.dtype, block_tokens=1), {})]
-        size = math.lcm(self.config.block_tokens, *(c.group_tokens for c in chosen.values()))
-        stored = tuple(s for f in fields for s in chosen[f.name].stored(f, size))
+        size = block_tokens_for(chosen.values(), self.config.block_tokens)
+        sites = [Site(f, size) for f in fields]
+        stored = tuple(s for site in sites for s in chosen[site.name].stored(site))
         text = _recipe_text(chosen)
         body = CacheGroup(name, coords, stored, span, text, self.config.keep, size)
         if all(c.plain for c in chosen.values()):
             return [(body, chosen)]
         residual = max(c.residual_tokens for c in chosen.values())
+        if self.recipe.window is not None:
+            residual = self.recipe.window
         raw_codec = plain_codec(self.dtype)
-        raw_fields = tuple(s for f in fields for s in raw_codec.stored(f, size))
+        raw_fields = tuple(s for site in sites for s in raw_codec.stored(site))
         raw_name = f"{name}.raw"
         raw = CacheGroup(
             raw_name,
             coords,
             raw_fields,
-            Residual(size, residual, span),
+            Residual(size, residual, span, self.recipe.sinks),
             raw_codec.name,
             self.config.keep,
             size,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quire.spec import CacheGroup, Interval
+from quire.spec import CacheGroup, Interval, Residual
 from quire.store.pool import BlockPool
 
 GONE = -1
@@ -133,6 +133,7 @@ class Chain:
             last = min(last, unsealed)
         size = self.group.block_tokens
         end = min(self.count, self.slot(n) // size)
+        self._drop_raw_sinks(needs, min(end, self.cursor, last // size))
         while self.cursor < end:
             low, high = (
                 self.position(self.cursor * size),
@@ -145,6 +146,19 @@ class Chain:
                 self.pool.release(int(self.ids[self.cursor]))
                 self.ids[self.cursor] = GONE
             self.cursor += 1
+
+    def _drop_raw_sinks(self, needs: tuple[Interval, ...], settled: int) -> None:
+        """Raw sinks of a window's body stay until the window has passed them, unlike all else that is settled."""
+        span, size = self.group.span, self.group.block_tokens
+        if not isinstance(span, Residual) or not span.sinks:
+            return
+        for entry in range(min(settled, -(-span.sinks // size))):
+            low, high = entry * size, entry * size + size
+            there = self.ids[entry] != GONE
+            if there and not any(low < hi and lo < high for lo, hi in needs):
+                self.held -= 1
+                self.pool.release(int(self.ids[entry]))
+                self.ids[entry] = GONE
 
     def all_positions(self, length: int) -> np.ndarray:
         """Logical position of every slot in use, those of freed blocks included."""

@@ -1,0 +1,94 @@
+"""Bytes: what a codec says, what the spec counts and what the pool hands out are one number, for every shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from quire.codecs import available, load_codec
+from quire.errors import ConfigError
+from quire.plan import KVLayer, build_layout
+from quire.spec import CacheSpec, Field, KVConfig, aligned
+from quire.store import BlockStore
+
+Formula = Callable[[int, int], list[float]]
+
+LINE = 64
+FORMULAS: dict[str, tuple[Formula, Formula]] = {}
+"""Recipe to the arrays of a key and of a value tile of B tokens and D channels, in bytes, by hand."""
+
+
+def both(formula: Formula) -> tuple[Formula, Formula]:
+    return formula, formula
+
+
+for _name, _width in {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}.items():
+    FORMULAS[_name] = both(lambda b, d, width=_width: [b * d * width])
+FORMULAS["int8"] = both(lambda b, d: [b * d, 2 * b])
+FORMULAS["int8:scale=channel"] = both(lambda b, d: [b * d, 2 * d])
+FORMULAS["int8:scale=tensor"] = both(lambda b, d: [b * d, 2])
+
+
+def spec_of(kv: str, d: int, block: int, heads: int = 2, layers: int = 2) -> CacheSpec:
+    fields = (Field("k", (d,), "bfloat16"), Field("v", (d,), "bfloat16"))
+    made = [KVLayer(i, heads, fields) for i in range(layers)]
+    return build_layout(made, KVConfig(kv, block_tokens=block), dtype="bfloat16").spec
+
+
+def held_bytes(spec: CacheSpec, n: int) -> int:
+    """What a sequence of n tokens, computed in chunks, makes the pools hold."""
+    blocks = max(g.block_bytes for g in spec.groups)
+    store = BlockStore(
+        spec, 2 * sum(spec.bytes_for(n, chunk_tokens=512) for _ in "ab") + 64 * blocks
+    )
+    table = store.open()
+    while table.length < n:
+        table.append(min(512, n - table.length))
+        table.commit()
+    assert table.held_bytes() == store.usage().held_bytes
+    return store.usage().held_bytes
+
+
+def test_every_codec_has_its_formula_here() -> None:
+    assert set(available()) <= {name.partition(":")[0] for name in FORMULAS}
+
+
+@pytest.mark.parametrize("kv", sorted(FORMULAS))
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("block", [16, 32, 48, 64, 128])
+def test_measured_is_the_formula_is_the_spec(kv: str, d: int, block: int) -> None:
+    if any(kv == name and wrong(d, block) for name, wrong in REFUSED.items()):
+        with pytest.raises(ConfigError):
+            spec_of(kv, d, block)
+        return
+    spec = spec_of(kv, d, block)
+    body = spec.groups[0]
+    size = body.block_tokens
+    arrays = [a for formula in FORMULAS[kv] for a in formula(size, d)]
+    assert all(float(a).is_integer() for a in arrays)
+    tile = sum(math.ceil(a / LINE) * LINE for a in arrays)
+    assert body.tile_bytes == tile == sum(aligned(f.bytes_in(size)) for f in body.fields)
+    n = 5 * size + 3 + load_codec(kv).residual_tokens
+    raw = 0
+    if body.raw is not None:
+        first = max(0, n // size * size - load_codec(kv).residual_tokens) // size
+        raw = (-(-n // size) - first) * size * 2 * d * 2
+    sealed = n // size if body.raw is not None else -(-n // size)
+    assert held_bytes(spec, n) == 4 * (sealed * tile + raw)
+
+
+REFUSED: dict[str, Callable[[int, int], bool]] = {}
+"""Shapes (D, B) that a recipe says no to."""
+
+
+@pytest.mark.parametrize(
+    ("kv", "most"),
+    [("int8", 0.51)],
+)
+def test_share_of_bf16_at_32k_tokens(kv: str, most: float) -> None:
+    """H_kv D = 1024, D = 128; scales, alignment, the residual window and the tail included."""
+    plain, coded = (held_bytes(spec_of(x, 128, 32, heads=8, layers=1), 32768) for x in ("bf16", kv))
+    assert plain == 32768 * 2 * 1024 * 2
+    assert most - 0.02 < coded / plain <= most
