@@ -94,6 +94,7 @@ bench: $(KERNELS)
 	done
 
 docs: $(INSTALLED_DOCS)
+	$(BIN)/python tools/catalogue.py --write docs/codecs.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:

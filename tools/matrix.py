@@ -53,9 +53,9 @@ VARIANTS = {
 }
 
 
-SEALS_EARLY: dict[str, str] = {}
+SEALS_EARLY = {"kivi": "kivi:residual=8,group=16"}
 """How a codec seals within these texts, where it would not by itself."""
-MIXED = ["k=fp32,v=bf16", "bf16;skip_layers=0"]
+MIXED = ["k=fp32,v=bf16", "bf16;skip_layers=0", "k=int8,v=int4", "int4;sinks=4;window=8"]
 
 
 def codecs() -> list[str]:

@@ -217,3 +217,30 @@ def test_a_command_that_is_none(quire) -> None:
 )
 def test_a_chat_that_cannot_begin(quire, tiny: Path, flags: list[str], says: str) -> None:
     refused(quire("chat", "--model", tiny, *flags, stdin=""), says)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--kv", "kivi"], "a head_dim that is a multiple of 16 works, or codec fp8"),
+        (["--kv", "k=kivi:group=16,v=int8"], "codec kivi cannot serve k of 8 channels"),
+        (["--kv", "int4:group=32"], "groups of 32 channels do not divide k's 8; use group=head"),
+        (["--kv", "int8", "--block-tokens", "8"], "take a multiple of 16, as 16"),
+        (["--kv", "kivi:bits=3"], "bits=3 is not served; known: 2, 4"),
+        (["--kv", "bf16;sinks=4"], "none does here; drop them"),
+        (["--kv", "kivi;window=64"], "kivi keeps 128 recent tokens raw by itself; give a wider"),
+    ],
+)
+def test_what_a_codec_cannot_serve_is_refused_before_the_weights(
+    quire, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], says: str
+) -> None:
+    """tiny's heads have 8 channels."""
+    refused(quire("run", "a", "--model", tiny, *flags), says)
+
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("the weights were about to be loaded")
+
+    monkeypatch.setattr("quire.models.load.load_model", load)
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d " * 200)
+    refused(quire("eval", tiny, *flags, "--text", text, "--length", "64"), says)

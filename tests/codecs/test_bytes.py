@@ -29,6 +29,15 @@ for _name, _width in {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}.items():
 FORMULAS["int8"] = both(lambda b, d: [b * d, 2 * b])
 FORMULAS["int8:scale=channel"] = both(lambda b, d: [b * d, 2 * d])
 FORMULAS["int8:scale=tensor"] = both(lambda b, d: [b * d, 2])
+FORMULAS["fp8"] = both(lambda b, d: [b * d])
+FORMULAS["fp8:scale=token"] = both(lambda b, d: [b * d, 2 * b])
+for _name, _group in {"int4": 0, "int4:group=32": 32, "int4:group=64": 64}.items():
+    FORMULAS[_name] = both(lambda b, d, g=_group: [b * d / 2, *[2 * b * d / (g or d)] * 2])
+for _bits in (2, 4):
+    for _g in (16, 32, 64):
+        FORMULAS[f"kivi:bits={_bits},residual=40,group={_g}"] = both(
+            lambda b, d, g=_g, bits=_bits: [b * d * bits / 8, *[2 * b * d / g] * 2]
+        )
 
 
 def spec_of(kv: str, d: int, block: int, heads: int = 2, layers: int = 2) -> CacheSpec:
@@ -79,13 +88,30 @@ def test_measured_is_the_formula_is_the_spec(kv: str, d: int, block: int) -> Non
     assert held_bytes(spec, n) == 4 * (sealed * tile + raw)
 
 
-REFUSED: dict[str, Callable[[int, int], bool]] = {}
+REFUSED: dict[str, Callable[[int, int], bool]] = {
+    "int4:group=32": lambda d, b: d % 32 != 0,
+    "int4:group=64": lambda d, b: d % 64 != 0,
+    **{
+        f"kivi:bits={bits},residual=40,group={g}": lambda d, b, g=g: (
+            d % g != 0 or (b % g != 0 and b != 32)
+        )
+        for bits in (2, 4)
+        for g in (16, 32, 64)
+    },
+}
 """Shapes (D, B) that a recipe says no to."""
 
 
 @pytest.mark.parametrize(
     ("kv", "most"),
-    [("int8", 0.51)],
+    [
+        ("int8", 0.51),
+        ("fp8", 0.51),
+        ("int4", 0.27),
+        ("int4:group=32", 0.32),
+        ("kivi", 0.20),
+        ("kivi:bits=4", 0.33),
+    ],
 )
 def test_share_of_bf16_at_32k_tokens(kv: str, most: float) -> None:
     """H_kv D = 1024, D = 128; scales, alignment, the residual window and the tail included."""

@@ -173,7 +173,7 @@ def test_given_codecs_respect_skipped_layers() -> None:
 
 
 def raw_span(kv: str, **config: Any) -> Residual:
-    layers = [KVLayer(0, 1, (Field("k", (16,), "float32"), Field("v", (16,), "float32")))]
+    layers = [KVLayer(0, 1, (Field("k", (64,), "float32"), Field("v", (64,), "float32")))]
     _, raw = build_layout(layers, KVConfig(kv, **config), dtype="bfloat16").spec.groups
     assert raw.codec == "bf16"
     assert isinstance(raw.span, Residual)
@@ -184,6 +184,9 @@ def test_sinks_and_window_are_read_raw() -> None:
     assert raw_span("int8") == Residual(32, 0)
     assert raw_span("int8;sinks=4;window=100") == Residual(32, 100, Full(), 4)
     assert raw_span("k=int8,v=bf16;sinks=4") == Residual(32, 0, Full(), 4)
+    assert raw_span("kivi") == Residual(32, 128)
+    assert raw_span("k=kivi:residual=40,v=int8") == Residual(32, 40)
+    assert raw_span("kivi:group=64;window=200") == Residual(64, 200)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from lossy import Lossy
 from quire.codecs import recipe
 from quire.codecs.coded import Coded
+from quire.codecs.kivi import Codec as Kivi
 from quire.spec import Field, Site
 
 if TYPE_CHECKING:
@@ -79,7 +80,31 @@ class Grouped(Coded):
         raise NotImplementedError
 
 
-MADE = {"lossy": Lossy, "grouped": Grouped}
+@dataclass(frozen=True)
+class PerToken(Kivi):
+    """KIVI's codes, groups and window with keys scaled like values, by token: what low bits cost without its idea."""
+
+    name: ClassVar[str] = "int2"
+
+    @staticmethod
+    def _as_values(site: Site) -> Site:
+        return Site(replace(site.field, name="v"), site.block_tokens)
+
+    def stored(self, site: Site) -> tuple[Field, ...]:
+        made = super().stored(self._as_values(site))
+        return tuple(replace(f, name=f"{site.name}.{f.name.partition('.')[2]}") for f in made)
+
+    def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().encode(self._as_values(site), x, pos)
+
+    def decode(self, site: Site, *args: Any, **how: Any) -> torch.Tensor:
+        return super().decode(self._as_values(site), *args, **how)
+
+    def error_bound(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+        return super().error_bound(self._as_values(site), x)
+
+
+MADE = {"lossy": Lossy, "grouped": Grouped, "int2": PerToken}
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:

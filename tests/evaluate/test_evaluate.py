@@ -154,6 +154,27 @@ def test_axes_swapped_is_caught_on_text(shared: Path) -> None:
     assert swapped.value > 0.5
 
 
+def test_two_bits_by_channel_lose_at_most_a_fifth_of_two_bits_by_token(shared: Path) -> None:
+    """KIVI's point, at equal groups and with no raw window to hide in, on keys that have large channels."""
+    model, tokenizer = recall_model(shared)
+    words = (shared / "data" / "text" / "gutenberg-melville-moby_dick.txt").read_text()
+    words = words[60_000:62_000]
+    kv = ["kivi:residual=0", "int2:residual=0"]
+    found = run(
+        model,
+        kv,
+        words,
+        tokenizer=tokenizer,
+        length_tokens=200,
+        block_tokens=32,
+        injected=True,
+    )
+    for metric in ("dnll", "kl"):
+        by_channel, by_token = (row(found, k, metric).value for k in kv)
+        assert by_token > 0.3
+        assert by_channel < by_token / 5
+
+
 def test_one_token_sealed_at_a_time_is_caught_by_its_bytes(llama: Any, text: list[int]) -> None:
     """Groups of one value: minimum = maximum, so "2 bits" are exact, and the minimum beside them is the value."""
     kv = "grouped:group=1"

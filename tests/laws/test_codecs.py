@@ -16,7 +16,21 @@ from quire.codecs.recipe import codec_text
 from quire.errors import ConfigError
 from quire.spec import DTYPE_BYTES, Field, KVCodec, Site
 
-RECIPES = (*available(), "int8:scale=channel", "int8:scale=tensor")
+RECIPES = (
+    *available(),
+    "int8:scale=channel",
+    "int8:scale=tensor",
+    "fp8:scale=token",
+    "fp8:format=e5m2",
+    "fp8:format=e5m2,scale=token",
+    "int4:group=32",
+    "int4:group=64",
+    "int4:rotate=false",
+    "int4:group=32,rotate=false",
+    "kivi:bits=4",
+    "kivi:group=16",
+    "kivi:bits=4,group=64",
+)
 """Every codec of the folder as it comes, and what else its parameters make of it."""
 
 CODECS: list[KVCodec] = [*(load_codec(text) for text in RECIPES), Lossy()]
@@ -132,6 +146,8 @@ def test_the_bound_says_something(codec: KVCodec, name: str, width: int) -> None
     """It is no more than a few steps of the codec: some error comes near it."""
     size = math.lcm(32, codec.group_tokens)
     site = Site(Field(name, (width,), "float32"), size)
+    if not serves(codec, site):
+        return
     x = rows(5, (2, size, width), "normal", 60000.0)
     back = through(codec, site, x, torch.arange(size))
     bound = codec.error_bound(site, x).expand_as(x).double()
@@ -139,8 +155,9 @@ def test_the_bound_says_something(codec: KVCodec, name: str, width: int) -> None
     assert worst > TIGHT.get(codec.name, 0.5), worst
 
 
-TIGHT = {"fp64": -1.0, "fp32": -1.0, "lossy": 0.3}
-"""The largest error of normal numbers over its bound, at least; exact codecs have none."""
+TIGHT = {"fp64": -1.0, "fp32": -1.0, "lossy": 0.3, "int4": 0.18}
+"""The largest error of normal numbers over its bound, at least; exact codecs have none, and where a rotation adds up
+many errors the worst case is far from the usual one."""
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=codec_text)
@@ -152,6 +169,8 @@ def test_a_backend_may_stay_in_the_codecs_basis(codec: KVCodec, width: int) -> N
     q, x = rows(1, (5, width), "normal", 1e3), rows(2, (size, width), "one hot channel", 1e3)
     p = torch.softmax(rows(3, (5, size), "normal", 1e3), -1)
     k, v = (Site(Field(n, (width,), "float32"), size) for n in ("k", "v"))
+    if not serves(codec, k) or not serves(codec, v):
+        return
     torch.testing.assert_close(
         codec.query_map(k, q) @ through(codec, k, x, pos, own_basis=True).T,
         q @ through(codec, k, x, pos).T,

@@ -18,6 +18,7 @@ from quire.ops import (
     empty_partial,
     finish,
     hadamard,
+    hadamard_width,
     merge,
     rope_angles,
     rotate_half,
@@ -131,8 +132,12 @@ def test_hadamard_is_the_matrix() -> None:
     x = randn(0, 5, 8)
     torch.testing.assert_close(hadamard(x), x @ h / math.sqrt(8))
     assert hadamard(x.bfloat16()).dtype == torch.bfloat16
-    with pytest.raises(ConfigError, match="power of two, not 6"):
-        hadamard(torch.ones(6))
+    x = randn(1, 5, 24)
+    blocks = torch.cat([hadamard(part) for part in x.split(8, -1)], -1)
+    assert torch.equal(hadamard(x), blocks)
+    assert [hadamard_width(d) for d in (64, 80, 96, 128, 7)] == [64, 16, 32, 128, 1]
+    with pytest.raises(ConfigError, match="and 7 is odd"):
+        hadamard(torch.ones(7))
 
 
 # -- attention ---------------------------------------------------------------------------------------------------

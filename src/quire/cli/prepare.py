@@ -116,8 +116,6 @@ def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -
         return
     if not ("memory" in options.given or options.keep != "full" or depends_on_shape(options.kv)):
         return
-    import torch
-
     from quire.models.memory import arena_bytes
     from quire.store.store import BlockStore
 

@@ -64,3 +64,11 @@ def choose(codec: str, parameter: str, value: object, choices: tuple[object, ...
     if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
         known = ", ".join(str(c).lower() if isinstance(c, bool) else str(c) for c in choices)
         raise ConfigError(f"codec {codec}: {parameter}={value} is not served; known: {known}")
+
+
+def affine_fields(site: Site, shape: tuple[int, ...]) -> tuple[Field, Field]:
+    """Where float16 scales and minima lie: `value = code * scale + min`."""
+    scale, low = (
+        Field(f"{site.name}.{part}", shape, "float16", "block") for part in ("scale", "min")
+    )
+    return scale, low

@@ -2,7 +2,7 @@
 
 from quire.ops.attend import Partial, attend, empty_partial, finish, merge, sink_partial
 from quire.ops.rope import rope_angles, rotate_half, rotate_interleaved
-from quire.ops.rotate import hadamard
+from quire.ops.rotate import hadamard, hadamard_width
 
 __all__ = [
     "Partial",
@@ -10,6 +10,7 @@ __all__ = [
     "empty_partial",
     "finish",
     "hadamard",
+    "hadamard_width",
     "merge",
     "rope_angles",
     "rotate_half",

@@ -22,13 +22,13 @@ def symmetric(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes `-top .. top` (float32, shape of x) and float16 scales (dimension `dim` kept as 1). Cost: two passes."""
     x = x.float()
-    scale = _half(x.abs().amax(dim, keepdim=True) / top)
+    scale = half(x.abs().amax(dim, keepdim=True) / top)
     return _codes(x, scale).clamp(-top, top), scale
 
 
 def symmetric_bound(x: torch.Tensor, dim: int | tuple[int, ...], top: int) -> torch.Tensor:
     """|code * scale - x| at most, elementwise."""
-    scale = _half(x.float().abs().amax(dim, keepdim=True) / top).double()
+    scale = half(x.float().abs().amax(dim, keepdim=True) / top).double()
     size = x.double().abs()
     return torch.maximum(scale / 2, size - top * scale) + _ROUNDING * (size + scale)
 
@@ -38,8 +38,8 @@ def affine(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes `0 .. levels` (float32, shape of x), float16 scales and minima (dimension `dim` kept as 1)."""
     x = x.float()
-    low = _half(x.amin(dim, keepdim=True))
-    scale = _half((x.amax(dim, keepdim=True) - low.float()).clamp_min(0) / levels)
+    low = half(x.amin(dim, keepdim=True))
+    scale = half((x.amax(dim, keepdim=True) - low.float()).clamp_min(0) / levels)
     return _codes(x - low.float(), scale).clamp(0, levels), scale, low
 
 
@@ -58,5 +58,6 @@ def _codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.where(s > 0, x / s, 0.0).round()
 
 
-def _half(x: torch.Tensor) -> torch.Tensor:
+def half(x: torch.Tensor) -> torch.Tensor:
+    """float16, clipped to its range."""
     return x.clamp(-HALF_MAX, HALF_MAX).half()

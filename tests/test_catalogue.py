@@ -1,0 +1,54 @@
+"""docs/codecs.md is what the docstrings say, and every codec says where it comes from and what it costs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from quire.codecs import available
+from quire.codecs.recipe import codec_class
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("catalogue", ROOT / "tools" / "catalogue.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_docstrings_say() -> None:
+    page = (ROOT / "docs" / "codecs.md").read_text(encoding="utf-8")
+    assert page == tool().page(), "run: python tools/catalogue.py --write docs/codecs.md"
+    for name in available():
+        assert f"\n## `{name}`\n" in page
+
+
+@pytest.mark.parametrize("name", available())
+def test_a_codec_says_where_it_comes_from_and_what_it_costs(name: str) -> None:
+    cls = codec_class(name)
+    text = importlib.import_module(cls.__module__).__doc__
+    assert text is not None
+    assert text.startswith(f"`{name}`: ")
+    wanted = ["Source: ", "Cost: "] if cls.plain else ["Source: ", "Cost: ", "Differs: ", "Error: "]
+    assert all(head in text for head in wanted)
+    for parameter in fields(cls):
+        assert f"`{parameter.name}`" in cls.__doc__, "each parameter is explained"
+
+
+def test_drawings_are_fenced_and_sections_begin_paragraphs() -> None:
+    text = "One: two.\n\n    a ──> b\n\nSource: x\n    and y\nCost: z"
+    assert tool().paragraphs(text) == [
+        "One: two.",
+        "```\na ──> b\n```",
+        "**Source.** X and y",
+        "**Cost.** Z",
+    ]
