@@ -13,33 +13,16 @@ import argparse
 import gc
 import json
 import os
-import platform
-import re
 import shlex
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-STREAM_BYTES = 256 << 20
-_FLAGS = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_bf16",
-    "asimd",
-    "asimddp",
-    "bf16",
-)
+from quire.bench.machine import CLOCKS, STREAM_BYTES, Spread, Stream, commit, hardware, timed
 
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+ROOT = Path(__file__).resolve().parents[1]
 
 Document = dict[str, Any]
 
@@ -79,99 +62,7 @@ def prepare(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
 
 
-# -- the machine ---------------------------------------------------------------------------------------------------
-
-
-def hardware(*, with_torch: bool = True) -> str:
-    """Processor, cores, instruction sets, memory, and torch where it takes part, in one line."""
-    import psutil
-
-    text = _read("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.*)$", text, flags=re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, flags=re.MULTILINE)
-    has = [f for f in _FLAGS if flags and f in flags[1].split()]
-    parts = [
-        model[1].strip() if model else platform.processor() or platform.machine(),
-        f"{os.cpu_count()} cores",
-        "+".join(has) or platform.machine(),
-        f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
-        f"python {platform.python_version()}",
-    ]
-    if with_torch:
-        import torch
-
-        parts.append(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    return ", ".join(parts)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def commit() -> str:
-    """The short commit, with +dirty where src/ or benchmarks/ differ from it; unknown outside a checkout."""
-    found = _git("rev-parse", "--short=12", "HEAD")
-    if not found:
-        return "unknown"
-    return f"{found}+dirty" if _git("status", "--porcelain", "--", "src", "benchmarks") else found
-
-
-def _git(*words: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *words], cwd=ROOT, check=False, capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-class Stream:
-    """A streaming read of memory, for the bandwidth of the moment."""
-
-    def __init__(self, n_bytes: int = STREAM_BYTES) -> None:
-        import torch
-
-        self._x = torch.ones(n_bytes // 4, dtype=torch.float32)
-
-    def gb_per_s(self) -> float:
-        """The better of two passes over the buffer, in 10^9 bytes a second."""
-        best = min(timed(self._x.sum) for _ in range(2))
-        return self._x.numel() * 4 / best / 1e9
-
-
 # -- time ----------------------------------------------------------------------------------------------------------
-
-
-def timed(work: Callable[[], object], clock: str = "wall") -> float:
-    """Seconds that one call takes."""
-    now = CLOCKS[clock]
-    begin = now()
-    work()
-    return now() - begin
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, least and greatest of repeats."""
-
-    median: float
-    least: float
-    greatest: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        x = list(values)
-        return cls(statistics.median(x), min(x), max(x), len(x))
-
-    def json(self, scale: float = 1.0, digits: int = 6) -> dict[str, float]:
-        """`{"median", "min", "max", "n"}`, each figure times `scale`."""
-        figures = {"median": self.median, "min": self.least, "max": self.greatest}
-        return {k: round(v * scale, digits) for k, v in figures.items()} | {"n": self.n}
 
 
 @dataclass

@@ -1,0 +1,142 @@
+"""Several configurations on one model: each verified against the reference, then all timed in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quire.bench.cases import Case, Run, check_fits, run, step_bytes
+from quire.bench.machine import STREAM_BYTES, Spread, Stream, commit, hardware
+from quire.errors import InvariantError
+
+__all__ = ["Side", "measure", "verify"]
+
+VERIFIED_TOKENS = 8
+"""Output tokens of each text that are compared with the reference; a prompt is at most VERIFIED_CTX tokens then."""
+
+VERIFIED_CTX = 96
+
+NEAR_TIES = 0.9
+"""Share of first tokens that must agree in 16 bits, where two ways of adding may decide a near-tie differently."""
+
+
+@dataclass
+class Side:
+    """One configuration under measurement.
+
+    Args:
+        kv: its recipe.
+        open: `open(attention)` makes a runner over the model, or over a twin of it: two are open at a time.
+    """
+
+    kv: str
+    open: Callable[[str], Any]
+    runner: Any = None
+    runs: list[Run] = field(default_factory=list)
+
+
+def verify(case: Case, side: Side, dtype: str) -> float:
+    """A short run of the case on the side's open runner beside one on the reference backend.
+
+    Returns:
+        The share of equal tokens.
+
+    Raises:
+        InvariantError: they differ by more than the dtype allows.
+    """
+    out = case.out if case.name == "prefill" else min(case.out, VERIFIED_TOKENS)
+    short = replace(case, ctx=min(case.ctx, VERIFIED_CTX), out=out, batch=min(case.batch, 4))
+    got = run(short, side.runner).texts
+    reference = side.open("reference")
+    try:
+        want = run(short, reference).texts
+    finally:
+        reference.close()
+    pairs = [(a, b) for w, g in zip(want, got, strict=True) for a, b in zip(w, g, strict=True)]
+    share = sum(a == b for a, b in pairs) / len(pairs)
+    first = sum(w[0] == g[0] for w, g in zip(want, got, strict=True)) / len(want)
+    exact = dtype in ("float32", "float64")
+    if (exact and share < 1) or first < NEAR_TIES:
+        raise InvariantError(
+            f"kv={side.kv}: {share:.0%} of the tokens are the reference's ({first:.0%} of the first ones); nothing was "
+            "timed"
+        )
+    return share
+
+
+def measure(
+    case: Case,
+    sides: Sequence[Side],
+    *,
+    keep: str,
+    attention: str,
+    dtype: str,
+    repeats: int,
+    say: Callable[[str], object],
+    stream_bytes: int = STREAM_BYTES,
+) -> list[dict[str, Any]]:
+    """Verifies every side, then runs all of them in turns, with a streaming read before and after each turn.
+
+    Args:
+        say: told what goes on, a line at a time.
+
+    Returns:
+        A document for each side, with the keys of `quire bench --json`.
+
+    Raises:
+        ConfigError, CapacityError: a side cannot run the case.
+        InvariantError: a side is wrong.
+    """
+    shares = []
+    try:
+        for side in sides:
+            side.runner = side.open(attention)
+            check_fits(case, side.runner)
+        for side in sides:
+            say(f"verifying kv={side.kv} against the reference")
+            shares.append(verify(case, side, dtype))
+            run(replace(case, out=min(case.out, 2 + (case.name == "decode"))), side.runner)
+        stream = Stream(stream_bytes)
+        reads = [stream.gb_per_s()]
+        for turn in range(repeats):
+            for side in sides:
+                say(f"turn {turn + 1} of {repeats}, kv={side.kv}")
+                side.runs.append(run(case, side.runner))
+            reads.append(stream.gb_per_s())
+        return [
+            _document(case, side, keep, share, Spread.of(reads))
+            for side, share in zip(sides, shares, strict=True)
+        ]
+    finally:
+        for side in sides:
+            if side.runner is not None:
+                side.runner.close()
+
+
+def _document(case: Case, side: Side, keep: str, share: float, reads: Spread) -> dict[str, Any]:
+    rates = Spread.of(r.tokens / r.seconds for r in side.runs)
+    weights, cache = step_bytes(case, side.runner)
+    floor = None
+    if case.name != "prefill":  # which computes: how fast memory reads says nothing about it
+        floor = case.batch * reads.median * 1e9 / (weights + cache)
+    return {
+        "case": case.name,
+        "ctx": case.ctx,
+        "batch": case.batch,
+        "out": case.outputs,
+        "kv": side.kv,
+        "keep": keep,
+        "tokens_per_s": rates.median,
+        "tokens_per_s_spread": rates.json(digits=3),
+        "seconds": Spread.of(r.seconds for r in side.runs).median,
+        "kv_bytes_per_token": side.runner.bytes_per_token,
+        "weight_bytes_per_step": weights,
+        "stream_gb_per_s": round(reads.median, 2),
+        "stream_spread": reads.json(digits=2),
+        "floor_tokens_per_s": floor,
+        "verified": share,
+        "weights": "plain" if side.runner.weights is None else "prepacked",
+        "hardware": hardware(),
+        "commit": commit(),
+    }

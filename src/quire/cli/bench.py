@@ -1,0 +1,216 @@
+"""`quire bench`: how fast, beside what the memory gives. --help needs no torch."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quire.cli.console import INTERRUPTED, err, quiet_transformers, say, spinner, write
+from quire.codecs.recipe import available, parse_recipe
+from quire.errors import ConfigError
+from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
+
+if TYPE_CHECKING:
+    from quire.models.load import Loaded
+
+__all__ = ["command"]
+
+
+def command(
+    case: Annotated[
+        str,
+        typer.Argument(metavar="CASE", help="decode, prefill, concurrent or shared-prefix."),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|HUB_ID",
+            show_default=False,
+            help="A model folder, or a hub id. Without it the model that QUIRE_MODEL names, else the packaged one.",
+        ),
+    ] = None,
+    random: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            show_default=False,
+            help="Instead of a model, a Llama with random weights: tiny, 55m or 1.1b.",
+        ),
+    ] = None,
+    ctx: Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")] = 512,
+    batch: Annotated[int, typer.Option(metavar="N", help="Texts at a time.")] = 1,
+    out: Annotated[int, typer.Option(metavar="N", help="Output tokens of each text.")] = 64,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECIPE",
+            show_default=False,
+            help=f"auto (default), {', '.join(available())}; may be repeated: they take turns in one run.",
+        ),
+    ] = None,
+    keep: Annotated[str, typer.Option(metavar="POLICY", help="Which tokens are kept.")] = "full",
+    repeats: Annotated[int, typer.Option(metavar="N", help="Turns of each recipe.")] = 5,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of prompts and weights.")] = 0,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", show_default=False, help="float32, bfloat16, …; default: the file's."
+        ),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(metavar="FORM", help="auto, plain or prepacked linear layers.")
+    ] = "auto",
+    attention: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, torch or reference.")
+    ] = "auto",
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory for all caches together.")
+    ] = "0.5",
+    block_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens per block.")
+    ] = DEFAULT_BLOCK_TOKENS,
+    json: Annotated[
+        bool,
+        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
+    ] = False,
+) -> None:
+    """Measure speed: verified against the reference first, then timed, with a streaming read beside it.
+
+    The floor is what the memory allows: bytes of weights and cache that a step reads, over the streaming read.
+
+    [dim]quire bench decode --random 1.1b --ctx 512 --out 64[/dim]
+    """
+    from quire.bench.cases import Case
+    from quire.bench.models import check_size
+    from quire.models.bridge import make_backend
+    from quire.models.memory import arena_bytes
+    from quire.models.prepack import check_weights
+    from quire.plan.layout import check_config
+
+    asked = Case(case, ctx, batch, out, seed)
+    recipes = kv or ["auto"]
+    for recipe in recipes:
+        parse_recipe(recipe)
+        check_config(KVConfig(recipe, keep, block_tokens))
+    if repeats < 1:
+        raise ConfigError(f"--repeats must be at least 1, not {repeats}")
+    make_backend(attention)
+    check_weights(weights)
+    share = arena_bytes(memory, "cpu") // len(recipes)
+    if random is not None:
+        if model is not None:
+            raise ConfigError("--random makes a model and --model names one; drop one of them")
+        check_size(random)
+    loaded = _load(model, random, asked.ctx + asked.outputs, dtype, seed)
+    options = {
+        "keep": keep,
+        "memory": share,
+        "block_tokens": block_tokens,
+    }
+    try:
+        documents = _measure(loaded, asked, recipes, attention, weights, repeats, options)
+    except KeyboardInterrupt:
+        say("interrupted; nothing is reported", "yellow")
+        raise typer.Exit(INTERRUPTED) from None
+    if json:
+        whole = documents[0] if len(documents) == 1 else {"runs": documents}
+        write(json_module.dumps(whole) + "\n")
+    else:
+        _show(documents)
+
+
+def _load(
+    model: str | None, random: str | None, tokens: int, dtype: str | None, seed: int
+) -> Loaded:
+    """The model; refused before its weights are read where its context is too short."""
+    from quire.models.load import check_source, load_model
+
+    quiet_transformers()
+    if random is not None:
+        from quire.bench.models import random_llama
+
+        with spinner("making the model …"):
+            return random_llama(random, context=tokens, dtype=_dtype(dtype), seed=seed)
+    source = check_source(model or os.environ.get("QUIRE_MODEL") or None, dtype=dtype)
+    limit = source.max_context_tokens
+    if limit is not None and tokens > limit:
+        raise ConfigError(
+            f"--ctx and --out make {tokens} tokens and the context of {source.name} ends at {limit}; ask for fewer, "
+            "or take --random"
+        )
+    with spinner("loading the model …"):
+        return load_model(source)
+
+
+def _dtype(name: str | None) -> str:
+    from quire.models.load import DTYPES
+
+    if name is None or name == "auto":
+        return "bfloat16"
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+    return name
+
+
+def _measure(
+    loaded: Loaded,
+    case: Any,
+    recipes: list[str],
+    attention: str,
+    weights: str,
+    repeats: int,
+    options: dict[str, Any],
+) -> list[dict[str, Any]]:
+    from functools import partial
+
+    from quire.bench.measure import Side, measure
+    from quire.evaluate.decode import twin
+    from quire.models.open import open_runner
+    from quire.models.prepack import prepack
+
+    packed = prepack(loaded.model, weights)  # once: the twins below share them
+
+    def opened(recipe: str, backend: str) -> Any:
+        runner = open_runner(
+            twin(loaded.model), kv=recipe, attention=backend, weights="plain", **options
+        )
+        runner.weights = packed
+        return runner
+
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    sides = [Side(recipe, partial(opened, recipe)) for recipe in recipes]
+    with spinner("measuring …") as status:
+        tell = say if status is None else status.update
+        return measure(
+            case,
+            sides,
+            keep=options["keep"],
+            attention=attention,
+            dtype=dtype,
+            repeats=repeats,
+            say=tell,
+        )
+
+
+def _show(documents: list[dict[str, Any]]) -> None:
+    """A line per recipe on stdout, the machine on stderr."""
+    for d in documents:
+        spread = d["tokens_per_s_spread"]
+        floor = d["floor_tokens_per_s"]
+        share = (
+            f", {100 * d['tokens_per_s'] / floor:.0f} % of the floor {floor:,.1f}" if floor else ""
+        )
+        write(
+            f"{d['case']} {d['batch']} x {d['ctx']} + {d['out']}, kv {d['kv']}: {d['tokens_per_s']:,.1f} tokens/s "
+            f"({spread['min']:,.1f} to {spread['max']:,.1f}){share}; "
+            f"{d['kv_bytes_per_token']:,.0f} B a token, {d['verified']:.0%} as the reference\n"
+        )
+    first = documents[0]
+    err().print(
+        f"memory reads {first['stream_gb_per_s']} GB/s; weights {first['weights']}; {first['hardware']}; "
+        f"commit {first['commit']}",
+        style="dim",
+    )
