@@ -31,6 +31,7 @@ __all__ = [
     "Interval",
     "KVCodec",
     "KVConfig",
+    "Packing",
     "Residual",
     "RetentionPolicy",
     "Sinks",
@@ -372,6 +373,24 @@ class Site:
         return self.field.name == "v"
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How a codec's stored parts lie, for kernels that read them in place: `codes`, `scale` and `min` of a site.
+
+    Args:
+        bits: of packed codes (`quire.ops.pack`); 0 for rows of the field's own dtype.
+        scaled: what shares a scale: "token" (`[D / group][t]`), "channel" (`[t / group][D]`), "tile" (`[1]`), or "".
+            A value is code * scale + min; packed codes without a `min` are (code - 128) * scale.
+        group: channels, or tokens, that share a scale.
+        turned: in the basis of a Hadamard rotation of so many channels; 0 for the model's own.
+    """
+
+    bits: int = 0
+    scaled: Literal["", "token", "channel", "tile"] = ""
+    group: int = 0
+    turned: int = 0
+
+
 @runtime_checkable
 class KVCodec(Protocol):
     """How one field (k, v, latent, k_rope) is stored once its block is sealed.
@@ -429,6 +448,10 @@ class KVCodec(Protocol):
 
     def output_map(self, site: Site, out: torch.Tensor) -> torch.Tensor:
         """Sums `[..., D]` of values decoded in the codec's own basis, back into the model's."""
+        ...
+
+    def packing(self, site: Site) -> Packing | None:
+        """How the stored parts lie, where a kernel could read them in place; None: decode, then attend."""
         ...
 
     def error_bound(self, site: Site, x: torch.Tensor) -> torch.Tensor:

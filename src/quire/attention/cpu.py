@@ -22,7 +22,8 @@ from quire.attention.step import Step
 from quire.errors import ConfigError
 from quire.kernels import native
 from quire.kernels.native import DecodeArgs, Form, Library, WriteArgs
-from quire.spec import CacheGroup
+from quire.plan.layout import Layout
+from quire.spec import CacheGroup, KVCodec, Packing, Site
 
 _UNKNOWN: Any = object()
 _DTYPES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
@@ -149,7 +150,7 @@ class CpuBackend(TorchBackend):
         if plan is not None:
             tiles = plan.tiles.get((layer, keys[0], value), _UNKNOWN)
             if tiles is _UNKNOWN:
-                tiles = _lay_out(plan.groups, layer, keys[0], value)
+                tiles = _lay_out(step.layout, plan.groups, layer, keys[0], value)
                 plan.tiles[layer, keys[0], value] = tiles
         if plan is None or tiles is None or tiles.d != q.shape[2] or q.shape[1] % tiles.kv_heads:
             return super().run(
@@ -236,7 +237,7 @@ def _plan_write(
 def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
     """The single queries' segments, sorted by query; None where there are none, or drafts of a lossy group are read."""
     single = [r for r in reads if r.queries == 1]
-    if not single or any(r.mode != "raw" for r in single):
+    if not single or any(r.mode == "through" for r in single):
         return None
     groups = tuple(dict.fromkeys(r.source for r in single))
     rows = []
@@ -255,28 +256,48 @@ def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
     return _Segments(args, {}, groups, [r for r in reads if r.queries > 1], [segments, single])
 
 
-def _lay_out(groups: tuple[CacheGroup, ...], layer: int, k: str, v: str) -> _Tiles | None:
+def _lay_out(
+    layout: Layout, groups: tuple[CacheGroup, ...], layer: int, k: str, v: str
+) -> _Tiles | None:
     """The forms of a layer; None where a group stores what no kernel reads."""
     every = sorted({h for g in groups for h in g.heads(layer)})
-    if every != list(range(len(every))):
+    shape = layout.fields_of(groups[0])[0].shape
+    if every != list(range(len(every))) or len(shape) != 1 or shape[0] not in native.HEAD_DIMS:
         return None
-    d = groups[0].fields[0].shape[0] if groups[0].fields[0].shape else 0
     forms = (Form * len(groups))()
-    tiles = _Tiles(addressof(forms), len(every), d, [forms])
+    tiles = _Tiles(addressof(forms), len(every), shape[0], [forms])
     for form, group in zip(forms, groups, strict=True):
-        fields = {f.name: f for f in group.fields}
-        if set(fields) != {k, v} or any(f.shape != (d,) for f in group.fields):
+        sites = {site.name: site for site in layout.sites_of(group)}
+        if set(sites) != {k, v} or any(site.field.shape != shape for site in sites.values()):
             return None
-        if fields[k].dtype != fields[v].dtype or fields[k].dtype not in native.ROWS:
-            return None
+        for part, name in ((form.k, k), (form.v, v)):
+            if not _place(part, group, layout.codecs_of(group)[name], sites[name]):
+                return None
         heads = np.full(len(every), -1, np.int32)
         heads[list(group.heads(layer))] = np.arange(len(group.heads(layer)))
-        form.first = group.tile_index(layer) * group.tile_bytes if layer in group.layers else 0
-        form.tile_bytes = group.tile_bytes
-        for part, name in ((form.k, k), (form.v, v)):
-            part.codes, part.scale, part.min = group.field_offsets[name], -1, -1
-            part.kind = native.ROWS[fields[name].dtype]
+        form.first = group.tile_index(layer) * group.tile_bytes if group.holds(layer) else 0
+        form.tile_bytes, form.block_tokens = group.tile_bytes, group.block_tokens
         form.heads = heads.ctypes.data
-        form.block_tokens = group.block_tokens
         tiles.alive.append(heads)
-    return tiles if d in native.HEAD_DIMS else None
+    return tiles
+
+
+def _place(part: Any, group: CacheGroup, codec: KVCodec, site: Site) -> bool:
+    """Says in `part` where a codec's parts lie within a tile; False where no kernel reads them."""
+    at, dtypes = group.field_offsets, {f.name: f.dtype for f in group.fields}
+    packing = Packing() if codec.plain else codec.packing(site)
+    codes = site.name if codec.plain else f"{site.name}.codes"
+    if packing is None or codes not in at:
+        return False
+    if (packing.scaled == "token" and packing.group % 16) or (
+        packing.bits and site.block_tokens % 16
+    ):
+        return False
+    kind = native.TILES.get(packing.bits) if packing.bits else native.ROWS.get(dtypes[codes])
+    if kind is None:
+        return False
+    part.kind, part.scaled = kind, native.SCALED[packing.scaled]
+    part.group, part.turned = packing.group, packing.turned
+    part.codes = at[codes]
+    part.scale, part.min = (at.get(f"{site.name}.{x}", -1) for x in ("scale", "min"))
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from quire.errors import ConfigError
-from quire.spec import Field, Site
+from quire.spec import Field, Packing, Site
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,10 @@ class Coded:
 
     def output_map(self, site: Site, out: torch.Tensor) -> torch.Tensor:
         return out
+
+    def packing(self, site: Site) -> Packing | None:
+        """How the stored parts lie, where a kernel could read them in place; None: decode, then attend."""
+        return None
 
     def packed_field(self, site: Site, bits: int) -> Field:
         """Where the codes of a block lie. Raises ConfigError for a width that they do not fill."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from quire.codecs.coded import Coded, choose
-from quire.spec import Field, Site
+from quire.spec import Field, Packing, Site
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,9 @@ class Codec(Coded):
         codes = Field(f"{site.name}.codes", site.field.shape, _FORMATS[self.format][0])
         scale = Field(f"{site.name}.scale", (), "float16")
         return (codes,) if self.scale == "none" else (codes, scale)
+
+    def packing(self, site: Site) -> Packing:
+        return Packing() if self.scale == "none" else Packing(0, "token", site.width)
 
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch

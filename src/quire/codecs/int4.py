@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from quire.codecs.coded import Coded, affine_fields, choose
 from quire.errors import ConfigError
-from quire.spec import Field, Site
+from quire.spec import Field, Packing, Site
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,12 @@ class Codec(Coded):
                 f"codec int4 cannot rotate {site.name} of {site.width} channels; use rotate=false, or codec fp8"
             )
         return codes, *affine_fields(site, (site.width // self._group(site), site.block_tokens))
+
+    def packing(self, site: Site) -> Packing:
+        from quire.ops.rotate import hadamard_width
+
+        turned = hadamard_width(site.width) if self.rotate else 0
+        return Packing(4, "token", self._group(site), turned)
 
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         from quire.ops.quantise import affine

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from quire.codecs.coded import Coded, choose
-from quire.spec import Field, Site
+from quire.spec import Field, Packing, Site
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,11 @@ class Codec(Coded):
             "tensor": Field(name, (1,), "float16", "block"),
         }
         return self.packed_field(site, 8), scale[self.scale]
+
+    def packing(self, site: Site) -> Packing:
+        if self.scale == "token":
+            return Packing(8, "token", site.width)
+        return Packing(8, "channel" if self.scale == "channel" else "tile", site.block_tokens)
 
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         from quire.ops.quantise import symmetric

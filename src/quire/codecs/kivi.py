@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from quire.codecs.coded import Coded, affine_fields, choose
 from quire.errors import ConfigError
-from quire.spec import Field, Site
+from quire.spec import Field, Packing, Site
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,9 @@ class Codec(Coded):
                 + (f"use group={fit[-1]}" if fit else "use int8 or fp8")
             )
         return codes, *affine_fields(site, (site.width // self.group, site.block_tokens))
+
+    def packing(self, site: Site) -> Packing:
+        return Packing(self.bits, "token" if site.values else "channel", self.group)
 
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         from quire.ops.quantise import affine

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from quire.spec import Field, Site
+from quire.spec import Field, Packing, Site
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,9 @@ class Plain:
     def stored(self, site: Site) -> tuple[Field, ...]:
         of = site.field
         return (Field(of.name, of.shape, self.dtype, of.per),)
+
+    def packing(self, site: Site) -> Packing:
+        return Packing()
 
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch

@@ -16,12 +16,22 @@ struct Query {
     const uint8_t* at = nullptr;
 };
 
-template <int SHIFT, int BITS>
-QUIRE_INLINE Floats codes_at(Words x) {
-    return __builtin_convertvector((Ints)((x >> SHIFT) & ((1u << BITS) - 1)), Floats);
+// Codes less half their range, as signed numbers: what minima and zero-points would take away again is never added, which
+// keeps three bits of the sums. `centred` turns the top bit of every code of a word, `codes_at` takes one out.
+template <int BITS>
+constexpr float HALF = float(1 << (BITS - 1));
+
+template <int BITS>
+QUIRE_INLINE Words centred(Words x) {
+    return x ^ (BITS == 8 ? 0x80808080u : BITS == 4 ? 0x88888888u : 0xaaaaaaaau);
 }
 
-// sum[g][b % P] += code * w(g)[...] for the 32 / BITS codes of a lane, in their order.
+template <int SHIFT, int BITS>
+QUIRE_INLINE Floats codes_at(Words x) {
+    return __builtin_convertvector((Ints)(x << (32 - SHIFT - BITS)) >> (32 - BITS), Floats);
+}
+
+// sum[g][b % P] += code * w(g)[...] for the 32 / BITS centred codes of a lane, in their order.
 template <int BITS, int G, int P, int E, class W>
 QUIRE_INLINE void add_codes(Words x, Floats (*sum)[P], const W& w) {
     if constexpr (E < 8 / BITS) {
@@ -51,6 +61,12 @@ QUIRE_INLINE Words words(const uint8_t* p) { return *(const WordsAt*)p; }
 
 QUIRE_INLINE int groups_of(const quire_field& f, int d) { return f.scaled == QUIRE_BY_TOKEN ? d / f.group : 1; }
 
+// What a centred code of zero stands for. Without minima that is zero: int8 stores q + 128.
+template <int BITS>
+QUIRE_INLINE Floats middle(const quire_field& f, Floats scale, const uint16_t* least) {
+    return f.min < 0 ? Floats{} : F16::read(least) + scale * HALF<BITS>;
+}
+
 template <int G>
 void prepare_tiles(const quire_field& f, int d, Query& q) {
     q.at = nullptr;
@@ -64,7 +80,7 @@ void prepare_tiles(const quire_field& f, int d, Query& q) {
 }
 
 // Keys scaled by channel: the scales go into the query, once for all tokens that share them.
-template <int G>
+template <int BITS, int G>
 void fold_scales(const quire_field& f, const uint8_t* block, int slot, int d, Query& q) {
     const int64_t row = f.scaled == QUIRE_BY_TILE ? 0 : (int64_t)(slot / f.group) * d;
     const uint16_t* scale = halves_at(block, f.scale) + row;
@@ -77,7 +93,7 @@ void fold_scales(const quire_field& f, const uint8_t* block, int slot, int d, Qu
         for (int j = 0; j < d; j += LANES) {
             const Floats x = load(q.q + g * d + j), s = one ? all(F16::one(scale[0])) : F16::read(scale + j);
             store(q.folded + g * d + j, x * s);
-            zero += x * (least ? (one ? all(F16::one(least[0])) : F16::read(least + j)) : s * -128.0f);
+            if (least) zero += x * ((one ? all(F16::one(least[0])) : F16::read(least + j)) + s * HALF<BITS>);
         }
         q.zero[g] = added(zero);
     }
@@ -91,7 +107,7 @@ void score_tiles(const quire_field& f, const Chunk& c, int at, int d, int block_
     const int tile = c.step[at], slot = tile * STEP;
     const uint8_t* codes = block + f.codes + (int64_t)tile * 2 * d * BITS;
     const bool by_token = f.scaled == QUIRE_BY_TOKEN;
-    if (!by_token) fold_scales<G>(f, block, slot, d, q);
+    if (!by_token) fold_scales<BITS, G>(f, block, slot, d, q);
     const float* query = by_token ? q.q : q.folded;
     const int groups = groups_of(f, d), width = d / groups;
     for (int w = 0; w < STEP; w += LANES) {
@@ -99,12 +115,11 @@ void score_tiles(const quire_field& f, const Chunk& c, int at, int d, int block_
         for (int r = 0; r < groups; r++) {
             Floats sum[G][P] = {};
             for (int j = r * width; j < (r + 1) * width; j += CHANNELS)
-                add_codes<BITS, G, P, 0>(words(codes + j / CHANNELS * 64 + w * 4), sum,
+                add_codes<BITS, G, P, 0>(centred<BITS>(words(codes + j / CHANNELS * 64 + w * 4)), sum,
                                          [&](int g) { return query + g * d + j; });
             if (by_token) {
                 const Floats scale = F16::read(halves_at(block, f.scale) + r * block_tokens + slot + w);
-                const Floats least =
-                    f.min < 0 ? scale * -128.0f : F16::read(halves_at(block, f.min) + r * block_tokens + slot + w);
+                const Floats least = middle<BITS>(f, scale, halves_at(block, f.min) + r * block_tokens + slot + w);
 #pragma GCC unroll 8
                 for (int g = 0; g < G; g++) score[g] += total<P>(sum[g]) * scale + least * q.sums[g][r];
             } else {
@@ -127,7 +142,7 @@ QUIRE_INLINE void add_lanes(const quire_field& f, const Chunk& c, int at, int d,
     for (int t = 0; t < STEP; t += TOKENS, p += d * 4)
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++)
-            add_codes<BITS, G, 1, 0>(words(p + v * LANES * 4), sum[v], [&](int g) { return w + g * CHUNK + t; });
+            add_codes<BITS, G, 1, 0>(centred<BITS>(words(p + v * LANES * 4)), sum[v], [&](int g) { return w + g * CHUNK + t; });
 }
 
 template <int BITS, int G, int V>
@@ -153,7 +168,7 @@ template <int BITS, int G>
 void add_by_channel(const quire_field& f, const Chunk& c, int at, int d, const float* S, float* acc) {
     const int64_t row = (int64_t)(c.step[at] * STEP / f.group) * d;
     const uint16_t* scale = halves_at(c.block[at], f.scale) + row;
-    const uint16_t* least = f.min < 0 ? nullptr : halves_at(c.block[at], f.min) + row;
+    const uint16_t* least = halves_at(c.block[at], f.min) + row;
     float mass[G];
     for (int g = 0; g < G; g++) {
         mass[g] = 0;
@@ -162,7 +177,7 @@ void add_by_channel(const quire_field& f, const Chunk& c, int at, int d, const f
     for (int j = 0; j < d; j += LANES) {
         Floats sum[1][G][1] = {};
         add_lanes<BITS, G, 1>(f, c, at, d, j, S, sum);
-        const Floats s = F16::read(scale + j), m = least ? F16::read(least + j) : s * -128.0f;
+        const Floats s = F16::read(scale + j), m = middle<BITS>(f, s, least + j);
 #pragma GCC unroll 8
         for (int g = 0; g < G; g++) store(acc + g * d + j, load(acc + g * d + j) + sum[0][g][0] * s + m * mass[g]);
     }
@@ -189,11 +204,11 @@ void add_tiles(const quire_field& f, const Chunk& c, int d, int block_tokens, co
                 Floats scale, least;
                 if (f.scaled == QUIRE_BY_TILE) {
                     scale = all(F16::one(halves_at(c.block[at], f.scale)[0]));
-                    least = f.min < 0 ? scale * -128.0f : all(F16::one(halves_at(c.block[at], f.min)[0]));
+                    least = f.min < 0 ? Floats{} : F16::one(halves_at(c.block[at], f.min)[0]) + scale * HALF<BITS>;
                 } else {
                     const int64_t slot = (int64_t)r * block_tokens + c.step[at] * STEP + w;
                     scale = F16::read(halves_at(c.block[at], f.scale) + slot);
-                    least = f.min < 0 ? scale * -128.0f : F16::read(halves_at(c.block[at], f.min) + slot);
+                    least = middle<BITS>(f, scale, halves_at(c.block[at], f.min) + slot);
                 }
 #pragma GCC unroll 8
                 for (int g = 0; g < G; g++) {
