@@ -312,6 +312,33 @@ def test_codes_are_read_in_place_as_they_decode(
     assert float((got - want).norm()) <= 2e-6 * float(want.norm())
 
 
+@given(
+    kv=st.sampled_from(RECIPES),
+    length=st.integers(40, 200),
+    width=st.sampled_from([32, 64, 96, 128]),
+    size=st.sampled_from([32, 64]),
+    span=st.sampled_from([Full(), Window(70)]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=max(40, settings.default.max_examples // 2))
+def test_codes_are_decoded_as_the_codec_decodes_them(
+    kv: str, length: int, width: int, size: int, span: Span, seed: int
+) -> None:
+    """For chunks: the kernel's rows against the codec's own, in float32 and rounded to 16 bits."""
+    if "group=64" in kv:
+        width, size = max(64, width // 64 * 64), 64
+    case = Coded(kv, (length,), width, size, 1, span, seed)
+    for r in case.step.reads:
+        if r.mode != "body":
+            continue
+        for name in ("k", "v"):
+            want = case.step.gather(0, r, name, torch.float32)
+            got = CpuBackend()._gather(case.step, 0, r, name, torch.float32)
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=4e-6)
+            half = CpuBackend()._gather(case.step, 0, r, name, torch.bfloat16)
+            assert torch.equal(half, got.to(torch.bfloat16))
+
+
 def test_structures_are_those_of_the_header() -> None:
     """Field by field: name order and total size, as the compiler lays them out."""
     header = (build.SOURCES / "quire_cpu.h").read_text(encoding="utf-8")
@@ -319,6 +346,7 @@ def test_structures_are_those_of_the_header() -> None:
         ("quire_field", native.FieldLayout),
         ("quire_form", native.Form),
         ("quire_decode_args", native.DecodeArgs),
+        ("quire_gather_args", native.GatherArgs),
         ("quire_write_args", native.WriteArgs),
     ):
         body = header[header.index(f"struct {name} {{") :].partition("{")[2].partition("};")[0]

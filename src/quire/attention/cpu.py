@@ -21,7 +21,7 @@ from quire.attention.reference import TorchBackend
 from quire.attention.step import Step
 from quire.errors import ConfigError
 from quire.kernels import native
-from quire.kernels.native import DecodeArgs, Form, Library, WriteArgs
+from quire.kernels.native import DecodeArgs, Form, GatherArgs, Library, WriteArgs
 from quire.plan.layout import Layout
 from quire.spec import CacheGroup, KVCodec, Packing, Site
 
@@ -194,6 +194,37 @@ class CpuBackend(TorchBackend):
         args.threads, args.isa = torch.get_num_threads(), self.isa
         self.library.decode(args)
         return out
+
+    def _gather(
+        self, step: Step, layer: int, r: Read, name: str, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Codes decoded by the kernel, where it serves the codec."""
+        group, code = r.source, _DTYPES.get(dtype)
+        site = next((s for s in step.layout.sites_of(group) if s.name == name), None)
+        if r.mode != "body" or code is None or site is None or len(site.field.shape) != 1:
+            return super()._gather(step, layer, r, name, dtype)
+        heads, (rows, blocks) = group.heads(layer), r.blocks.units.shape
+        args = GatherArgs(
+            arena=step.store.arena.buffer.data_ptr(),
+            units=r.blocks.units.ctypes.data,
+            first=group.tile_index(layer) * group.tile_bytes,
+            tile_bytes=group.tile_bytes,
+            n_rows=rows,
+            n_heads=len(heads),
+            n_blocks=blocks,
+            block_tokens=group.block_tokens,
+            d=site.width,
+            values=site.values,
+            dtype=code,
+            threads=torch.get_num_threads(),
+        )
+        codec = step.layout.codecs_of(group)[name]
+        if site.width not in native.HEAD_DIMS or not _place(args.field, group, codec, site):
+            return super()._gather(step, layer, r, name, dtype)
+        out = torch.empty(rows, len(heads), blocks, group.block_tokens, site.width, dtype=dtype)
+        args.out = out.data_ptr()
+        self.library.gather(args)
+        return step.valid(r, out)
 
     def _segments(self, step: Step, reads: list[Read]) -> _Segments | None:
         key = id(reads)  # the layers of the same groups have the same list

@@ -168,13 +168,21 @@ class ReferenceBackend:
         want_lse: bool,
     ) -> Partial:
         """One batch: `q: [R, T, heads, D]` to Partial over `[R, heads, T]`."""
-        if len(keys) == 1 and keys[0] != value:
+        if len(keys) == 1 and keys[0] != value and r.mode == "raw":
             k, v = step.gather_both(layer, r, (keys[0], value), q.dtype)
         else:
-            fields = {n: step.gather(layer, r, n, q.dtype) for n in dict.fromkeys((*keys, value))}
+            fields = {
+                n: self._gather(step, layer, r, n, q.dtype) for n in dict.fromkeys((*keys, value))
+            }
             k = fields[keys[0]] if len(keys) == 1 else torch.cat([fields[n] for n in keys], -1)
             v = fields[value]
         return self._segment(q.transpose(1, 2), k, v, r, window, scale, softcap, want_lse=want_lse)
+
+    def _gather(
+        self, step: Step, layer: int, r: Read, name: str, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """One field of a batch, decoded: `[R, heads, N, *shape]`."""
+        return step.gather(layer, r, name, dtype)
 
     def _segment(
         self,

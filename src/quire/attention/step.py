@@ -92,7 +92,7 @@ class Step(Plan):
             index = flat[at] = (step.view(2, 1, 1, 1) + units).reshape(-1)
         both = self.store.scratch(rows, len(index))
         torch.index_select(rows, 0, index, out=both)
-        if read.empty is not None:  # see _decode
+        if read.empty is not None:  # see `valid`
             both.view(2 * n_rows * len(heads) * n_blocks * source.block_tokens, -1).index_fill_(
                 0, self._empty_rows(read, 2, len(heads), n_blocks * source.block_tokens), 0
             )
@@ -122,8 +122,15 @@ class Step(Plan):
                 kept = {s.name.partition(".")[2]: getattr(torch, s.dtype) for s in stored}
                 parts = {part: y.to(kept[part]) for part, y in parts.items()}
             x = codec.decode(site, parts, pos, dtype)
+        return self.valid(read, x)
+
+    def valid(self, read: Read, x: torch.Tensor) -> torch.Tensor:
+        """The slots that a batch reads, `[R, heads, N, *shape]`, of whole blocks `[R, heads, n, block_tokens, *shape]`.
+
+        Slots that no row reads are zero: what was never written may be no number, and 0 x NaN is NaN.
+        """
         r, heads, n, size, *shape = x.shape
-        if read.empty is not None:  # what was never written may be no number, and 0 x NaN is NaN
+        if read.empty is not None:
             x = x.reshape(r * heads * n * size, -1)
             x.index_fill_(0, self._empty_rows(read, 1, heads, n * size), 0)
         return x.reshape(r, heads, n * size, *shape)[:, :, slice(*read.slots)]

@@ -19,7 +19,7 @@ from quire.kernels.build import LIBRARY
 
 log = logging.getLogger("quire")
 
-ABI = 2
+ABI = 3
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 ROWS = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 """Kinds of fields that are rows, by the dtype of their elements."""
@@ -72,6 +72,19 @@ class DecodeArgs(Structure):
     )
 
 
+class GatherArgs(Structure):
+    """Arguments of `gather`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("arena", "units", "out")),
+        ("first", c_int64),
+        ("tile_bytes", c_int64),
+        ("field", FieldLayout),
+        *((name, c_int32) for name in ("n_rows", "n_heads", "n_blocks", "block_tokens", "d")),
+        *((name, c_int32) for name in ("values", "dtype", "threads")),
+    )
+
+
 class WriteArgs(Structure):
     """Arguments of `write`."""
 
@@ -93,6 +106,7 @@ class Library:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._decode, self._write = handle.quire_decode, handle.quire_write
+        self._gather = handle.quire_gather
         self.isa = int(handle.quire_best_isa())
         """The best instruction-set level here: 2, 3, 4 for x86-64-v2, v3, v4; 1 for the compiler's baseline."""
 
@@ -100,6 +114,11 @@ class Library:
         """Attention of single queries over their segments."""
         if self._decode(byref(args)):
             raise InvariantError("the attention kernel was given what it does not serve")
+
+    def gather(self, args: GatherArgs) -> None:
+        """Blocks of a field, decoded into rows."""
+        if self._gather(byref(args)):
+            raise InvariantError("the gathering kernel was given what it does not serve")
 
     def write(self, args: WriteArgs) -> None:
         """Rows of new tokens into their blocks."""

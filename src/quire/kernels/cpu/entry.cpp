@@ -1,10 +1,11 @@
 // What the library exports: checks, and the choice of the instruction-set level, made once.
 #include "quire_cpu.h"
 
-#define QUIRE_ABI 2
+#define QUIRE_ABI 3
 
-#define LEVEL(name)                                         \
+#define LEVEL(name)                                               \
     extern "C" int quire_decode_##name(const quire_decode_args*); \
+    extern "C" int quire_gather_##name(const quire_gather_args*); \
     extern "C" int quire_write_##name(const quire_write_args*);
 
 #if defined(__x86_64__)
@@ -58,5 +59,19 @@ extern "C" int quire_write(const quire_write_args* a) {
     }
 #else
     return quire_write_base(a);
+#endif
+}
+
+extern "C" int quire_gather(const quire_gather_args* a) {
+    if (a->d < 16 || a->d > 256 || a->d % 16 || a->dtype < QUIRE_F32 || a->dtype > QUIRE_F16) return -1;
+    if (a->field.kind >= QUIRE_TILES_8 && a->block_tokens % 16) return -1;
+#if defined(__x86_64__)
+    switch (quire_best_isa()) {
+        case 4: return quire_gather_v4(a);
+        case 3: return quire_gather_v3(a);
+        default: return quire_gather_v2(a);
+    }
+#else
+    return quire_gather_base(a);
 #endif
 }

@@ -73,6 +73,17 @@ struct quire_decode_args {
     float scale, softcap;  // softcap 0: none
 };
 
+struct quire_gather_args {
+    const uint8_t* arena;
+    const int64_t* units;  // [rows][blocks]
+    void* out;             // [rows][heads][blocks][block_tokens][d] of `dtype`
+    int64_t first, tile_bytes;
+    quire_field field;
+    int32_t n_rows, n_heads, n_blocks, block_tokens, d;
+    int32_t values;  // packed as values, not as keys
+    int32_t dtype, threads;
+};
+
 struct quire_write_args {
     uint8_t* arena;
     const int64_t* units;   // [tokens]
@@ -90,6 +101,7 @@ struct quire_write_args {
 
 // All return 0, or -1 where an argument is outside what the kernels serve.
 QUIRE_PUBLIC int quire_decode(const quire_decode_args*);
+QUIRE_PUBLIC int quire_gather(const quire_gather_args*);
 QUIRE_PUBLIC int quire_write(const quire_write_args*);
 QUIRE_PUBLIC int quire_best_isa(void);  // 2, 3, 4: x86-64-v2, v3, v4; 1: the compiler's own baseline
 QUIRE_PUBLIC int quire_abi(void);

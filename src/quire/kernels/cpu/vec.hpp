@@ -103,23 +103,38 @@ struct F16 {
     }
 };
 
+QUIRE_INLINE Words widened(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    return __builtin_convertvector(*(const BytesAt*)p, Words);
+#endif
+}
+
 // 8-bit floats are shifted into place; NaN stays NaN.
 struct E4M3 {
     typedef uint8_t Element;
     static QUIRE_INLINE Floats read(const uint8_t* p) {
-        const Words x = __builtin_convertvector(*(const BytesAt*)p, Words);
+        const Words x = widened(p);
         const Floats v = (Floats)(((x & 0x80) << 24) | ((x & 0x7f) << 20)) * as_float(0x7b800000u);  // times 2^120
         return (Floats)((x & 0x7f) == 0x7f ? (Words)all(as_float(0x7fc00000u)) : (Words)v);
+    }
+    static QUIRE_INLINE float one(uint8_t x) {
+        if ((x & 0x7f) == 0x7f) return as_float(0x7fc00000u);
+        return as_float(((uint32_t)(x & 0x80) << 24) | ((uint32_t)(x & 0x7f) << 20)) * as_float(0x7b800000u);
     }
 };
 
 struct E5M2 {
     typedef uint8_t Element;
     static QUIRE_INLINE Floats read(const uint8_t* p) {
-        const Words x = __builtin_convertvector(*(const BytesAt*)p, Words);
+        const Words x = widened(p);
         const Floats v = (Floats)(((x & 0x80) << 24) | ((x & 0x7f) << 21)) * as_float(0x77800000u);  // times 2^112
         return (Floats)((x & 0x7c) == 0x7c ? (Words)v | 0x7f800000u : (Words)v);
     }
+    static QUIRE_INLINE float one(uint8_t x) { return F16::one((uint16_t)(x << 8)); }
 };
 
 // ---- sums of whole vectors, many at once -----------------------------------------------------------------------------
