@@ -168,15 +168,25 @@ class ReferenceBackend:
         want_lse: bool,
     ) -> Partial:
         """One batch: `q: [R, T, heads, D]` to Partial over `[R, heads, T]`."""
-        if len(keys) == 1 and keys[0] != value and r.mode == "raw":
-            k, v = step.gather_both(layer, r, (keys[0], value), q.dtype)
-        else:
-            fields = {
-                n: self._gather(step, layer, r, n, q.dtype) for n in dict.fromkeys((*keys, value))
-            }
-            k = fields[keys[0]] if len(keys) == 1 else torch.cat([fields[n] for n in keys], -1)
-            v = fields[value]
+        k, v = self._keys_and_values(step, layer, r, keys, value, q.dtype)
         return self._segment(q.transpose(1, 2), k, v, r, window, scale, softcap, want_lse=want_lse)
+
+    def _keys_and_values(
+        self,
+        step: Step,
+        layer: int,
+        r: Read,
+        keys: tuple[str, ...],
+        value: str,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a batch reads, `[R, heads, N, D]` each, in scratch memory that is good until the next call."""
+        if len(keys) == 1 and keys[0] != value and r.mode == "raw":
+            return step.gather_both(layer, r, (keys[0], value), dtype)
+        names = dict.fromkeys((*keys, value))
+        fields = {n: self._gather(step, layer, r, n, dtype) for n in names}
+        k = fields[keys[0]] if len(keys) == 1 else torch.cat([fields[n] for n in keys], -1)
+        return k, fields[value]
 
     def _gather(
         self, step: Step, layer: int, r: Read, name: str, dtype: torch.dtype
@@ -219,6 +229,82 @@ class TorchBackend(ReferenceBackend):
     """The fast twin."""
 
     name = "torch"
+
+    def run_reads(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        reads: list[Read],
+        *,
+        scale: float,
+        keys: tuple[str, ...],
+        value: str,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """As the plain one; what a chunk reads in several segments is put side by side for one fused call."""
+        chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Read]] = {}
+        rest = reads
+        if sinks is None and softcap is None and (len(reads) > 1 or not reads[0].contiguous):
+            rest = [r for r in reads if r.queries == 1]
+            for r in reads:
+                if r.queries > 1:
+                    chunks.setdefault((tuple(r.firsts), r.group.heads(layer)), []).append(r)
+        out: torch.Tensor | None = None
+        if rest:
+            out = super().run_reads(
+                step,
+                layer,
+                q,
+                rest,
+                scale=scale,
+                keys=keys,
+                value=value,
+                softcap=softcap,
+                sinks=sinks,
+                window=window,
+            )
+        share = q.shape[1] // max(1, _kv_heads(step.of_layer(layer)[2], layer))
+        for (_, kv_heads), parts in chunks.items():
+            heads = torch.tensor(
+                [h * share + g for h in kv_heads for g in range(share)], device=q.device
+            )
+            at = parts[0].tokens.unsqueeze(-1), heads  # [R, T, 1] x [heads]
+            done = self._joined(step, layer, q[at], parts, scale, keys, value, window)
+            if out is None:
+                out = q.new_zeros(*q.shape[:2], done.shape[-1])
+            out[at] = done
+        assert out is not None
+        return out
+
+    def _joined(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        parts: list[Read],
+        scale: float,
+        keys: tuple[str, ...],
+        value: str,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Segments of the same rows and heads in one call: `q: [R, T, heads, D]` to `[R, T, heads, D_v]`."""
+        fields = []
+        for r in parts:
+            kv = self._keys_and_values(step, layer, r, keys, value, q.dtype)
+            fields.append(kv if r is parts[-1] else tuple(x.clone() for x in kv))  # see gather_both
+        k, v = (torch.cat(x, 2) if len(x) > 1 else x[0] for x in zip(*fields, strict=True))
+        done = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k,
+            v,
+            attn_mask=_joined_mask(parts, window),
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[1],
+        )
+        return done.transpose(1, 2)
 
     def _segment(
         self,
@@ -286,3 +372,19 @@ class TorchBackend(ReferenceBackend):
 def _kv_heads(reads: list[Read], layer: int) -> int:
     """KV heads of the layer: each group counts once, a lossy body and its raw companion together."""
     return len({h for r in reads for h in r.group.heads(layer)})
+
+
+def _joined_mask(parts: list[Read], window: int | None) -> torch.Tensor | None:
+    """`[R, 1, T, N]`: the masks of segments that stand side by side; None where all is read."""
+    masks = [r.mask(window) for r in parts]
+    if all(m is None for m in masks):
+        return None
+    whole = [
+        torch.ones(1, 1, r.kpos.shape[1], dtype=torch.bool, device=r.kpos.device).expand(
+            *r.tokens.shape, -1
+        )
+        if m is None
+        else m.expand(*r.tokens.shape, -1)
+        for r, m in zip(parts, masks, strict=True)
+    ]
+    return torch.cat(whole, -1).unsqueeze(1)
