@@ -44,9 +44,15 @@ PACE = Pace(
 )
 
 
+REGISTRY = recipe.available
+PLAIN = ("bf16", "fp16", "fp32", "fp64")
+
+
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small panels, and of the registry the plain codecs, so that what lands in it later changes no test here."""
     monkeypatch.setattr(tour, "PACE", PACE)
+    monkeypatch.setattr(recipe, "available", lambda: PLAIN)
 
 
 @pytest.fixture
@@ -83,8 +89,8 @@ class Refusing(Lossy):
 
     name: ClassVar[str] = "refusing"
 
-    def stored(self, of: Any, block_tokens: int) -> Any:
-        raise ConfigError(f"refusing: serves 64 channels, not {of.shape[0]}; try int8")
+    def stored(self, site: Any) -> Any:
+        raise ConfigError(f"refusing: serves 64 channels, not {site.width}; try int8")
 
 
 def add(monkeypatch: pytest.MonkeyPatch, **made: type) -> None:
@@ -295,6 +301,16 @@ def test_a_new_codec_gets_its_rows_by_itself(document, shown, monkeypatch) -> No
     )
 
 
+def test_every_codec_of_the_registry_has_its_rows(document, monkeypatch) -> None:
+    monkeypatch.setattr(recipe, "available", REGISTRY)
+    found = document(5)["panels"]["techniques"]
+    rows = {r["technique"] for r in found["rows"]} | {r["technique"] for r in found["refused"]}
+    rows |= set(found["left_out"]) | set(found["wider_than_the_model"])
+    asked = [getattr(recipe.codec_class(n), "shown", (n,)) for n in REGISTRY() if n != "fp32"]
+    assert {"kivi:bits=2", "kivi:bits=4"} <= rows
+    assert rows == {"auto", *(text for texts in asked for text in texts)}
+
+
 def test_a_codec_that_cannot_serve_says_why(document, shown, monkeypatch) -> None:
     add(monkeypatch, refusing=Refusing)
     found = document(5)["panels"]["techniques"]
@@ -416,7 +432,9 @@ def test_commands_of_the_page_and_the_readme_parse() -> None:
     assert len(commands) > 15
     for command in commands:
         name, *arguments = shlex.split(command)[1:]
-        known.commands[name].make_context(name, arguments)
+        assert name in known.commands
+        if arguments:  # else it only names the command
+            known.commands[name].make_context(name, arguments)
 
 
 def test_panels_by_number(shown) -> None:

@@ -40,6 +40,7 @@ class Codec(Coded):
     residual: int = 128
     group: int = 32
     name: ClassVar[str] = "kivi"
+    shown: ClassVar[tuple[str, ...]] = ("kivi:bits=4", "kivi:bits=2")
 
     def __post_init__(self) -> None:
         choose(self.name, "bits", self.bits, (2, 4))
