@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -280,3 +282,17 @@ def test_fit_slab_bytes_of_usual_blocks() -> None:
         fit_slab_bytes([])
     with pytest.raises(ConfigError):
         fit_slab_bytes([0, 64])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux only")
+def test_the_arena_s_memory_may_be_huge_pages() -> None:
+    arena = Arena(64 << 20, device="cpu")
+    begin = arena.buffer.data_ptr()
+    inside, flags = False, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            low, high = (int(x, 16) for x in line.split()[0].split("-"))
+            inside = low <= begin + (32 << 20) < high
+        elif inside and line.startswith("VmFlags"):
+            flags = line
+    assert " hg" in flags
