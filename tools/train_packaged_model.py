@@ -48,6 +48,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="budget of the whole run, such as 16M; on resume another one may be given until the "
         "learning rate begins to fall (60 %% of either budget), later it is refused",
     )
+    parser.add_argument(
+        "--extend",
+        type=tokens,
+        default=None,
+        help="tokens trained on after the budget, at the longest length, at lower rates",
+    )
     parser.add_argument("--books", type=Path, nargs="*", default=[], help="plain-text books")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocabulary", type=int, default=2048)
@@ -143,6 +149,7 @@ def write_export(work: Path, folder: Path) -> None:
         "seed": plan["seed"],
         "trained_tokens": state["done_tokens"],
         "budgets": state["budgets"],
+        "extension_tokens": plan.get("extension_tokens", 0),
         "text_sha256": state["fingerprint"],
     }
     print(export(model, tokenizer, folder, facts))
@@ -163,12 +170,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("error: a new run needs --tokens, such as --tokens 16M", file=sys.stderr)
             return 2
         budget = torch.load(checkpoint, weights_only=True)["plan"]["tokens"]
+    extension = args.extend
+    if extension is None:
+        plan = torch.load(checkpoint, weights_only=True)["plan"] if checkpoint.exists() else {}
+        extension = plan.get("extension_tokens", 0)
     try:
         tokenizer, trained, held, fingerprint = prepare(args.work, args.books, args.vocabulary)
         words = Words(tokenizer)
         sampler = Sampler(args.seed, words, Text(trained, TEXT_RATES))
         model = new_model(packaged_config(tokenizer.get_vocab_size()), args.seed)
-        run = Run(Plan(budget, args.seed), model, sampler, fingerprint)
+        run = Run(Plan(budget, args.seed, extension_tokens=extension), model, sampler, fingerprint)
         if checkpoint.exists():
             run.load(checkpoint)
     except (OSError, ValueError) as error:

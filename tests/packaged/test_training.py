@@ -38,10 +38,19 @@ def micro(tokenizer: corpus.Tokenizer) -> LlamaConfig:
     )
 
 
-def micro_run(tokenizer: corpus.Tokenizer, tokens: int = 12 * 1024, seed: int = 3) -> Run:
+def micro_run(
+    tokenizer: corpus.Tokenizer, tokens: int = 12 * 1024, seed: int = 3, extension: int = 0
+) -> Run:
     ids = np.array(tokenizer.encode(PROSE).ids)
     sampler = Sampler(seed, Words(tokenizer), Text({"books": ids}, {"books": 1.0}))
-    plan = Plan(tokens, seed, 1024, opening=(2048, 128), phases=((0.5, 256), (1.0, 512)))
+    plan = Plan(
+        tokens,
+        seed,
+        1024,
+        opening=(2048, 128),
+        phases=((0.5, 256), (1.0, 512)),
+        extension_tokens=extension,
+    )
     return Run(plan, new_model(micro(tokenizer), seed), sampler, "text")
 
 
@@ -120,6 +129,29 @@ def test_the_budget_may_change_until_the_rate_falls(
         micro_run(tokenizer, tokens=16 * 1024).load(path)
 
 
+def test_an_extension_follows_a_finished_run_and_resumes(
+    tokenizer: corpus.Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    whole = micro_run(tokenizer, extension=4 * 1024)
+    assert len(list(losses(whole))) == 16
+    plain = micro_run(tokenizer)
+    list(losses(plain))
+    plain.save(path)
+    longer = micro_run(tokenizer, extension=4 * 1024)
+    longer.load(path)
+    assert not longer.finished
+    for _ in range(2):
+        longer.train_step()
+    longer.save(path)
+    with pytest.raises(ValueError, match="has begun"):
+        micro_run(tokenizer, extension=5 * 1024).load(path)
+    resumed = micro_run(tokenizer, extension=4 * 1024)
+    resumed.load(path)
+    assert len(list(losses(resumed))) == 2
+    assert same_bits(resumed, whole)
+
+
 def test_another_seed_or_text_is_refused(tokenizer: corpus.Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     micro_run(tokenizer).save(path)
@@ -143,6 +175,12 @@ def test_the_schedule_by_hand() -> None:
     assert plan.rate(1000, 8 * million) == pytest.approx(0.5)
     assert plan.rate(9, 8 * million) == pytest.approx(0.05)
     assert plan.rate(1000, 10 * million) == pytest.approx(0.02)
+    extended = Plan(10_000_000, extension_tokens=2 * million)
+    assert extended.rate(1000, 8 * million) == pytest.approx(0.5)
+    assert extended.rate(1000, 10 * million) == pytest.approx(0.3)
+    assert extended.rate(1000, 11 * million) == pytest.approx(0.15)
+    assert extended.rate(1000, 12 * million) == pytest.approx(0.02)
+    assert extended.length_tokens(11 * million) == 2048
     with pytest.raises(ValueError, match="multiple of 2048"):
         Plan(10_000_000, batch_tokens=3000)
 

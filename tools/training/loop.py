@@ -1,8 +1,9 @@
 """The training loop: a schedule in tokens, Muon and AdamW, checkpoints that continue exactly.
 
     tokens   0 .. 1.5 M .... 42 % ..... 62 % ..... 82 % .... 100 %
-    length    128  |   256   |   512    |  1,024   |  2,048
-    rate     constant ................|60 %  linear down to 2 %
+    length    128  |   256   |   512    |  1,024   |  2,048 ...................
+    rate     constant ................|60 %  linear down to 2 % | 30 % down to 2 %
+                                                                  an extension, if any
 
 The opening of 128-token sequences does not depend on the budget, so a run whose budget is changed
 before 42 % of either is the run that began with it.
@@ -32,6 +33,7 @@ OPENING = (1_500_000, 128)
 PHASES = ((0.42, 256), (0.62, 512), (0.82, 1024), (1.0, 2048))
 DECAY_FROM = 0.60
 LAST_RATE = 0.02
+EXTENSION_RATE = 0.3
 WARM_UP_STEPS = 100
 PADDING = 512
 ADAMW_RATE = 3e-3
@@ -48,6 +50,7 @@ class Plan:
         batch_tokens: tokens of one step, whatever the sequences' length
         opening: (end in tokens, sequence length in tokens), before the phases
         phases: (end as a fraction of the budget, sequence length in tokens)
+        extension_tokens: trained on after the budget, at the last length, with rates that start anew and lower
     """
 
     tokens: int
@@ -55,6 +58,7 @@ class Plan:
     batch_tokens: int = 4096
     opening: tuple[int, int] = OPENING
     phases: tuple[tuple[float, int], ...] = PHASES
+    extension_tokens: int = 0
 
     def __post_init__(self) -> None:
         longest = max(length for _, length in self.phases)
@@ -76,6 +80,9 @@ class Plan:
         part = done_tokens / self.tokens
         if part < DECAY_FROM:
             return warm
+        if self.extension_tokens and done_tokens >= self.tokens:
+            left = 1 - (done_tokens - self.tokens) / self.extension_tokens
+            return max(LAST_RATE, EXTENSION_RATE * left)
         return warm * max(LAST_RATE, (1 - part) / (1 - DECAY_FROM))
 
 
@@ -153,8 +160,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is spent."""
-        return self.done_tokens >= self.plan.tokens
+        """Whether the budget, and its extension, are spent."""
+        return self.done_tokens >= self.plan.tokens + self.plan.extension_tokens
 
     def train_step(self) -> float:
         """One step; returns its weighted mean loss in nats."""
@@ -209,7 +216,8 @@ class Run:
         """
         state: dict[str, Any] = torch.load(path, weights_only=True)
         mine, its = asdict(self.plan), state["plan"]
-        same = all(mine[k] == its[k] for k in mine if k != "tokens")
+        its.setdefault("extension_tokens", 0)
+        same = all(mine[k] == its[k] for k in mine if k not in ("tokens", "extension_tokens"))
         if not same or state["fingerprint"] != self.fingerprint:
             raise ValueError("the checkpoint was made with another seed, schedule or text")
         self.budgets = [tuple(b) for b in state["budgets"]]
@@ -221,6 +229,11 @@ class Run:
                     "the learning rate is already falling (or would be)"
                 )
             self.budgets.append((state["done_tokens"], mine["tokens"]))
+        begun = state["done_tokens"] > its["tokens"] and its["extension_tokens"]
+        if begun and mine["extension_tokens"] != its["extension_tokens"]:
+            raise ValueError(
+                f"an extension of {its['extension_tokens']} tokens has begun and keeps its length"
+            )
         self.step, self.done_tokens = state["step"], state["done_tokens"]
         self.model.load_state_dict(state["model"])
         self.muon.load_state_dict(state["muon"])
