@@ -244,6 +244,7 @@ class Coded:
         share: int,
         span: Span,
         seed: int,
+        spoil: int | None = None,
     ) -> None:
         g = torch.Generator().manual_seed(seed)
         fields = (Field("k", (width,), "float32"), Field("v", (width,), "float32"))
@@ -260,6 +261,8 @@ class Coded:
             table, at = self.store.open(), 0
             kv_values = torch.randn(2, n + 1, 2, width, generator=g)
             kv_values[0, :, :, 3] *= 4  # a channel that stands out
+            if spoil is not None:
+                kv_values[:, spoil] = torch.nan
             while at < n:
                 stop = min(n, at + 50)
                 table.append(stop - at)
@@ -337,6 +340,23 @@ def test_codes_are_decoded_as_the_codec_decodes_them(
             torch.testing.assert_close(got, want, rtol=2e-6, atol=4e-6)
             half = CpuBackend()._gather(case.step, 0, r, name, torch.bfloat16)
             assert torch.equal(half, got.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "kv", ["int4", "int8", "fp8:scale=token", "k=int4,v=bf16", "k=bf16,v=int4"]
+)
+@pytest.mark.parametrize(
+    ("span", "at"), [(Window(70), 130), (Window(70), 129), (Sinks(20, 40), 20), (Sinks(20, 40), 31)]
+)
+def test_what_is_not_read_cannot_spoil_what_is(kv: str, span: Span, at: int) -> None:
+    """A token that is no number, in a tile of sixteen of which others are read."""
+    case = Coded(kv, (200,), 64, 32, 2, span, 7, spoil=at)
+    for isa in LEVELS:
+        got = CpuBackend(isa=isa).run(case.step, 0, case.q, scale=0.1)
+        want = ReferenceBackend().run(case.step, 0, case.q.double(), scale=0.1)
+        assert float((got - want).norm()) <= 2e-6 * float(want.norm())
+    case = Coded(kv, (200,), 64, 32, 2, span, 7, spoil=170)
+    assert CpuBackend().run(case.step, 0, case.q, scale=0.1).isnan().all()
 
 
 def test_structures_are_those_of_the_header() -> None:

@@ -14,6 +14,7 @@ constexpr int MAX_DIM = 256;
 // block, which rows need, as their slots may begin anywhere.
 struct Chunk {
     int n = 0;
+    int skip = 0;  // slots before this one are there to begin at a tile, and not read
     const uint8_t* block[CHUNK / STEP];
     int step[CHUNK / STEP];
     const uint8_t* row_block[CHUNK + LANES];
@@ -24,6 +25,7 @@ struct Chunk {
     // Tiles begin at multiples of STEP, and so must `lo` where a field is packed.
     void locate(const uint8_t* base, const int64_t* table, int block_tokens, int lo, int count) {
         n = count;
+        skip = 0;
         for (int i = 0; i < n;) {
             const int slot = lo + i, in = slot % block_tokens;
             const int run = block_tokens - in < n - i ? block_tokens - in : n - i;

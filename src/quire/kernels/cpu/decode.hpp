@@ -32,7 +32,7 @@ QUIRE_INLINE void soften(float* S, int n, float softcap) {
         for (int t = 0; t < n; t += LANES) store(S + g * CHUNK + t, tanh_of(load(S + g * CHUNK + t)) * peak);
 }
 
-// Scores of slots [skip, n) become weights, those of others zero; top, total and out are brought to the new maximum.
+// Scores of slots [skip, n) become weights above zero, those of others zero; top, total and out are brought to the new maximum.
 template <int G>
 QUIRE_INLINE void weigh(float* S, int skip, int n, int whole, int d, State s) {
     for (int g = 0; g < G; g++) {
@@ -52,6 +52,8 @@ QUIRE_INLINE void weigh(float* S, int skip, int n, int whole, int d, State s) {
             store(row + t, p);
             sum += p;
         }
+        std::fill(row, row + skip, 0.0f);
+        std::fill(row + n, row + whole, 0.0f);
         const float total = added(sum);
         if (top != s.top[g]) {
             const float alpha = std::exp2(s.top[g] - top);
@@ -103,6 +105,7 @@ void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Q
         for (int g = 0; g < G; g++) turn(q.q + g * d, d, f.k.turned);
     if (f.k.kind >= QUIRE_TILES_8) prepare_tiles<G>(f.k, d, q);
     chunks[0].locate(base, table, f.block_tokens, lo, std::min(CHUNK, piece.hi - lo));
+    chunks[0].skip = piece.lo - lo;
     bool cold = true;  // nothing has fetched the first chunk's keys
     for (; lo < piece.hi; lo += CHUNK, at ^= 1) {
         Chunk &now = chunks[at], &next = chunks[at ^ 1];
@@ -116,7 +119,7 @@ void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Q
             score_step<G>(f, now, i, d, q, S);
         }
         if (softcap > 0) soften<G>(S, steps * STEP, softcap);
-        weigh<G>(S, std::max(0, piece.lo - lo), now.n, steps * STEP, d, s);
+        weigh<G>(S, now.skip, now.n, steps * STEP, d, s);
         cold = false;
         add_values<G>(f, now, d, S, s.out, Ahead{f.k, next, d});
     }

@@ -58,9 +58,9 @@ QUIRE_INLINE void add_slice(const quire_field& f, const Chunk& c, int d, int j, 
     for (int g = 0; g < G; g++)
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) sum[g][v] = load(acc + g * d + j + v * LANES);
-    for (int t = 0; t < c.n; t++) {
+    for (int t = c.skip; t < c.n; t++) {
         const Element* p = (const Element*)(c.row_block[t] + f.codes) + c.row[t] * d + j;
-        if (!j && t % STEP == 0) next.fetch(t / STEP);
+        if (!j && (t % STEP == 0 || t == c.skip)) next.fetch(t / STEP);
         Floats x[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) x[v] = T::read(p + v * LANES);

@@ -213,8 +213,9 @@ void add_tiles(const quire_field& f, const Chunk& c, int d, int block_tokens, co
 #pragma GCC unroll 8
                 for (int g = 0; g < G; g++) {
                     const Floats p = load(S + g * CHUNK + at * STEP + w);
-                    store(weights + g * CHUNK + at * STEP + w, p * scale);
-                    sum[g] += p * least;
+                    const Ints read = p != 0.0f;  // of what is not read the scale may be no number
+                    store(weights + g * CHUNK + at * STEP + w, (Floats)(read ? p * scale : Floats{}));
+                    sum[g] += (Floats)(read ? p * least : Floats{});
                 }
             }
         for (int g = 0; g < G; g++) zero[g] = added(sum[g]);
