@@ -401,6 +401,37 @@ def test_without_the_library_attention_runs_on_torch(
     assert make_backend("auto").name == "cpu"
 
 
+def test_memory_of_another_device_is_not_for_the_kernels() -> None:
+    assert make_backend("auto", "cuda").name == "torch"
+    assert make_backend("reference", "cuda").name == "reference"
+    with pytest.raises(ConfigError, match=r"on cuda; use 'auto'"):
+        make_backend("cpu", "cuda")
+
+
+@pytest.mark.parametrize("library", ["other version", "no library"])
+def test_a_library_that_is_not_ours_is_refused_in_one_line(
+    library: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    native.load.cache_clear()
+    try:
+        if library == "other version":
+            monkeypatch.setattr(native, "ABI", native.ABI + 1)
+        else:
+            (tmp_path / "foreign.so").write_bytes(b"not for this machine")
+            monkeypatch.setattr(native, "LIBRARY", tmp_path / "foreign.so")
+        with caplog.at_level("INFO", logger="quire"):
+            assert make_backend("auto").name == "torch"
+        (said,) = [r.message for r in caplog.records]
+        assert "attention runs on torch" in said
+        assert "\n" not in said
+    finally:
+        monkeypatch.undo()
+        native.load.cache_clear()
+
+
 def test_a_build_without_a_compiler_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

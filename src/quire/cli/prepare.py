@@ -31,7 +31,7 @@ def look(options: Options) -> Source:
         from quire.models.memory import arena_bytes
         from quire.models.prepack import check_weights
 
-        make_backend(options.attention)
+        make_backend(options.attention, source.chosen_device)
         check_weights(options.weights)
         arena_bytes(options.memory, source.chosen_device)
     return source

@@ -76,10 +76,10 @@ def connect(
         ConfigError: the model cannot be served, with the reason.
         CapacityError: the memory is too small.
     """
-    check_choices(config, attention, way)
     check_weights(weights)
     adapters = Adapters(model)
     model = unwrap(model)
+    check_choices(config, attention, way, torch.device(model.device).type)
     total_bytes = arena_bytes(memory, model.device)
     if getattr(text_config(model), "_attn_implementation", None) == NAME:
         raise ConfigError(
@@ -124,12 +124,14 @@ def connect(
     raise ConfigError(f"{type(model).__name__} cannot be served: {'; '.join(reasons)}")
 
 
-def check_choices(config: KVConfig, attention: str = "auto", way: str | None = None) -> None:
+def check_choices(
+    config: KVConfig, attention: str = "auto", way: str | None = None, device: str = "cpu"
+) -> None:
     """Refuses what needs no model to be refused. Raises ConfigError."""
     if way is not None and way not in WAYS:
         raise ConfigError(f"unknown way {way!r}; known: {', '.join(WAYS)}")
     check_config(config)
-    make_backend(attention)
+    make_backend(attention, device)
 
 
 def _candidates(shape: Shape) -> list[str]:

@@ -30,12 +30,18 @@ WAYS = ("packed", "rows", "patched", "dense")
 BACKENDS = {"reference": ReferenceBackend, "torch": TorchBackend, "cpu": CpuBackend}
 
 
-def make_backend(name: str) -> ReferenceBackend:
-    """The attention backend of that name, "auto" for the fastest that works here. Raises ConfigError."""
+def make_backend(name: str, device: str = "cpu") -> ReferenceBackend:
+    """The attention backend of that name, "auto" for the fastest that works on a kind of device. Raises ConfigError."""
     if name == "auto":
-        return TorchBackend() if native.load() is None else CpuBackend()
+        here = device == "cpu" and native.load() is not None
+        return CpuBackend() if here else TorchBackend()
     if name not in BACKENDS:
         raise ConfigError(f"unknown attention backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+    if name == "cpu" and device != "cpu":
+        raise ConfigError(
+            f"attention='cpu' reads the CPU's memory, and this model is on {device}; "
+            "use 'auto', or load the model on the CPU"
+        )
     return BACKENDS[name]()
 
 
@@ -60,8 +66,8 @@ class Bridge:
         self.layout = layout
         self.store = store
         self.patches = patches
-        self.backend = make_backend(backend)
         self.device = torch.device(model.device)
+        self.backend = make_backend(backend, self.device.type)
         self.weights: Prepacked | None = None
         self.chunked_prefill = True
         self.key_offsets: Mapping[int, torch.Tensor] = {}
