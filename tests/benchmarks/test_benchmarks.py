@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ KEYS = {
     "blocks": {"rows", "stream_gb_per_s"},
     "sampling": {"cases"},
     "linears": {"cases"},
+    "attention": {"cases", "torch", "attention", "verdicts"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
 
@@ -77,3 +80,47 @@ def test_needed_bytes_are_what_later_queries_read(load: Any) -> None:
     body = store_of(waste.llama(0), 64 << 20).open()
     waste.grow(body, 33)  # one sealed block of codes and scales, one raw token
     assert waste.needed_bytes(body) == 32 * 8 * 2 * (32 * (128 + 2) + 128 * 2)
+
+
+def test_shares_and_bars_are_taken_within_a_turn(load: Any) -> None:
+    common, attention = load("common"), load("attention")
+    cache = SimpleNamespace(kv="bf16", batch=1, ctx=8192, steps=[0, 0], n_bytes=lambda: 300)
+    seconds = {
+        "bf16": [2.0, 4.0, 8.0],  # of two calls: 300, 150, 75 bytes a second
+        "bf16 resident": [1.0, 2.0, 2.0],  # 600, 300, 300
+        "bf16 stream": [2.0, 2.0, 10.0],  # 500, 500, 100
+    }
+    row = attention.case_row(cache, common.Turns(seconds), 1000, "fused", [2.0, 8.0, 8.0])
+    assert row["us"]["median"] == 2e6
+    assert row["share_of_stream"] == {"median": 0.6, "min": 0.3, "max": 0.75, "n": 3}
+    assert row["share_of_resident"] == {"median": 0.5, "min": 0.25, "max": 0.5, "n": 3}
+    assert row["share_of_smaller"] == {"median": 0.6, "min": 0.5, "max": 0.75, "n": 3}
+    assert row["torch_takes"] == {"median": 2.0, "min": 2.0, "max": 4.0, "n": 3}
+    assert row["bars"] == {"share_of_smaller": 0.75, "torch_takes": 2.5, "met": False}
+    cache.ctx = 1024
+    row = attention.case_row(cache, common.Turns(seconds), 1000, "fused", [2.0, 8.0, 8.0])
+    assert row["bars"] == {"share_of_smaller": None, "torch_takes": 1.5, "met": True}
+
+
+def test_sets_hold_what_a_step_reads_in_random_order(load: Any) -> None:
+    attention = load("attention")
+    args = argparse.Namespace(
+        head_dim=32, kv_heads=2, heads=4, block_tokens=32, cold_mib=1, patterns=8, seed=0
+    )
+    assert {"bf16", "fp8", "int8", "int4", "int4:group=32", "kivi:bits=2", "kivi:bits=4"} <= set(
+        attention.recipes()
+    )
+    plain = attention.Cache(args, "bf16", 2, 224)
+    assert plain.n_bytes() == 2 * 224 * 2 * 2 * 32 * 2  # batch, tokens, heads, fields, channels
+    assert len(plain.steps) * plain.n_bytes() >= 1 << 20
+    units = [u for s in plain.steps for r in s.reads for u in r.blocks.units.reshape(-1).tolist()]
+    assert len(set(units)) == len(units) == len(plain.steps) * 2 * 7
+    assert sum(abs(b - a) == 128 for a, b in pairwise(units)) < len(units) / 4  # 8 KiB a block
+    resident = {u for r in plain.resident.reads for u in r.blocks.units.reshape(-1).tolist()}
+    assert len(resident) == 7  # all of 256 KiB that there are
+    kivi = attention.Cache(args, "kivi:bits=2", 1, 200)
+    raw, coded = 200 - 64, 64  # whole blocks behind the window of 128
+    field = coded * 2 * (32 // 4) + 2 * 2 * 2 * 2 * 32  # codes; scale and min per channel or token
+    assert kivi.n_bytes() == raw * 2 * 2 * 32 * 2 + 2 * field
+    held = len(kivi.tables) * kivi.layout.spec.bytes_for(200)
+    assert kivi.store.usage().held_bytes <= held  # raw blocks behind the window were given back

@@ -91,10 +91,18 @@ class Stream:
 
         self._x = torch.ones(n_bytes // 4, dtype=torch.float32)
 
-    def gb_per_s(self) -> float:
+    @property
+    def n_bytes(self) -> int:
+        """Of the buffer."""
+        return self._x.numel() * 4
+
+    def read(self) -> object:
+        """One pass over the buffer."""
+        return self._x.sum()
+
+    def gb_per_s(self, clock: str = "wall") -> float:
         """The better of two passes over the buffer, in 10^9 bytes a second."""
-        best = min(timed(self._x.sum) for _ in range(2))
-        return self._x.numel() * 4 / best / 1e9
+        return self.n_bytes / min(timed(self.read, clock) for _ in range(2)) / 1e9
 
 
 def timed(work: Callable[[], object], clock: str = "wall") -> float:
