@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 from laws.dense import plain_spans
 from quire.attention import ReferenceBackend, Row, Step
 from quire.attention.cpu import CpuBackend
+from quire.codecs import fp8, int4, int8
 from quire.errors import ConfigError
 from quire.kernels import build, native
 from quire.models.bridge import make_backend
 from quire.plan import KVLayer, build_layout
 from quire.spans import Full, Sinks, Span, Window
-from quire.spec import Field, KVConfig
+from quire.spec import Field, KVCodec, KVConfig, Packing, Site
 from quire.store import BlockStore
 from steps import DTYPES, Bench, Case, check
 
@@ -245,11 +247,15 @@ class Coded:
         span: Span,
         seed: int,
         spoil: int | None = None,
+        codecs: Mapping[str, KVCodec] | None = None,
     ) -> None:
         g = torch.Generator().manual_seed(seed)
         fields = (Field("k", (width,), "float32"), Field("v", (width,), "float32"))
         self.layout = build_layout(
-            [KVLayer(0, 2, fields, span)], KVConfig(kv, block_tokens=size), dtype="float32"
+            [KVLayer(0, 2, fields, span)],
+            KVConfig(kv, block_tokens=size),
+            dtype="float32",
+            codecs=codecs,
         )
         room = sum(
             4 * self.layout.spec.bytes_for(n + 1, chunk_tokens=n + 1) + (1 << 19) for n in lengths
@@ -357,6 +363,67 @@ def test_what_is_not_read_cannot_spoil_what_is(kv: str, span: Span, at: int) -> 
         assert float((got - want).norm()) <= 2e-6 * float(want.norm())
     case = Coded(kv, (200,), 64, 32, 2, span, 7, spoil=170)
     assert CpuBackend().run(case.step, 0, case.q, scale=0.1).isnan().all()
+
+
+class ByEight(int8.Codec):
+    """Says of its scales what the kernels do not serve; decodes as it encodes."""
+
+    def packing(self, site: Site) -> Packing:
+        return Packing(8, "channel", 8)
+
+
+class Wide(int8.Codec):
+    """Scales in float32."""
+
+    def stored(self, site: Site) -> tuple[Field, ...]:
+        codes, scale = super().stored(site)
+        return codes, replace(scale, dtype="float32")
+
+
+class Low(int4.Codec):
+    """Four bits with minima under another name."""
+
+    def stored(self, site: Site) -> tuple[Field, ...]:
+        codes, scale, low = super().stored(site)
+        return codes, scale, replace(low, name=f"{site.name}.low")
+
+    def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = super().encode(site, x, pos)
+        return {"codes": parts["codes"], "scale": parts["scale"], "low": parts["min"]}
+
+    def decode(
+        self,
+        site: Site,
+        stored: Mapping[str, torch.Tensor],
+        pos: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        own_basis: bool = False,
+    ) -> torch.Tensor:
+        parts = {**stored, "min": stored["low"]}
+        return super().decode(site, parts, pos, dtype, own_basis=own_basis)
+
+
+class ScaledRows(fp8.Codec):
+    """Rows of which the kernels are told that channels share scales."""
+
+    def packing(self, site: Site) -> Packing:
+        return Packing(0, "channel", site.block_tokens)
+
+
+@pytest.mark.parametrize(
+    "codec", [ByEight("channel"), Wide(), Low(rotate=False), ScaledRows(scale="token")]
+)
+def test_what_another_codec_packs_otherwise_goes_through_torch(codec: KVCodec) -> None:
+    """Codecs come from other packages, too: what no kernel reads is decoded by the codec."""
+    case = Coded("int8", (100,), 32, 32, 2, Full(), 5, codecs={"": codec})
+    got = CpuBackend().run(case.step, 0, case.q, scale=0.2)
+    want = ReferenceBackend().run(case.step, 0, case.q.double(), scale=0.2)
+    assert float((got - want).norm()) <= 2e-6 * float(want.norm())
+    for r in case.step.reads:
+        for name in ("k", "v"):
+            rows = CpuBackend()._gather(case.step, 0, r, name, torch.float32)
+            assert torch.equal(rows, case.step.gather(0, r, name, torch.float32))
 
 
 def test_structures_are_those_of_the_header() -> None:

@@ -318,11 +318,8 @@ def _place(part: Any, group: CacheGroup, codec: KVCodec, site: Site) -> bool:
     at, dtypes = group.field_offsets, {f.name: f.dtype for f in group.fields}
     packing = Packing() if codec.plain else codec.packing(site)
     codes = site.name if codec.plain else f"{site.name}.codes"
-    if packing is None or codes not in at:
-        return False
-    if (packing.scaled == "token" and packing.group % 16) or (
-        packing.bits and site.block_tokens % 16
-    ):
+    scale, least = (dtypes.get(f"{site.name}.{x}") for x in ("scale", "min"))
+    if packing is None or codes not in at or not _served(packing, site, scale, least):
         return False
     kind = native.TILES.get(packing.bits) if packing.bits else native.ROWS.get(dtypes[codes])
     if kind is None:
@@ -332,3 +329,16 @@ def _place(part: Any, group: CacheGroup, codec: KVCodec, site: Site) -> bool:
     part.codes = at[codes]
     part.scale, part.min = (at.get(f"{site.name}.{x}", -1) for x in ("scale", "min"))
     return True
+
+
+def _served(packing: Packing, site: Site, scale: str | None, least: str | None) -> bool:
+    """Whether a kernel reads codes with such scales and minima, given by their dtypes; codecs come from outside."""
+    if not packing.scaled:
+        return not packing.bits and scale is None and least is None
+    if scale != "float16" or least not in ("float16", None):
+        return False
+    if not packing.bits:
+        return packing.scaled == "token" and packing.group == site.width and least is None
+    if packing.bits < 8 and least is None:
+        return False  # (code - 128) * scale is for eight bits
+    return not site.block_tokens % 16 and (packing.scaled == "tile" or not packing.group % 16)
