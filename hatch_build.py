@@ -3,6 +3,7 @@
 import importlib.util
 import sysconfig
 from pathlib import Path
+from platform import machine
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,9 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             self.app.display_warning(f"no CPU kernels: {error}; attention will run on torch")
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        platform = platform.replace(
+            "universal2", machine()
+        )  # a Mac's Python serves both, the library one
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"
         build_data["artifacts"].append(LIBRARY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -502,7 +503,25 @@ def test_a_library_that_is_not_ours_is_refused_in_one_line(
 def test_a_build_without_a_compiler_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
     assert build.main() == 1
-    assert "no C++ compiler" in capsys.readouterr().err
+    assert "no C++ compiler was found (c++" in capsys.readouterr().err
+
+
+def test_the_compiler_is_the_one_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(build.BuildError, match="CXX says no-such-compiler"):
+        build.compiler()
+    monkeypatch.setenv("CXX", "sh -c")
+    assert build.compiler() == [shutil.which("sh"), "-c"]
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "_run", lambda command: Path(command[-1]).touch())
+    monkeypatch.setattr(build, "compiler", lambda: ["c++"])
+    with pytest.raises(build.BuildError, match="cannot be written: No such file"):
+        build.build(tmp_path / "nowhere" / "x.so")
+    assert build.build(tmp_path / "x.so").exists()

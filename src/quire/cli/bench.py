@@ -64,7 +64,7 @@ def command(
         str, typer.Option(metavar="FORM", help="auto, plain or prepacked linear layers.")
     ] = "auto",
     attention: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, torch or reference.")
+        str, typer.Option(metavar="NAME", help="auto, cpu, torch or reference.")
     ] = "auto",
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for all caches together.")

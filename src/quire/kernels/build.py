@@ -2,7 +2,7 @@
 
     python -m quire.kernels.build            writes libquire_cpu.so beside the sources, or says why it cannot
 
-Needs a C++17 compiler (the variable CXX, else c++, g++ or clang++) and nothing else: the library has a plain C
+Needs a C++17 compiler (what CXX says, else c++, g++ or clang++) and nothing else: the library has a plain C
 interface and knows neither Python nor torch, so that one file serves every Python. Without OpenMP it runs on one
 thread. The package's build hook (`hatch_build.py`) runs this file, which is why it imports nothing of Quire.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,21 +40,31 @@ class BuildError(RuntimeError):
     """There is no compiler, or it failed; the message says which in one line."""
 
 
-def compiler() -> str:
-    """The C++ compiler's path. Raises BuildError."""
-    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+def compiler() -> list[str]:
+    """The C++ compiler: a program and what it is always given. Raises BuildError."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for name, *rest in [asked] if asked else [["c++"], ["g++"], ["clang++"]]:
         found = shutil.which(name)
         if found:
-            return found
-    raise BuildError("no C++ compiler was found (CXX, c++, g++, clang++)")
+            return [found, *rest]
+    if asked:
+        raise BuildError(f"no C++ compiler was found: CXX says {asked[0]}, and there is none")
+    raise BuildError("no C++ compiler was found (c++, g++, clang++, or what CXX says)")
 
 
 def build(library: Path = LIBRARY) -> Path:
     """Compiles the library; an existing one is replaced in one move, so that who has it open keeps it.
 
     Raises:
-        BuildError: no compiler, a processor without a list of levels, or an error of the compiler.
+        BuildError: no compiler, a processor without a list of levels, an error of the compiler, or nowhere to write.
     """
+    try:
+        return _build(library)
+    except OSError as error:
+        raise BuildError(f"{library} cannot be written: {error.strerror}") from error
+
+
+def _build(library: Path) -> Path:
     levels = LEVELS.get(platform.machine().replace("AMD64", "x86_64"))
     if levels is None or sys.platform == "win32":
         raise BuildError(f"no kernels for {platform.machine()} on {sys.platform}")
@@ -68,24 +79,24 @@ def build(library: Path = LIBRARY) -> Path:
         def compile_unit(name: str) -> Path:
             source, flags = units[name]
             target = work / f"{name}.o"
-            _run([cxx, *FLAGS, *openmp, *flags, "-c", str(SOURCES / source), "-o", str(target)])
+            _run([*cxx, *FLAGS, *openmp, *flags, "-c", str(SOURCES / source), "-o", str(target)])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
         made = work / library.name
-        _run([cxx, "-shared", *openmp, *map(str, objects), "-o", str(made)])
+        _run([*cxx, "-shared", *openmp, *map(str, objects), "-o", str(made)])
         beside = library.with_suffix(f".{os.getpid()}.new")
         shutil.copyfile(made, beside)
         beside.replace(library)
     return library
 
 
-def _accepts(cxx: str, work: Path, flag: str) -> bool:
+def _accepts(cxx: list[str], work: Path, flag: str) -> bool:
     probe = work / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
     try:
-        _run([cxx, flag, str(probe), "-o", str(work / "probe")])
+        _run([*cxx, flag, str(probe), "-o", str(work / "probe")])
     except BuildError:
         return False
     return True
