@@ -382,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
     p.add_argument("--attention", default="auto", help="backend: cpu, torch, reference")
     args = p.parse_args(argv)
     if args.smoke:
-        args.batch, args.ctx, args.repeats, args.cold_mib = [1, 2], [70, 200], 2, 1
+        args.batch, args.ctx, args.repeats, args.cold_mib = [2], [70, 200], 2, 1
         args.heads, args.kv_heads, args.head_dim, args.patterns = 4, 2, 32, 8
     if args.heads % args.kv_heads or min(*args.ctx, *args.batch) < 1:
         raise SystemExit("--heads must be a multiple of --kv-heads, --ctx and --batch at least 1")

@@ -22,6 +22,7 @@ KEYS = {
     "blocks": {"rows", "stream_gb_per_s"},
     "sampling": {"cases"},
     "linears": {"cases"},
+    "caches": {"cases", "peers", "verdicts"},
     "attention": {"cases", "torch", "attention", "verdicts"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
@@ -124,3 +125,38 @@ def test_sets_hold_what_a_step_reads_in_random_order(load: Any) -> None:
     assert kivi.n_bytes() == raw * 2 * 2 * 32 * 2 + 2 * field
     held = len(kivi.tables) * kivi.layout.spec.bytes_for(200)
     assert kivi.store.usage().held_bytes <= held  # raw blocks behind the window were given back
+
+
+def test_bytes_of_every_cache(load: Any) -> None:
+    """A tiny Llama, two prompts of 40 tokens: 2 layers, one KV head of 64, float32."""
+    caches = load("caches")
+    args = argparse.Namespace(
+        random="tiny", dtype="float32", seed=0, weights="plain", kv=["auto", "int8"], memory="16MiB"
+    )
+    sides = caches.Sides(args, 64)
+    prompts = [[1] * 40, [2] * 40]
+    held = {}
+    for name in (*sides.own, "attach auto", "attach int8"):
+        side = sides.forward(name, prompts)
+        held[name] = side.kv_bytes()
+        side.close()
+    a_token = 2 * 2 * 64 * 4
+    assert held["dynamic"] == 2 * 40 * a_token
+    assert 0 <= held["static"] - 2 * 64 * a_token < 256  # and its counters
+    assert 0 <= held["quantized fp8"] - 2 * 40 * a_token // 4 < 256
+    assert held["attach auto"] == 2 * 64 * a_token  # two blocks of 32 each
+    engine = caches.Engined(sides.runner("auto"), prompts)
+    assert engine.kv_bytes() == held["attach auto"]
+    engine.close()
+    recipes = ("auto", "fp32", "fp16", "int8", "k=fp32,v=int8")
+    exact = [caches.lossless(f"engine {kv}", "float32") for kv in recipes]
+    assert exact == [True, True, False, False, False]
+
+
+def test_rates_and_floors_are_taken_within_a_turn(load: Any) -> None:
+    common, caches = load("common"), load("caches")
+    seconds = {"dynamic": [2.0, 6.0], "static": [1.0, 2.0], "stream": [1.0, 2.0]}
+    row = caches.row("static", 9, 3, 4, common.Turns(seconds), 50, 200, 2000)
+    assert row["tokens_per_s"] == {"median": 9.0, "min": 6.0, "max": 12.0, "n": 2}
+    assert row["to_dynamic"] == {"median": 2.5, "min": 2.0, "max": 3.0, "n": 2}
+    assert row["share_of_floor"]["median"] == 0.5  # 4 steps of 250 bytes: half a second, and one
