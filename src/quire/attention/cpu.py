@@ -1,4 +1,4 @@
-"""The CPU backend: single queries read their blocks in place, by the compiled kernel; chunks go through torch.
+"""The CPU backend: single queries read blocks in place, by the compiled kernel; torch multiplies what chunks read.
 
     a step's reads of single queries ── once per step ──> segments (block table, slots)        } one call per layer
     a group's tiles of a layer       ── once per layer ─> forms (where its keys and values lie)}
