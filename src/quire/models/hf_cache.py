@@ -387,11 +387,3 @@ class KVCache(Cache):
     def __repr__(self) -> str:
         lengths = [t.length for t in self.tables]
         return f"KVCache({len(lengths)} rows, lengths {lengths}, {self.held_bytes():,} bytes)"
-
-
-def check_layers(kinds: Sequence[str]) -> None:
-    """Refuses a model none of whose layers keeps anything."""
-    if not any(k in ("attention", "state", "hybrid") for k in kinds):
-        raise ConfigError(
-            "this model hands nothing to a cache: no keys, no values, no recurrent state"
-        )

@@ -9,9 +9,7 @@ Without a name both mean the small model that travels with the package.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import CapacityError, ConfigError
+from quire.models.files import (
+    WEIGHTS,
+    check_weights,
+    has_tokenizer,
+    parse_config,
+    read_config,
+    short_line,
+)
 
 __all__ = ["DEVICES", "DTYPES", "Loaded", "Source", "check_source", "load_model"]
 
@@ -33,7 +39,6 @@ PACKAGED = "packaged"
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_TIMEOUT_S = 10.0
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SAMPLES = 256
 """Elements of each weight that its fingerprint reads."""
 
@@ -74,7 +79,9 @@ class Source:
         try:
             return AutoConfig.from_pretrained(self.location, local_files_only=self.offline)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ConfigError(f"{self.name}: its config.json cannot be used ({_line(e)})") from e
+            raise ConfigError(
+                f"{self.name}: its config.json cannot be used ({short_line(e)})"
+            ) from e
 
     @property
     def max_context_tokens(self) -> int | None:
@@ -99,12 +106,14 @@ class Source:
         """The model's tokenizer; None when it comes without one."""
         from transformers import AutoTokenizer
 
-        if self.folder is not None and not _has_tokenizer(self.folder):
+        if self.folder is not None and not has_tokenizer(self.folder):
             return None
         try:
             return AutoTokenizer.from_pretrained(self.location, local_files_only=self.offline)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
-            raise ConfigError(f"{self.name}: its tokenizer cannot be loaded ({_line(e)})") from e
+            raise ConfigError(
+                f"{self.name}: its tokenizer cannot be loaded ({short_line(e)})"
+            ) from e
 
 
 @dataclass(frozen=True)
@@ -160,8 +169,8 @@ def check_source(
     name = PACKAGED if source is None else str(source)
     folder = _packaged() if source is None else Path(source).expanduser()
     if folder.is_dir():
-        config = _read_config(folder, name)
-        _check_weights(folder, name)
+        config = read_config(folder, name)
+        check_weights(folder, name)
         found = Source(name, str(folder), folder, config, dtype, device)
     else:
         found = replace(_from_hub(name, folder), dtype=dtype, device=device)
@@ -201,91 +210,6 @@ def _packaged() -> Path:
             "this installation carries no packaged model; name one: a model folder or a hub id"
         )
     return folder
-
-
-def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ConfigError(
-                f"{name} holds an adapter, not a model; give the folder of its base model"
-            )
-        hint = "GGUF files are not read; " if any(folder.glob("*.gguf")) else ""
-        raise ConfigError(
-            f"{name} holds no config.json: {hint}a model folder has config.json, *.safetensors and a tokenizer"
-        )
-    return _parse_config(path, name)
-
-
-def _parse_config(path: Path, name: str) -> Mapping[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{name}: config.json cannot be read ({_line(e)})") from e
-    if not isinstance(config, dict) or not (
-        config.get("model_type") or config.get("architectures")
-    ):
-        raise ConfigError(f"{name}: config.json names no model_type; it is not a model's config")
-    return config
-
-
-def _check_weights(folder: Path, name: str) -> None:
-    """Some form of weights, all of their shards, none of them cut off."""
-    for file in _WEIGHTS:
-        if (folder / file).is_file():
-            _check_whole(folder / file, name)
-            return
-        index = folder / f"{file}.index.json"
-        if index.is_file():
-            shards = _shards(index, name)
-            lost = [s for s in shards if not (folder / s).is_file()]
-            if lost:
-                raise ConfigError(
-                    f"{name}: {len(lost)} of {len(shards)} weight files are missing ({lost[0]}, …); download them again"
-                )
-            for s in shards:
-                _check_whole(folder / s, name)
-            return
-    raise ConfigError(
-        f"{name} holds no weights: no model.safetensors, model.safetensors.index.json or pytorch_model.bin in it"
-    )
-
-
-def _shards(index: Path, name: str) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ConfigError(f"{name}: {index.name} cannot be read ({_line(e)})") from e
-
-
-def _check_whole(path: Path, name: str) -> None:
-    """A safetensors file is as long as its own header says."""
-    if path.suffix != ".safetensors":
-        return
-    try:
-        with path.open("rb") as f:
-            (n,) = struct.unpack("<Q", f.read(8))
-            header = json.loads(f.read(n)) if n <= path.stat().st_size else {}
-        ends = [x["data_offsets"][1] for k, x in header.items() if k != "__metadata__"]
-        whole = bool(header) and 8 + n + max(ends, default=0) == path.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
-        whole = False
-    if not whole:
-        raise ConfigError(
-            f"{name}: {path.name} is damaged or was cut off; copy or download it again"
-        )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    names = (
-        "tokenizer.json",
-        "tokenizer.model",
-        "vocab.json",
-        "vocab.txt",
-        "spiece.model",
-        "tekken.json",
-    )
-    return any((folder / n).is_file() for n in names)
 
 
 def _check_kind(source: Source) -> None:
@@ -353,27 +277,27 @@ def _from_hub(name: str, folder: Path) -> Source:
     if isinstance(cached, str):
         snapshot = Path(cached).parent
         try:
-            _check_weights(snapshot, name)
+            check_weights(snapshot, name)
         except ConfigError:
             pass  # not all of it was fetched; ask the hub
         else:
-            return Source(name, name, None, _parse_config(Path(cached), name))
+            return Source(name, name, None, parse_config(Path(cached), name))
     try:
         info = HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
         files = {s.rfilename for s in info.siblings or ()}
         if "config.json" not in files:
             raise ConfigError(f"{name}: this hub repository holds no config.json; it is no model")
-        if not any(f in files or f"{f}.index.json" in files for f in _WEIGHTS):
+        if not any(f in files or f"{f}.index.json" in files for f in WEIGHTS):
             raise ConfigError(f"{name}: this hub repository holds no safetensors weights")
         path = hf_hub_download(name, "config.json")
     except ConfigError:
         raise
     except Exception as e:  # the hub's client and its HTTP library raise a dozen unrelated kinds
         raise ConfigError(
-            f"there is no folder {name}, and the hub gives no such model ({_line(e)}); "
+            f"there is no folder {name}, and the hub gives no such model ({short_line(e)}); "
             "give a model folder, or a hub id that can be reached"
         ) from e
-    return Source(name, name, None, _parse_config(Path(path), name), offline=False)
+    return Source(name, name, None, parse_config(Path(path), name), offline=False)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------
@@ -422,7 +346,7 @@ def load_model(
             f"{source.name}: its weights do not fit the memory of {device}; a smaller model or dtype may"
         ) from e
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
-        raise ConfigError(f"{source.name}: its weights cannot be loaded ({_line(e)})") from e
+        raise ConfigError(f"{source.name}: its weights cannot be loaded ({short_line(e)})") from e
     missing = tuple(sorted(str(k) for k in info.get("missing_keys", ())))
     _align(model)
     tokenizer = source.tokenizer
@@ -464,9 +388,3 @@ def _fingerprint(parameters: Iterable[tuple[str, Any]]) -> str:
         some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().contiguous()
         found.update(some.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    """An error of somebody else's in one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:199]}…"
