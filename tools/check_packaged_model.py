@@ -51,9 +51,10 @@ def rows(
             made[f"text_pairs {length}/{pairs}"] = lambda rng, _, t=length, p=pairs: (  # type: ignore[misc]
                 tasks.text_pairs(rng, words, t, fill, pairs=p, asked=10)
             )
-        made[f"token_pairs {length}/32"] = lambda rng, _, t=length: tasks.token_pairs(  # type: ignore[misc]
-            rng, words, t, fill, pairs=32, asked=16
-        )
+        for pairs in (8, 16, 32) if length == LENGTHS[-1] else (32,):
+            made[f"token_pairs {length}/{pairs}"] = lambda rng, _, t=length, p=pairs: (  # type: ignore[misc]
+                tasks.token_pairs(rng, words, t, fill, pairs=p, asked=16)
+            )
         made[f"needles {length}/4"] = lambda rng, _, t=length: tasks.needles(  # type: ignore[misc]
             rng, words, t, fill, count=4, asked=4
         )
