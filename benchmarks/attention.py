@@ -380,6 +380,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
     p.add_argument("--cold-mib", type=int, default=256, help="of each recipe's cache, at least")
     p.add_argument("--patterns", type=int, default=128, help="distinct blocks")
     p.add_argument("--attention", default="auto", help="backend: cpu, torch, reference")
+    p.set_defaults(repeats=5)
     args = p.parse_args(argv)
     if args.smoke:
         args.batch, args.ctx, args.repeats, args.cold_mib = [2], [70, 200], 2, 1
