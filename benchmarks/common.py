@@ -39,7 +39,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--smoke", action="store_true", help="tiny sizes: shows that it works, measures nothing"
     )
-    made.add_argument("--repeats", type=int, default=7, help="turns of each side (default: 7)")
+    made.add_argument(
+        "--repeats", type=int, default=7, help="turns of each side (default: %(default)s)"
+    )
     made.add_argument(
         "--clock",
         choices=sorted(CLOCKS),
