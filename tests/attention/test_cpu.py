@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from laws.dense import plain_spans
 from quire.attention import ReferenceBackend, Row, Step
-from quire.attention.cpu import CpuBackend
+from quire.attention.cpu import CpuBackend, _lay_out
 from quire.codecs import fp8, int4, int8
 from quire.errors import ConfigError
 from quire.kernels import build, native
@@ -425,6 +425,37 @@ def test_what_another_codec_packs_otherwise_goes_through_torch(codec: KVCodec) -
         for name in ("k", "v"):
             rows = CpuBackend()._gather(case.step, 0, r, name, torch.float32)
             assert torch.equal(rows, case.step.gather(0, r, name, torch.float32))
+
+
+def test_whole_blocks_of_drafts_are_read_as_they_will_decode() -> None:
+    """Three blocks of 16 tokens, of which one is accepted, and a draft that reads the others."""
+    fields = (Field("k", (32,), "float32"), Field("v", (32,), "float32"))
+    layout = build_layout(
+        [KVLayer(0, 2, fields)], KVConfig("int8", block_tokens=16), dtype="float32"
+    )
+    store = BlockStore(layout.spec, 1 << 20, device="cpu")
+    table, backend = store.open(), CpuBackend()
+    kv = torch.randn(2, 51, 2, 32, generator=torch.Generator().manual_seed(2))
+    for at, stop in ((0, 20), (20, 50), (50, 51)):
+        table.append(stop - at, drafts=0 if at == 0 else stop - at)
+        step = Step(store, layout, [Row(table, at, stop)])
+        backend.write(step, 0, {"k": kv[0, at:stop], "v": kv[1, at:stop]})
+    assert "through" in [r.mode for r in step.reads]
+    q = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(3))
+    got = backend.run(step, 0, q, scale=0.2)
+    want = ReferenceBackend().run(step, 0, q.double(), scale=0.2)
+    assert float((got - want).norm()) <= 2e-6 * float(want.norm())
+
+
+@pytest.mark.parametrize("head", [0, 1])
+def test_a_head_that_no_group_holds_is_not_taken_for_another(head: int) -> None:
+    fields = (Field("k", (32,), "float32"), Field("v", (32,), "float32"))
+    layout = build_layout([KVLayer(0, 2, fields)], KVConfig(), dtype="float32")
+    assert _lay_out(layout, layout.spec.groups, 0, "k", "v") is not None
+    parts = {g.coords: g for g in layout.spec.split("full0", [(0, 1)])}
+    part = parts[(0, head),]
+    assert _lay_out(layout, (part,), 0, "k", "v") is None
+    assert _lay_out(layout, tuple(parts.values()), 0, "k", "v") is not None
 
 
 def test_structures_are_those_of_the_header() -> None:

@@ -293,7 +293,8 @@ def _lay_out(
     """The forms of a layer; None where a group stores what no kernel reads."""
     every = sorted({h for g in groups for h in g.heads(layer)})
     shape = layout.fields_of(groups[0])[0].shape
-    if every != list(range(len(every))) or len(shape) != 1 or shape[0] not in native.HEAD_DIMS:
+    whole = {h for g in layout.spec for h in g.heads(layer)}
+    if every != list(range(len(whole))) or len(shape) != 1 or shape[0] not in native.HEAD_DIMS:
         return None
     forms = (Form * len(groups))()
     tiles = _Tiles(addressof(forms), len(every), shape[0], [forms])
