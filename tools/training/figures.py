@@ -63,6 +63,8 @@ def render(report: dict[str, Any]) -> str:
         f"{tokens:,} from token {start:,}" if start else f"{tokens:,}"
         for start, tokens in record["budgets"]
     )
+    if record.get("extension_tokens"):
+        budgets += f" and an extension of {record['extension_tokens']:,}"
     missed = report["missed"]
     source = (
         f"Weights `{record['sha256']}`, {record['parameters']:,} parameters, "
