@@ -24,7 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-KERNELS := src/quire/kernels/cpu/.built
+KERNELS := $(VENV)/.kernels
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DELETE_ON_ERROR:
@@ -99,5 +99,5 @@ docs: $(INSTALLED_DOCS)
 
 clean:
 	rm -rf $(VENV) site build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	rm -f src/quire/kernels/cpu/libquire_cpu.* $(KERNELS)
+	rm -f src/quire/kernels/cpu/libquire_cpu.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -109,6 +109,9 @@ class KVCache(Cache):
             else:
                 layers.append(DummyLayer())
         super().__init__(layers=layers)
+        self._recurrent = [
+            (i, x) for i, x in enumerate(layers) if isinstance(x, LinearAttentionCacheLayerMixin)
+        ]
         self.bridge = bridge
         self.tables: list[BlockTable] = []
         self.columns = 0
@@ -208,15 +211,13 @@ class KVCache(Cache):
 
     def bind(self, tables: Sequence[BlockTable]) -> None:
         """Gathers the rows' recurrent states into the layers. New sequences begin without."""
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                self.bridge.load_state(i, layer, tables)
+        for i, layer in self._recurrent:
+            self.bridge.load_state(i, layer, tables)
 
     def unbind(self, tables: Sequence[BlockTable]) -> None:
         """Scatters the states back into the rows' blocks."""
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                self.bridge.store_state(i, layer, tables)
+        for i, layer in self._recurrent:
+            self.bridge.store_state(i, layer, tables)
 
     # -- what generation calls -----------------------------------------------------------------------------------
 

@@ -105,11 +105,15 @@ class ModelRunner:
             `[sum(item.logits), vocab] float32`, in item order.
         """
         self.adapters.use(adapter)
+        batches = self._batches(items)
+        if len(batches) == 1:
+            return self._run(items)
         out: list[torch.Tensor | None] = [None] * len(items)
-        for batch in self._batches(items):
-            rows = self._run([items[i] for i in batch])
-            for i, logits in zip(batch, rows, strict=True):
-                out[i] = logits
+        for batch in batches:
+            logits = self._run([items[i] for i in batch])
+            parts = logits.split([items[i].logits for i in batch])
+            for i, part in zip(batch, parts, strict=True):
+                out[i] = part
         wanted = [x for x in out if x is not None and len(x)]
         return torch.cat(wanted) if wanted else torch.empty(0, self.vocab_size, device=self.device)
 
@@ -126,7 +130,7 @@ class ModelRunner:
             groups.setdefault(key, []).append(i)
         return list(groups.values())
 
-    def _run(self, items: Sequence[Item]) -> list[torch.Tensor]:
+    def _run(self, items: Sequence[Item]) -> torch.Tensor:
         """One forward (or a few, where a dense model must not read across a lossy block's boundary)."""
         if self.bridge.way == "dense" and any(g.raw for g in self.bridge.layout.spec.groups):
             return self._run_by_blocks(items[0])
@@ -148,11 +152,13 @@ class ModelRunner:
         shape = (len(items), -1) if batched else (1, -1)
         ends = itertools.accumulate(r.stop - r.start for r in rows)
         at = [i for end, n in zip(ends, wanted, strict=True) for i in range(end - n, end)]
-        ids, index = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in (tokens, at))
-        logits = self._call(
+        ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
+        index = None  # a decode step wants them all
+        if len(at) < len(tokens):
+            index = torch.tensor(at, dtype=torch.int64, device=self.device)
+        return self._call(
             step, ids.view(shape), step.positions().view(shape), rows, index, batched=batched
         )
-        return list(logits.split(wanted))
 
     def _row(self, item: Item) -> Row:
         """The item's row; from the start where its RoPE regime changes and nobody has seen to it before."""
@@ -162,7 +168,7 @@ class ModelRunner:
             return Row(item.table, 0, item.stop)
         return Row(item.table, item.start, item.stop)
 
-    def _run_by_blocks(self, item: Item) -> list[torch.Tensor]:
+    def _run_by_blocks(self, item: Item) -> torch.Tensor:
         """A dense item cut at block boundaries, so that all queries of a forward read the same decoded positions."""
         size = max(g.block_tokens for g in self.bridge.layout.spec.groups)
         cuts = [item.start, *range((item.start // size + 1) * size, item.stop, size), item.stop]
@@ -176,7 +182,7 @@ class ModelRunner:
             parts.append(
                 self._call(step, ids, step.positions().view(1, -1), [row], index, batched=True)
             )
-        return [torch.cat(parts)]
+        return torch.cat(parts)
 
     def _call(
         self,
@@ -184,11 +190,11 @@ class ModelRunner:
         ids: torch.Tensor,
         pos: torch.Tensor,
         rows: list[Row],
-        index: torch.Tensor,
+        index: torch.Tensor | None,
         *,
         batched: bool,
     ) -> torch.Tensor:
-        """One forward of the model; logits of the flat token positions `index`, float32."""
+        """One forward of the model; logits of the flat token positions `index`, None for all, float32."""
         accepts = self.bridge.shape.accepts
         kwargs: dict[str, Any] = {self.bridge.shape.cache_name: self.cache, "use_cache": True}
         if "position_ids" in accepts:
@@ -196,9 +202,11 @@ class ModelRunner:
         if self.bridge.way == "patched":
             kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
         flat_index = not batched or ids.shape[0] == 1
-        trimmed = "logits_to_keep" in accepts and len(index) and (flat_index or ids.shape[1] == 1)
+        trimmed = index is not None and "logits_to_keep" in accepts and flat_index
         if trimmed:
-            kwargs["logits_to_keep"] = index if flat_index else 1
+            assert index is not None
+            # one that nobody wants, where none is wanted: an empty choice would mean all
+            kwargs["logits_to_keep"] = index if len(index) else index.new_zeros(1)
         tables = [r.table for r in rows]
         self.cache.columns = rows[0].start if self.bridge.way == "dense" else 0
         self._regimes.reset()
@@ -211,7 +219,9 @@ class ModelRunner:
             CURRENT.reset(token)
         self.cache.unbind(tables)
         flat: torch.Tensor = logits.reshape(-1, logits.shape[-1])
-        return flat.float() if trimmed else flat[index].float()
+        if index is None:
+            return flat.float()
+        return (flat[: len(index)] if trimmed else flat[index]).float()
 
 
 class NoCacheTable:
