@@ -288,38 +288,33 @@ class Coded:
         self.q = torch.randn(len(lengths), 2 * share, width, generator=g)
 
 
+@pytest.mark.parametrize("kv", RECIPES)
 @given(
-    kv=st.sampled_from(RECIPES),
     lengths=st.lists(st.integers(0, 200), min_size=1, max_size=2).map(tuple),
     width=st.sampled_from([32, 64, 96, 128]),
     size=st.sampled_from([32, 64]),
     share=st.sampled_from([1, 2, 4, 5]),
-    span=st.sampled_from([Full(), Window(70), Sinks(3, 40)]),
-    isa=levels,
+    span=st.sampled_from([Full(), Full(), Window(70), Sinks(3, 40)]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=max(80, settings.default.max_examples))
+@settings(max_examples=max(10, settings.default.max_examples // 5))
 def test_codes_are_read_in_place_as_they_decode(
-    kv: str,
-    lengths: tuple[int, ...],
-    width: int,
-    size: int,
-    share: int,
-    span: Span,
-    isa: int,
-    seed: int,
+    kv: str, lengths: tuple[int, ...], width: int, size: int, share: int, span: Span, seed: int
 ) -> None:
-    """Against float64 attention over the decoded cache: within 2e-6 of the output's norm (a few rotations in float)."""
+    """Against float64 attention over the decoded cache, at every level: within 2e-6 of the output's norm."""
     if "group=64" in kv:
         width, size = max(64, width // 64 * 64), 64
     case = Coded(kv, lengths, width, size, share, span, seed)
-    backend, calls = CpuBackend(isa=isa), []
-    decode = backend.library.decode
-    backend.library = SimpleNamespace(decode=lambda a: (calls.append(1), decode(a)))  # type: ignore[assignment]
-    got = backend.run(case.step, 0, case.q, scale=width**-0.5)
     want = ReferenceBackend().run(case.step, 0, case.q.double(), scale=width**-0.5)
-    assert calls, "the kernel was not asked"
-    assert float((got - want).norm()) <= 2e-6 * float(want.norm())
+    for isa in LEVELS:
+        backend, calls = CpuBackend(isa=isa), []
+        decode = backend.library.decode
+        backend.library = SimpleNamespace(  # type: ignore[assignment]
+            decode=lambda a, decode=decode, calls=calls: (calls.append(1), decode(a))
+        )
+        got = backend.run(case.step, 0, case.q, scale=width**-0.5)
+        assert calls, "the kernel was not asked"
+        assert float((got - want).norm()) <= 2e-6 * float(want.norm()), isa
 
 
 @given(
