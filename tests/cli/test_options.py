@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from quire import cli
 from quire.cli.options import ChatOptions, RunOptions
 from quire.errors import ConfigError
 
@@ -58,3 +60,18 @@ def test_a_prompt_s_own_parameters_are_checked_like_flags() -> None:
     with pytest.raises(ConfigError, match="no effect at temperature 0"):
         resolve().sampling(top_p=0.5)
     assert resolve(top_k=1).sampling().top_k == 1, "the best token is what greedy takes"
+
+
+@pytest.mark.parametrize("policy", [None, "passive"])
+def test_threads_that_wait_sleep_soon_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, policy: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr("sys.argv", ["quire", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ.get("GOMP_SPINCOUNT") == (None if policy else cli.SPINS)

@@ -20,12 +20,18 @@ __all__ = ["app", "invoke", "main"]
 UsageError: Any = typer.BadParameter.__mro__[1]
 """click's, or that of the click inside typer: newer versions carry their own."""
 
+SPINS = "20000"
+"""How long a thread of torch's OpenMP spins before it sleeps. GNU's default is so long that two commands on one machine
+stop each other: 3 tokens a second each where one alone writes 230 (docs/ledger.md)."""
+
 BROKEN_PIPE = 141
 """128 + SIGPIPE."""
 
 
 def main() -> None:
     """The console script."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is first imported
     sys.exit(invoke(sys.argv[1:]))
 
 
