@@ -22,10 +22,16 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = SOURCES / ("libquire_cpu.dylib" if sys.platform == "darwin" else "libquire_cpu.so")
 LEVELS = {
-    "x86_64": {"v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4"},
-    "aarch64": {"base": "armv8-a"},
-    "arm64": {"base": "armv8-a"},
+    "x86_64": {
+        "v2": ("-march=x86-64-v2",),
+        "v3": ("-march=x86-64-v3",),
+        "v4": ("-march=x86-64-v4",),
+        "v4x": ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+    },
+    "aarch64": {"base": ("-march=armv8-a",)},
+    "arm64": {"base": ("-march=armv8-a",)},
 }
+"""Instruction-set levels and the compiler's flags for each; `entry.cpp` chooses by what the processor has."""
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -73,8 +79,8 @@ def _build(library: Path) -> Path:
         work = Path(folder)
         openmp = ["-fopenmp"] if _accepts(cxx, work, "-fopenmp") else []
         units: dict[str, tuple[str, list[str]]] = {"entry": ("entry.cpp", [])}
-        for level, march in levels.items():
-            units[level] = ("level.cpp", [f"-march={march}", f"-DQUIRE_LEVEL={level}"])
+        for level, flags in levels.items():
+            units[level] = ("level.cpp", [*flags, f"-DQUIRE_LEVEL={level}"])
 
         def compile_unit(name: str) -> Path:
             source, flags = units[name]

@@ -1,7 +1,7 @@
 // What the library exports: checks, and the choice of the instruction-set level, made once.
 #include "quire_cpu.h"
 
-#define QUIRE_ABI 3
+#define QUIRE_ABI 4
 
 #define LEVEL(name)                                               \
     extern "C" int quire_decode_##name(const quire_decode_args*); \
@@ -12,6 +12,7 @@
 LEVEL(v2)
 LEVEL(v3)
 LEVEL(v4)
+LEVEL(v4x)
 #else
 LEVEL(base)
 #endif
@@ -21,7 +22,7 @@ static int best_isa() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-        return 4;
+        return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") ? 5 : 4;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 3;
     return 2;
 #else
@@ -41,6 +42,7 @@ extern "C" int quire_decode(const quire_decode_args* a) {
     if (a->dtype < QUIRE_F32 || a->dtype > QUIRE_F16 || a->isa > quire_best_isa()) return -1;
 #if defined(__x86_64__)
     switch (a->isa ? a->isa : quire_best_isa()) {
+        case 5: return quire_decode_v4x(a);
         case 4: return quire_decode_v4(a);
         case 3: return quire_decode_v3(a);
         default: return quire_decode_v2(a);
@@ -53,6 +55,7 @@ extern "C" int quire_decode(const quire_decode_args* a) {
 extern "C" int quire_write(const quire_write_args* a) {
 #if defined(__x86_64__)
     switch (quire_best_isa()) {
+        case 5: return quire_write_v4x(a);
         case 4: return quire_write_v4(a);
         case 3: return quire_write_v3(a);
         default: return quire_write_v2(a);
@@ -67,6 +70,7 @@ extern "C" int quire_gather(const quire_gather_args* a) {
     if (a->field.kind >= QUIRE_TILES_8 && a->block_tokens % 16) return -1;
 #if defined(__x86_64__)
     switch (quire_best_isa()) {
+        case 5: return quire_gather_v4x(a);
         case 4: return quire_gather_v4(a);
         case 3: return quire_gather_v3(a);
         default: return quire_gather_v2(a);

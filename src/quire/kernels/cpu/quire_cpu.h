@@ -103,6 +103,6 @@ struct quire_write_args {
 QUIRE_PUBLIC int quire_decode(const quire_decode_args*);
 QUIRE_PUBLIC int quire_gather(const quire_gather_args*);
 QUIRE_PUBLIC int quire_write(const quire_write_args*);
-QUIRE_PUBLIC int quire_best_isa(void);  // 2, 3, 4: x86-64-v2, v3, v4; 1: the compiler's own baseline
+QUIRE_PUBLIC int quire_best_isa(void);  // 2, 3, 4: x86-64-v2, v3, v4; 5: v4 with vnni and bf16; 1: the compiler's own baseline
 QUIRE_PUBLIC int quire_abi(void);
 }
