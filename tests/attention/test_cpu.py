@@ -67,6 +67,12 @@ splits = st.builds(
 levels = st.sampled_from(LEVELS or [0])
 
 
+def near(kv: str) -> float:
+    """Of the output's norm: where codes are multiplied as integers, queries and weights become whole numbers."""
+    return 3e-4 if any(name in kv for name in ("int8", "int4", "kivi")) else 2e-6
+
+
+
 @given(case=cases, isa=levels)
 @settings(max_examples=max(50, settings.default.max_examples))
 def test_the_kernel_is_dense_attention(case: Case, isa: int) -> None:
@@ -301,7 +307,8 @@ class Coded:
 def test_codes_are_read_in_place_as_they_decode(
     kv: str, lengths: tuple[int, ...], width: int, size: int, share: int, span: Span, seed: int
 ) -> None:
-    """Against float64 attention over the decoded cache, at every level: within 2e-6 of the output's norm."""
+    """Against float64 attention over the decoded cache, at every level: within 2e-6 of the output's norm, within 3e-4
+    where codes are multiplied as integers."""
     if "group=64" in kv:
         width, size = max(64, width // 64 * 64), 64
     case = Coded(kv, lengths, width, size, share, span, seed)
@@ -314,7 +321,7 @@ def test_codes_are_read_in_place_as_they_decode(
         )
         got = backend.run(case.step, 0, case.q, scale=width**-0.5)
         assert calls, "the kernel was not asked"
-        assert float((got - want).norm()) <= 2e-6 * float(want.norm()), isa
+        assert float((got - want).norm()) <= near(kv) * float(want.norm()), isa
 
 
 @given(
@@ -356,7 +363,7 @@ def test_what_is_not_read_cannot_spoil_what_is(kv: str, span: Span, at: int) -> 
     for isa in LEVELS:
         got = CpuBackend(isa=isa).run(case.step, 0, case.q, scale=0.1)
         want = ReferenceBackend().run(case.step, 0, case.q.double(), scale=0.1)
-        assert float((got - want).norm()) <= 2e-6 * float(want.norm())
+        assert float((got - want).norm()) <= near(kv) * float(want.norm())
     case = Coded(kv, (200,), 64, 32, 2, span, 7, spoil=170)
     assert CpuBackend().run(case.step, 0, case.q, scale=0.1).isnan().all()
 
@@ -439,7 +446,7 @@ def test_whole_blocks_of_drafts_are_read_as_they_will_decode() -> None:
     q = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(3))
     got = backend.run(step, 0, q, scale=0.2)
     want = ReferenceBackend().run(step, 0, q.double(), scale=0.2)
-    assert float((got - want).norm()) <= 2e-6 * float(want.norm())
+    assert float((got - want).norm()) <= near("int8") * float(want.norm())
 
 
 @pytest.mark.parametrize("head", [0, 1])

@@ -52,28 +52,48 @@ constexpr int row_bytes(int kind, int d) {
     return kind == QUIRE_ROWS_F32 ? 4 * d : kind <= QUIRE_ROWS_F16 ? 2 * d : d;
 }
 
-// Fetches one step of a field: sixteen rows, or one packed tile.
-QUIRE_INLINE void fetch_step(const quire_field& f, const Chunk& c, int at, int d) {
-    if (f.kind >= QUIRE_TILES_8) {
-        const int bytes = 2 * d * bits_of(f.kind);
-        const uint8_t* p = c.block[at] + f.codes + (int64_t)c.step[at] * bytes;
-        for (int b = 0; b < bytes; b += 64) fetch(p + b);
-        return;
+// Memory whose lines are fetched a few at a time while others are worked on: many at once would wait for one another.
+struct Stretch {
+    const uint8_t* at = nullptr;
+    int lines = 0;
+
+    // The next few of them.
+    QUIRE_INLINE void fetch(int few) {
+        if (few > lines) few = lines;
+        for (int i = 0; i < few; i++) quire::fetch(at + i * 64);
+        at += few * 64;
+        lines -= few;
     }
-    const int bytes = row_bytes(f.kind, d), stop = c.n < (at + 1) * STEP ? c.n : (at + 1) * STEP;
-    for (int i = at * STEP; i < stop; i++) {
-        const uint8_t* p = c.row_block[i] + f.codes + (int64_t)c.row[i] * bytes;
-        for (int b = 0; b < bytes; b += 64) fetch(p + b);
-    }
+    QUIRE_INLINE Stretch from(int line) const { return line < lines ? Stretch{at + line * 64, lines - line} : Stretch{}; }
+    // How many at a time, where there are so many times.
+    QUIRE_INLINE int over(int times) const { return (lines + times - 1) / times; }
+};
+
+// One step of a field: sixteen rows, or one packed tile. Rows in more than one block are taken to lie in the first.
+QUIRE_INLINE int step_bytes(const quire_field& f, int d) {
+    return f.kind >= QUIRE_TILES_8 ? 2 * d * bits_of(f.kind) : STEP * row_bytes(f.kind, d);
+}
+QUIRE_INLINE Stretch stretch_of(const quire_field& f, const Chunk& c, int at, int d) {
+    if (at >= c.steps()) return {};
+    const int bytes = step_bytes(f, d), before = f.kind >= QUIRE_TILES_8 ? c.step[at] * bytes : c.row[at * STEP] * (bytes / STEP);
+    return {c.block[at] + f.codes + before, bytes / 64};
 }
 
-// The keys that are fetched while a chunk's values are added: those of the next one.
+// The keys that are fetched while a chunk's values are added, a part of every step with each pass over the chunk.
 struct Ahead {
     const quire_field& keys;
     const Chunk& chunk;
     int d;
-    QUIRE_INLINE void fetch(int at) const {
-        if (at < chunk.steps()) fetch_step(keys, chunk, at, d);
+    struct Pass {
+        const Ahead& ahead;
+        int first, few;
+        QUIRE_INLINE void fetch(int at) const {
+            stretch_of(ahead.keys, ahead.chunk, at, ahead.d).from(first).fetch(few);
+        }
+    };
+    QUIRE_INLINE Pass pass(int i, int n) const {
+        const int few = Stretch{nullptr, step_bytes(keys, d) / 64}.over(n);
+        return {*this, i * few, few};
     }
 };
 

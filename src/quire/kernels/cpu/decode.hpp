@@ -65,17 +65,25 @@ QUIRE_INLINE void weigh(float* S, int skip, int n, int whole, int d, State s) {
     }
 }
 
+// Scores of the slots of a step of rows.
+template <class T, int G>
+QUIRE_INLINE void score_each(const quire_form& f, const Chunk& c, int at, int n, int d, Query& q, float* S, const Stretch* v) {
+    for (int i = 0; i < n; i++) score_rows<T, G>(f.k, c, at + i, d, q.q, S, v[i]);
+}
+
+// Scores of the slots of steps [at, at + n), n one or two; fetches their values.
 template <int G>
-QUIRE_INLINE void score_step(const quire_form& f, const Chunk& c, int at, int d, Query& q, float* S) {
+QUIRE_INLINE void score_steps(const quire_form& f, const Chunk& c, int at, int n, int d, Query& q, float* S) {
+    const Stretch v[2] = {stretch_of(f.v, c, at, d), n > 1 ? stretch_of(f.v, c, at + 1, d) : Stretch{}};
     switch (f.k.kind) {
-        case QUIRE_ROWS_F32: return score_rows<F32, G>(f.k, c, at, d, q.q, S);
-        case QUIRE_ROWS_BF16: return score_rows<BF16, G>(f.k, c, at, d, q.q, S);
-        case QUIRE_ROWS_F16: return score_rows<F16, G>(f.k, c, at, d, q.q, S);
-        case QUIRE_ROWS_E4M3: return score_rows<E4M3, G>(f.k, c, at, d, q.q, S);
-        case QUIRE_ROWS_E5M2: return score_rows<E5M2, G>(f.k, c, at, d, q.q, S);
-        case QUIRE_TILES_8: return score_tiles<8, G>(f.k, c, at, d, f.block_tokens, q, S);
-        case QUIRE_TILES_4: return score_tiles<4, G>(f.k, c, at, d, f.block_tokens, q, S);
-        case QUIRE_TILES_2: return score_tiles<2, G>(f.k, c, at, d, f.block_tokens, q, S);
+        case QUIRE_ROWS_F32: return score_each<F32, G>(f, c, at, n, d, q, S, v);
+        case QUIRE_ROWS_BF16: return score_each<BF16, G>(f, c, at, n, d, q, S, v);
+        case QUIRE_ROWS_F16: return score_each<F16, G>(f, c, at, n, d, q, S, v);
+        case QUIRE_ROWS_E4M3: return score_each<E4M3, G>(f, c, at, n, d, q, S, v);
+        case QUIRE_ROWS_E5M2: return score_each<E5M2, G>(f, c, at, n, d, q, S, v);
+        case QUIRE_TILES_8: return score_tiles<8, G>(f.k, c, at, n, d, f.block_tokens, q, S, v);
+        case QUIRE_TILES_4: return score_tiles<4, G>(f.k, c, at, n, d, f.block_tokens, q, S, v);
+        case QUIRE_TILES_2: return score_tiles<2, G>(f.k, c, at, n, d, f.block_tokens, q, S, v);
     }
 }
 
@@ -93,41 +101,60 @@ QUIRE_INLINE void add_values(const quire_form& f, const Chunk& c, int d, float* 
     }
 }
 
+// What a thread will most likely fold next: its first keys are fetched with the last values of the piece before.
+struct Next {
+    const quire_form* form = nullptr;
+    const uint8_t* base;
+    const Piece* piece;
+};
+
+QUIRE_INLINE bool packed(const quire_form& f) { return f.k.kind >= QUIRE_TILES_8 || f.v.kind >= QUIRE_TILES_8; }
+
+// The first chunk of a piece; tiles begin at multiples of STEP. Returns its first slot.
+QUIRE_INLINE int open_piece(const quire_form& f, const uint8_t* base, const Piece& piece, Chunk& chunk) {
+    const int lo = packed(f) ? piece.lo / STEP * STEP : piece.lo;
+    chunk.locate(base, piece.segment->table, f.block_tokens, lo, std::min(CHUNK, piece.hi - lo));
+    chunk.skip = piece.lo - lo;
+    return lo;
+}
+
 // One piece for G query heads. While scores are computed their values are fetched, while values are added the next keys.
 template <int G>
-void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Query& q, float softcap, State s) {
+void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Query& q, float softcap, State s,
+          const Next& then) {
     alignas(64) float S[G * CHUNK];
     Chunk chunks[2];
-    const int64_t* table = piece.segment->table;
-    const bool packed = f.k.kind >= QUIRE_TILES_8 || f.v.kind >= QUIRE_TILES_8;
-    int lo = packed ? piece.lo / STEP * STEP : piece.lo, at = 0;
     if (f.k.turned)
         for (int g = 0; g < G; g++) turn(q.q + g * d, d, f.k.turned);
     if (f.k.kind >= QUIRE_TILES_8) prepare_tiles<G>(f.k, d, q);
-    chunks[0].locate(base, table, f.block_tokens, lo, std::min(CHUNK, piece.hi - lo));
-    chunks[0].skip = piece.lo - lo;
-    bool cold = true;  // nothing has fetched the first chunk's keys
-    for (; lo < piece.hi; lo += CHUNK, at ^= 1) {
+    int at = 0;
+    bool first = true;
+    for (int lo = open_piece(f, base, piece, chunks[0]); lo < piece.hi; lo += CHUNK, at ^= 1, first = false) {
         Chunk &now = chunks[at], &next = chunks[at ^ 1];
+        const quire_field* keys = &f.k;
         const int steps = now.steps();
         next.n = 0;
-        if (lo + CHUNK < piece.hi)
-            next.locate(base, table, f.block_tokens, lo + CHUNK, std::min(CHUNK, piece.hi - lo - CHUNK));
-        for (int i = 0; i < steps; i++) {
-            fetch_step(f.v, now, i, d);
-            if (cold && i + 1 < steps) fetch_step(f.k, now, i + 1, d);
-            score_step<G>(f, now, i, d, q, S);
+        if (lo + CHUNK < piece.hi) {
+            next.locate(base, piece.segment->table, f.block_tokens, lo + CHUNK, std::min(CHUNK, piece.hi - lo - CHUNK));
+        } else if (then.form) {
+            open_piece(*then.form, then.base, *then.piece, next);
+            keys = &then.form->k;
+        }
+        for (int i = 0, n; i < steps; i += n) {
+            n = std::min(2, steps - i);
+            if (first)
+                for (int j = i + n; j < i + 2 * n; j++) stretch_of(f.k, now, j, d).fetch(step_bytes(f.k, d));
+            score_steps<G>(f, now, i, n, d, q, S);
         }
         if (softcap > 0) soften<G>(S, steps * STEP, softcap);
         weigh<G>(S, now.skip, now.n, steps * STEP, d, s);
-        cold = false;
-        add_values<G>(f, now, d, S, s.out, Ahead{f.k, next, d});
+        add_values<G>(f, now, d, S, s.out, Ahead{*keys, next, d});
     }
     if (f.v.turned)
         for (int g = 0; g < G; g++) turn(s.out + g * d, d, f.v.turned);
 }
 
-typedef void (*Fold)(const quire_form&, const uint8_t*, const Piece&, int, Query&, float, State);
+typedef void (*Fold)(const quire_form&, const uint8_t*, const Piece&, int, Query&, float, State, const Next&);
 
 inline Fold fold_of(int heads) {
     switch (heads) {
@@ -174,8 +201,13 @@ inline void write_result(const quire_decode_args& a, int64_t at, float factor, c
     write_result<F16>(a, at, factor, x);
 }
 
+QUIRE_INLINE const uint8_t* tiles_of(const quire_decode_args& a, const quire_form& f, int head) {
+    return a.arena + f.first + f.heads[head] * f.tile_bytes;
+}
+
 // One piece for one KV head: all its query heads. `room` is top [n], total [n], out [n][d] for n = heads * parts.
-inline void run_piece(const quire_decode_args& a, const Grouping& by, const Piece& piece, int head, float* room) {
+inline void run_piece(const quire_decode_args& a, const Grouping& by, const Piece& piece, int head, float* room,
+                      const Next& then) {
     Query query;
     const quire_form& f = a.forms[piece.segment->form];
     const int n = by.heads * by.parts, d = a.d;
@@ -183,7 +215,7 @@ inline void run_piece(const quire_decode_args& a, const Grouping& by, const Piec
     std::fill(top, top + n, -INFINITY);
     std::fill(total, total + n * (d + 1), 0.0f);
     if (f.heads[head] < 0) return;
-    const uint8_t* base = a.arena + f.first + f.heads[head] * f.tile_bytes;
+    const uint8_t* base = tiles_of(a, f, head);
     const float factor = a.softcap > 0 ? a.scale / a.softcap : a.scale * LOG2E;
     const Fold fold = fold_of(by.heads);
     for (int part = 0; part < by.parts; part++) {
@@ -192,7 +224,8 @@ inline void run_piece(const quire_decode_args& a, const Grouping& by, const Piec
         for (int g = 0; g < have; g++)
             read_query(a, piece.segment->query * a.q_row + (head * a.share + first + g) * a.q_head, factor,
                        query.q + g * d);
-        fold(f, base, piece, d, query, a.softcap, State{top + first, total + first, out + first * d});
+        fold(f, base, piece, d, query, a.softcap, State{top + first, total + first, out + first * d},
+             part + 1 < by.parts ? Next{} : then);
     }
 }
 
@@ -256,8 +289,15 @@ inline int decode(const quire_decode_args& a) {
 #pragma omp parallel num_threads(alone ? 1 : a.threads) if (!alone)
     {
 #pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < n * a.kv_heads; i++)  // a head's pieces side by side
-            run_piece(a, by, all_pieces[i % n], i / n, all_room + i * step);
+        for (int i = 0; i < n * a.kv_heads; i++) {  // a head's pieces side by side
+            Next then;
+            const int j = i + (alone ? 1 : a.threads);
+            if (j < n * a.kv_heads) {
+                const quire_form& form = a.forms[all_pieces[j % n].segment->form];
+                if (form.heads[j / n] >= 0) then = Next{&form, tiles_of(a, form, j / n), &all_pieces[j % n]};
+            }
+            run_piece(a, by, all_pieces[i % n], i / n, all_room + i * step, then);
+        }
 #pragma omp for schedule(static)
         for (int i = 0; i < queries * a.kv_heads; i++) {
             const int query = i / a.kv_heads, head = i % a.kv_heads, begin = first[query];

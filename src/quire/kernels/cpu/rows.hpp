@@ -18,13 +18,15 @@ QUIRE_INLINE void store_parts(float* S, Floats v, std::integer_sequence<int, I..
     if constexpr (g + 1 < G) store_parts<G, g + 1>(S, v, each);
 }
 
-// S[g * CHUNK + t] = q[g] . k[t] for the slots of one step; what lies behind the chunk's last slot means nothing.
+// S[g * CHUNK + t] = q[g] . k[t] for the slots of a step; what lies behind the chunk's last slot means nothing.
 template <class T, int G>
-void score_rows(const quire_field& f, const Chunk& c, int at, int d, const float* q, float* S) {
+void score_rows(const quire_field& f, const Chunk& c, int at, int d, const float* q, float* S, Stretch values) {
     typedef typename T::Element Element;
     constexpr int TOKENS = LANES / G;
     const int stop = c.n < (at + 1) * STEP ? c.n : (at + 1) * STEP;
+    const int few = values.over(STEP / TOKENS);
     for (int t = at * STEP; t < stop; t += TOKENS) {
+        values.fetch(few);
         const Element* row[TOKENS];
 #pragma GCC unroll 16
         for (int u = 0; u < TOKENS; u++) row[u] = (const Element*)(c.row_block[t + u] + f.codes) + c.row[t + u] * d;
@@ -51,7 +53,10 @@ void score_rows(const quire_field& f, const Chunk& c, int at, int d, const float
 
 // acc[g][j...] += sum over t of S[g][t] * v[t][j...] for V vectors of channels.
 template <class T, int G, int V>
-QUIRE_INLINE void add_slice(const quire_field& f, const Chunk& c, int d, int j, const float* S, float* acc, const Ahead& next) {
+QUIRE_INLINE void add_slice(const quire_field& f, const Chunk& c, int d, int j, const float* S, float* acc,
+                            const Ahead& next) {
+    constexpr int WIDTH = V * LANES;
+    const Ahead::Pass pass = next.pass(j / WIDTH, (d + WIDTH - 1) / WIDTH);
     typedef typename T::Element Element;
     Floats sum[G][V];
 #pragma GCC unroll 8
@@ -60,7 +65,7 @@ QUIRE_INLINE void add_slice(const quire_field& f, const Chunk& c, int d, int j, 
         for (int v = 0; v < V; v++) sum[g][v] = load(acc + g * d + j + v * LANES);
     for (int t = c.skip; t < c.n; t++) {
         const Element* p = (const Element*)(c.row_block[t] + f.codes) + c.row[t] * d + j;
-        if (!j && (t % STEP == 0 || t == c.skip)) next.fetch(t / STEP);
+        if (t % STEP == 0 || t == c.skip) pass.fetch(t / STEP);
         Floats x[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) x[v] = T::read(p + v * LANES);

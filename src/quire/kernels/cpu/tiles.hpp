@@ -1,71 +1,163 @@
 // Fields of packed small integers, sixteen tokens a tile: keys with a lane per token, values with a lane per channel, so that
-// nothing is added up across lanes. Codes become floats by a shift, a mask and a conversion; arithmetic is in float.
+// nothing is added up across lanes.
 //
 //   byte b of a 32-bit lane holds codes b, 4 + b, 8 + b, ... from its lowest bits on (ops/pack.py)
+//
+// Products are of integers. What the codes are multiplied with, a query or the weights of a chunk's slots, becomes whole
+// numbers of sixteen bits, x = step * n with |n| <= 32767, so that one instruction multiplies two codes of every lane and adds
+// them up. That is out by 2^-16 of the largest |x|; a byte would be out by a hundredth. Sums are exact: what is left once
+// half the codes' range is taken off them is below 128 * 32767 * 256 < 2^31, and what wraps around on the way wraps back.
 #pragma once
+#include <algorithm>
+
 #include "chunk.hpp"
 
 namespace quire {
+
+constexpr float WHOLE = 32767;
+
+typedef uint32_t WordsAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(LANES * 2)));
+typedef int16_t ShortsAt __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int32_t PairAt __attribute__((aligned(2), may_alias));
+QUIRE_INLINE Words words(const uint8_t* p) { return *(const WordsAt*)p; }
 
 // One query per head and what follows from it for a key field, kept while a piece is folded.
 struct Query {
     alignas(64) float q[MAX_HEADS * MAX_DIM];
     alignas(64) float folded[MAX_HEADS * MAX_DIM];  // times the scales of `at`
-    float sums[MAX_HEADS][MAX_DIM / 16];            // of q over each group of channels
-    float zero[MAX_HEADS];                          // what `folded` adds for the minima
+    alignas(64) int16_t whole[MAX_HEADS * MAX_DIM];
+    int32_t wholes[MAX_HEADS][MAX_DIM / 16];  // summed over each group of channels
+    float step[MAX_HEADS];
+    float sums[MAX_HEADS][MAX_DIM / 16];  // of q over each group of channels
+    float zero[MAX_HEADS];                // what `folded` adds for the minima
     const uint8_t* at = nullptr;
 };
 
-// Codes less half their range, as signed numbers: what minima and zero-points would take away again is never added, which
-// keeps three bits of the sums. `centred` turns the top bit of every code of a word, `codes_at` takes one out.
+// Codes less half their range stand for numbers about zero: what minima and zero-points would take away again is never added.
 template <int BITS>
 constexpr float HALF = float(1 << (BITS - 1));
 
-template <int BITS>
-QUIRE_INLINE Words centred(Words x) {
-    return x ^ (BITS == 8 ? 0x80808080u : BITS == 4 ? 0x88888888u : 0xaaaaaaaau);
+// ---- products ----------------------------------------------------------------------------------------------------------
+
+// sum + a * b over the two halves of every lane.
+QUIRE_INLINE Ints dot(Ints sum, Words a, Ints b) {
+#if defined(QUIRE_512) && defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(QUIRE_512)
+    return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(QUIRE_256)
+    return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(QUIRE_128)
+    return sum + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return sum + ((Ints)a << 16 >> 16) * (b << 16 >> 16) + ((Ints)a >> 16) * (b >> 16);
+#endif
 }
 
-template <int SHIFT, int BITS>
-QUIRE_INLINE Floats codes_at(Words x) {
-    return __builtin_convertvector((Ints)(x << (32 - SHIFT - BITS)) >> (32 - BITS), Floats);
-}
-
-// sum[g][b % P] += code * w(g)[...] for the 32 / BITS centred codes of a lane, in their order.
-template <int BITS, int G, int P, int E, class W>
-QUIRE_INLINE void add_codes(Words x, Floats (*sum)[P], const W& w) {
-    if constexpr (E < 8 / BITS) {
-        const Floats c0 = codes_at<BITS * E, BITS>(x), c1 = codes_at<8 + BITS * E, BITS>(x);
-        const Floats c2 = codes_at<16 + BITS * E, BITS>(x), c3 = codes_at<24 + BITS * E, BITS>(x);
-#pragma GCC unroll 8
-        for (int g = 0; g < G; g++) {
-            const float* p = w(g) + 4 * E;
-            sum[g][0 % P] += c0 * p[0];
-            sum[g][1 % P] += c1 * p[1];
-            sum[g][2 % P] += c2 * p[2];
-            sum[g][3 % P] += c3 * p[3];
-        }
-        add_codes<BITS, G, P, E + 1>(x, sum, w);
+// Codes i and i + 2 of every lane, as halves of it: i = 4 * E + ODD.
+template <int BITS, int E, int ODD>
+QUIRE_INLINE Words pair(Words x) {
+    constexpr int shift = 8 * ODD + BITS * E;
+    if constexpr (shift + BITS == 16) {
+        typedef uint16_t Halves __attribute__((vector_size(LANES * 4)));
+        return (Words)((Halves)x >> shift);
+    } else {
+        return (x >> shift) & (((1u << BITS) - 1) * 0x00010001u);
     }
 }
 
-template <int P>
-QUIRE_INLINE Floats total(const Floats* sum) {
-    if constexpr (P == 1) return sum[0];
-    if constexpr (P == 2) return sum[0] + sum[1];
-    if constexpr (P == 4) return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+// sum[n][g] += codes of x[n] . w(g)[...], N vectors that share what they are multiplied with, G rows of it.
+template <int BITS, int E, int G, int N, class W>
+QUIRE_INLINE void add_codes(const Words* x, Ints (*sum)[G], const W& w) {
+    if constexpr (E < 8 / BITS) {
+        Words even[N], odd[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            even[n] = pair<BITS, E, 0>(x[n]);
+            odd[n] = pair<BITS, E, 1>(x[n]);
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++) {
+            const PairAt* p = (const PairAt*)(w(g) + 4 * E);
+            const Ints a = Ints{} + p[0], b = Ints{} + p[1];
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) {
+                sum[n][g] = dot(sum[n][g], even[n], a);
+                sum[n][g] = dot(sum[n][g], odd[n], b);
+            }
+        }
+        add_codes<BITS, E + 1, G, N>(x, sum, w);
+    }
 }
 
-typedef uint32_t WordsAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-QUIRE_INLINE Words words(const uint8_t* p) { return *(const WordsAt*)p; }
+// ---- whole numbers -----------------------------------------------------------------------------------------------------
+
+// Of every four lanes the second and the third change places: halves of a lane are codes i and i + 2.
+template <int... I>
+QUIRE_INLINE Ints paired(Ints v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (I % 4 == 1 || I % 4 == 2 ? I ^ 3 : I)...);
+}
+
+// n numbers, a multiple of sixteen, as whole numbers; `sum` is called with each LANES of them. Returns what one stands for:
+// no number where one of them is none.
+template <class Sum>
+QUIRE_INLINE float as_wholes(const float* x, int n, int16_t* whole, const Sum& sum) {
+    Floats high = {}, spoilt = {};
+    for (int j = 0; j < n; j += LANES) {
+        const Floats v = load(x + j), a = (Floats)((Ints)v & 0x7fffffff);
+        high = (Floats)(a > high ? a : high);
+        spoilt += v * 0.0f;
+    }
+    const float top = greatest(high), factor = top > 1e-30f ? WHOLE / top : 0.0f;
+    for (int j = 0; j < n; j += LANES) {
+        const Ints v = (Ints)(load(x + j) * factor + 12582912.0f) - 0x4b400000;  // 1.5 * 2^23: rounded to a whole number
+        sum(j, v);
+        *(ShortsAt*)(whole + j) = __builtin_convertvector(paired(v, std::make_integer_sequence<int, LANES>{}), Shorts);
+    }
+    return (top > 1e-30f ? top / WHOLE : 0.0f) + added(spoilt);
+}
+
+// A query, or one times the scales of its keys' channels, in groups of `width` channels.
+template <int G>
+QUIRE_INLINE void split_query(const float* x, int d, int width, Query& q) {
+    for (int g = 0; g < G; g++) {
+        Ints sum = {};
+        q.step[g] = as_wholes(x + g * d, d, q.whole + g * d, [&](int j, Ints v) {
+            sum += v;
+            if ((j + LANES) % width == 0) {
+                q.wholes[g][j / width] = added(sum);
+                sum = Ints{};
+            }
+        });
+    }
+}
 
 QUIRE_INLINE int groups_of(const quire_field& f, int d) { return f.scaled == QUIRE_BY_TOKEN ? d / f.group : 1; }
 
-// What a centred code of zero stands for. Without minima that is zero: int8 stores q + 128.
+// What a code of half the range stands for. Without minima that is zero: int8 stores q + 128.
 template <int BITS>
 QUIRE_INLINE Floats middle(const quire_field& f, Floats scale, const uint16_t* least) {
     return f.min < 0 ? Floats{} : F16::read(least) + scale * HALF<BITS>;
 }
+
+struct Scales {
+    Floats scale, middle;
+};
+
+// Of LANES slots from `slot` on, for the r-th group of channels.
+template <int BITS>
+QUIRE_INLINE Scales scales_at(const quire_field& f, const uint8_t* block, int slot, int r, int block_tokens) {
+    if (f.scaled == QUIRE_BY_TILE) {
+        const Floats scale = all(F16::one(halves_at(block, f.scale)[0]));
+        return {scale, f.min < 0 ? Floats{} : F16::one(halves_at(block, f.min)[0]) + scale * HALF<BITS>};
+    }
+    const int at = r * block_tokens + slot;
+    const Floats scale = F16::read(halves_at(block, f.scale) + at);
+    return {scale, middle<BITS>(f, scale, halves_at(block, f.min) + at)};
+}
+
+// ---- keys --------------------------------------------------------------------------------------------------------------
 
 template <int G>
 void prepare_tiles(const quire_field& f, int d, Query& q) {
@@ -77,152 +169,241 @@ void prepare_tiles(const quire_field& f, int d, Query& q) {
             for (int j = 0; j < width; j++) sum += q.q[g * d + r * width + j];
             q.sums[g][r] = sum;
         }
+    if (f.scaled != QUIRE_BY_CHANNEL) split_query<G>(q.q, d, width, q);
 }
 
 // Keys scaled by channel: the scales go into the query, once for all tokens that share them.
 template <int BITS, int G>
 void fold_scales(const quire_field& f, const uint8_t* block, int slot, int d, Query& q) {
-    const int64_t row = f.scaled == QUIRE_BY_TILE ? 0 : (int64_t)(slot / f.group) * d;
+    const int64_t row = (int64_t)(slot / f.group) * d;
     const uint16_t* scale = halves_at(block, f.scale) + row;
     if (q.at == (const uint8_t*)scale) return;
     q.at = (const uint8_t*)scale;
-    const uint16_t* least = f.min < 0 ? nullptr : halves_at(block, f.min) + row;
-    const bool one = f.scaled == QUIRE_BY_TILE;
+    const uint16_t* least = halves_at(block, f.min) + row;
     for (int g = 0; g < G; g++) {
         Floats zero = {};
         for (int j = 0; j < d; j += LANES) {
-            const Floats x = load(q.q + g * d + j), s = one ? all(F16::one(scale[0])) : F16::read(scale + j);
+            const Floats x = load(q.q + g * d + j), s = F16::read(scale + j);
             store(q.folded + g * d + j, x * s);
-            if (least) zero += x * ((one ? all(F16::one(least[0])) : F16::read(least + j)) + s * HALF<BITS>);
+            zero += x * middle<BITS>(f, s, least + j);
         }
         q.zero[g] = added(zero);
     }
+    split_query<G>(q.folded, d, d, q);
 }
 
-// S[g * CHUNK + t] = q[g] . k[t] for the sixteen slots of a step.
+// Vectors of tokens that share a load of the query.
+constexpr int TOGETHER = 2;
+
+// S[g * CHUNK + t] = q[g] . k[t] for TOGETHER vectors of slots from the w-th of step `at` on, up to those of step
+// `last`. Fetches two stretches of values meanwhile.
 template <int BITS, int G>
-void score_tiles(const quire_field& f, const Chunk& c, int at, int d, int block_tokens, Query& q, float* S) {
-    constexpr int CHANNELS = 32 / BITS, P = G >= 4 ? 1 : 4 / G;
-    const uint8_t* block = c.block[at];
-    const int tile = c.step[at], slot = tile * STEP;
-    const uint8_t* codes = block + f.codes + (int64_t)tile * 2 * d * BITS;
-    const bool by_token = f.scaled == QUIRE_BY_TOKEN;
-    if (!by_token) fold_scales<BITS, G>(f, block, slot, d, q);
-    const float* query = by_token ? q.q : q.folded;
+QUIRE_INLINE void score_lanes(const quire_field& f, const Chunk& c, int at, int w, int last, int d, int block_tokens,
+                              const Query& q, float* S, Stretch v0, Stretch v1) {
+    constexpr int VECTORS = STEP / LANES;  // of a step
+    const uint8_t *block[TOGETHER], *codes[TOGETHER];
+    int slot[TOGETHER];
+#pragma GCC unroll 8
+    for (int n = 0; n < TOGETHER; n++) {
+        const int i = std::min(last, at + (w + n) / VECTORS), lane = (w + n) % VECTORS * LANES;
+        block[n] = c.block[i];
+        slot[n] = c.step[i] * STEP + lane;
+        codes[n] = block[n] + f.codes + (int64_t)c.step[i] * 2 * d * BITS + lane * 4;
+    }
+    const bool by_channel = f.scaled == QUIRE_BY_CHANNEL;
     const int groups = groups_of(f, d), width = d / groups;
-    for (int w = 0; w < STEP; w += LANES) {
-        Floats score[G] = {};
-        for (int r = 0; r < groups; r++) {
-            Floats sum[G][P] = {};
-            for (int j = r * width; j < (r + 1) * width; j += CHANNELS)
-                add_codes<BITS, G, P, 0>(centred<BITS>(words(codes + j / CHANNELS * 64 + w * 4)), sum,
-                                         [&](int g) { return query + g * d + j; });
-            if (by_token) {
-                const Floats scale = F16::read(halves_at(block, f.scale) + r * block_tokens + slot + w);
-                const Floats least = middle<BITS>(f, scale, halves_at(block, f.min) + r * block_tokens + slot + w);
+    const int few = v0.over(d * BITS / 32);
+    Floats score[TOGETHER][G] = {};
+    for (int r = 0; r < groups; r++) {
+        Ints sum[TOGETHER][G] = {};
+        for (int j = r * width; j < (r + 1) * width; j += 32 / BITS) {
+            Words x[TOGETHER];
 #pragma GCC unroll 8
-                for (int g = 0; g < G; g++) score[g] += total<P>(sum[g]) * scale + least * q.sums[g][r];
-            } else {
-#pragma GCC unroll 8
-                for (int g = 0; g < G; g++) score[g] = total<P>(sum[g]) + q.zero[g];
-            }
+            for (int n = 0; n < TOGETHER; n++) x[n] = words(codes[n] + j * 2 * BITS);
+            v0.fetch(few);
+            v1.fetch(few);
+            add_codes<BITS, 0, G, TOGETHER>(x, sum, [&](int g) { return q.whole + g * d + j; });
         }
 #pragma GCC unroll 8
-        for (int g = 0; g < G; g++) store(S + g * CHUNK + at * STEP + w, score[g]);
-    }
-}
-
-// For V vectors of channels from j on: sum[v][g] += weights[g] . codes, over one step.
-template <int BITS, int G, int V>
-QUIRE_INLINE void add_lanes(const quire_field& f, const Chunk& c, int at, int d, int j, const float* weights,
-                            Floats (*sum)[G][1]) {
-    constexpr int TOKENS = 32 / BITS;
-    const uint8_t* p = c.block[at] + f.codes + (int64_t)c.step[at] * 2 * d * BITS + j * 4;
-    const float* w = weights + at * STEP;
-    for (int t = 0; t < STEP; t += TOKENS, p += d * 4)
+        for (int n = 0; n < TOGETHER; n++) {
+            Scales s{};
+            if (!by_channel) s = scales_at<BITS>(f, block[n], slot[n], r, block_tokens);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++)
-            add_codes<BITS, G, 1, 0>(centred<BITS>(words(p + v * LANES * 4)), sum[v], [&](int g) { return w + g * CHUNK + t; });
-}
-
-template <int BITS, int G, int V>
-QUIRE_INLINE void add_channels(const quire_field& f, const Chunk& c, int d, int j, const float* weights, const float* zero,
-                               float* acc, const Ahead& next) {
-    Floats sum[V][G][1];
-#pragma GCC unroll 8
-    for (int g = 0; g < G; g++)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) sum[v][g][0] = load(acc + g * d + j + v * LANES) + zero[g];
-    for (int at = 0; at < c.steps(); at++) {
-        if (!j) next.fetch(at);
-        add_lanes<BITS, G, V>(f, c, at, d, j, weights, sum);
+            for (int g = 0; g < G; g++) {
+                const Floats product = __builtin_convertvector(sum[n][g] - q.wholes[g][r] * (int)HALF<BITS>, Floats) * q.step[g];
+                score[n][g] = by_channel ? product + q.zero[g] : score[n][g] + product * s.scale + s.middle * q.sums[g][r];
+            }
+        }
     }
 #pragma GCC unroll 8
-    for (int g = 0; g < G; g++)
+    for (int n = 0; n < TOGETHER && at + (w + n) / VECTORS <= last; n++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(acc + g * d + j + v * LANES, sum[v][g][0]);
+        for (int g = 0; g < G; g++) store(S + g * CHUNK + at * STEP + (w + n) * LANES, score[n][g]);
 }
 
-// Values scaled by channel: a step at a time, its sums times the scales.
+// S[g * CHUNK + t] = q[g] . k[t] for the slots of steps [at, at + n), n one or two, whose values are fetched meanwhile.
 template <int BITS, int G>
-void add_by_channel(const quire_field& f, const Chunk& c, int at, int d, const float* S, float* acc) {
-    const int64_t row = (int64_t)(c.step[at] * STEP / f.group) * d;
-    const uint16_t* scale = halves_at(c.block[at], f.scale) + row;
-    const uint16_t* least = halves_at(c.block[at], f.min) + row;
-    float mass[G];
-    for (int g = 0; g < G; g++) {
-        mass[g] = 0;
-        for (int t = 0; t < STEP; t++) mass[g] += S[g * CHUNK + at * STEP + t];
-    }
-    for (int j = 0; j < d; j += LANES) {
-        Floats sum[1][G][1] = {};
-        add_lanes<BITS, G, 1>(f, c, at, d, j, S, sum);
-        const Floats s = F16::read(scale + j), m = middle<BITS>(f, s, least + j);
-#pragma GCC unroll 8
-        for (int g = 0; g < G; g++) store(acc + g * d + j, load(acc + g * d + j) + sum[0][g][0] * s + m * mass[g]);
+void score_tiles(const quire_field& f, const Chunk& c, int at, int n, int d, int block_tokens, Query& q, float* S,
+                 const Stretch* values) {
+    const int last = at + n - 1;
+    if constexpr (STEP / LANES < TOGETHER) {  // a step is one vector, the other is of the next step
+        const bool by_channel = f.scaled == QUIRE_BY_CHANNEL;
+        if (by_channel) fold_scales<BITS, G>(f, c.block[at], c.step[at] * STEP, d, q);
+        score_lanes<BITS, G>(f, c, at, 0, last, d, block_tokens, q, S, values[0], values[1]);
+        if (n < 2 || !by_channel) return;
+        const uint8_t* before = q.at;
+        fold_scales<BITS, G>(f, c.block[last], c.step[last] * STEP, d, q);
+        if (q.at != before) score_lanes<BITS, G>(f, c, last, 0, last, d, block_tokens, q, S, {}, {});
+    } else {
+        for (int i = 0; i < n; i++) {
+            if (f.scaled == QUIRE_BY_CHANNEL) fold_scales<BITS, G>(f, c.block[at + i], c.step[at + i] * STEP, d, q);
+            for (int w = 0; w < STEP / LANES; w += TOGETHER)
+                score_lanes<BITS, G>(f, c, at + i, w, last, d, block_tokens, q, S, w ? Stretch{} : values[i], {});
+        }
     }
 }
 
-// acc[g] += sum over t of S[g][t] * v[t].
+// ---- values ------------------------------------------------------------------------------------------------------------
+
+// The weights of a chunk's slots as whole numbers.
+struct Weights {
+    alignas(64) int16_t whole[MAX_HEADS * CHUNK];
+    float step[MAX_HEADS];
+};
+
+// weights[g] = S[g] times the scales of the r-th group of channels, zero[g] what its minima add to the output.
+template <int BITS, int G>
+QUIRE_INLINE void scale_weights(const quire_field& f, const Chunk& c, int r, int block_tokens, const float* S, float* weights,
+                                float* zero) {
+    Floats sum[G] = {};
+    for (int at = 0; at < c.steps(); at++)
+        for (int w = 0; w < STEP; w += LANES) {
+            const Scales s = scales_at<BITS>(f, c.block[at], c.step[at] * STEP + w, r, block_tokens);
+#pragma GCC unroll 8
+            for (int g = 0; g < G; g++) {
+                const Floats p = load(S + g * CHUNK + at * STEP + w);
+                const Ints read = p != 0.0f;  // of what is not read the scale may be no number
+                store(weights + g * CHUNK + at * STEP + w, (Floats)(read ? p * s.scale : Floats{}));
+                sum[g] += (Floats)(read ? p * s.middle : Floats{});
+            }
+        }
+    for (int g = 0; g < G; g++) zero[g] = added(sum[g]);
+}
+
+// Sums of weights times codes of steps [from, to) for V vectors of channels from j on.
+template <int BITS, int G, int V>
+QUIRE_INLINE void add_steps(const quire_field& f, const Chunk& c, int from, int to, int d, int j, const Weights& weights,
+                            Ints (*sum)[G], const Ahead& next) {
+    constexpr int TOKENS = 32 / BITS, WIDTH = V * LANES;
+    const Ahead::Pass pass = next.pass(j / WIDTH, (d + WIDTH - 1) / WIDTH);
+    for (int at = from; at < to; at++) {
+        pass.fetch(at);
+        const uint8_t* p = c.block[at] + f.codes + (int64_t)c.step[at] * 2 * d * BITS + j * 4;
+#pragma GCC unroll 4
+        for (int t = 0; t < STEP; t += TOKENS, p += d * 4) {
+            Words x[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) x[v] = words(p + v * LANES * 4);
+            add_codes<BITS, 0, G, V>(x, sum, [&](int g) { return weights.whole + g * CHUNK + at * STEP + t; });
+        }
+    }
+}
+
+// Values whose scales are in the weights: the chunk's steps for V vectors of channels from j on.
+template <int BITS, int G, int V>
+QUIRE_INLINE void add_slots(const quire_field& f, const Chunk& c, int d, int j, const Weights& weights, const int32_t* wholes,
+                            const float* zero, float* acc, const Ahead& next) {
+    Ints sum[V][G] = {};
+    add_steps<BITS, G, V>(f, c, 0, c.steps(), d, j, weights, sum, next);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++)
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++) {
+            float* out = acc + g * d + j + v * LANES;
+            const Ints centred = sum[v][g] - wholes[g] * (int)HALF<BITS>;
+            store(out, load(out) + (__builtin_convertvector(centred, Floats) * weights.step[g] + zero[g]));
+        }
+}
+
+// Values scaled by channel: V vectors of channels from j on of the steps [from, to), which share their scales.
+template <int BITS, int G, int V>
+QUIRE_INLINE void add_channels(const quire_field& f, const Chunk& c, int from, int to, int d, int j, const Weights& weights,
+                               const int32_t* wholes, const float* mass, float* acc, const Ahead& next) {
+    const int64_t row = (int64_t)(c.step[from] * STEP / f.group) * d + j;
+    Ints sum[V][G] = {};
+    add_steps<BITS, G, V>(f, c, from, to, d, j, weights, sum, next);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+        const Floats s = F16::read(halves_at(c.block[from], f.scale) + row + v * LANES);
+        const Floats m = middle<BITS>(f, s, halves_at(c.block[from], f.min) + row + v * LANES);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++) {
+            float* out = acc + g * d + j + v * LANES;
+            const Ints centred = sum[v][g] - wholes[g] * (int)HALF<BITS>;
+            store(out, load(out) + (__builtin_convertvector(centred, Floats) * (s * weights.step[g]) + m * mass[g]));
+        }
+    }
+}
+
+// Vectors of channels that share a load of the weights: what fits into the registers.
+template <int G>
+constexpr int WIDE = LANES == 16 ? (G >= 8 ? 2 : 4) : G >= 8 ? 1 : G >= 4 ? 2 : 4;
+
+template <int BITS, int G>
+void add_by_channel(const quire_field& f, const Chunk& c, int d, const float* S, float* acc, const Ahead& next) {
+    Weights weights;
+    int32_t sums[G][CHUNK / LANES];
+    for (int g = 0; g < G; g++)
+        weights.step[g] = as_wholes(S + g * CHUNK, c.steps() * STEP, weights.whole + g * CHUNK,
+                                    [&](int j, Ints v) { sums[g][j / LANES] = added(v); });
+    for (int from = 0, to; from < c.steps(); from = to) {
+        const auto shares = [&](int at) {
+            return c.block[at] == c.block[from] && c.step[at] * STEP / f.group == c.step[from] * STEP / f.group;
+        };
+        for (to = from + 1; to < c.steps() && shares(to);) to++;
+        float mass[G];
+        int32_t wholes[G];
+        for (int g = 0; g < G; g++) {
+            Floats sum = {};
+            wholes[g] = 0;
+            for (int t = from * STEP; t < to * STEP; t += LANES) {
+                sum += load(S + g * CHUNK + t);
+                wholes[g] += sums[g][t / LANES];
+            }
+            mass[g] = added(sum);
+        }
+        constexpr int V = WIDE<G>;
+        int j = 0;
+        for (; j + V * LANES <= d; j += V * LANES)
+            add_channels<BITS, G, V>(f, c, from, to, d, j, weights, wholes, mass, acc, next);
+        for (; j < d; j += LANES)
+            add_channels<BITS, G, 1>(f, c, from, to, d, j, weights, wholes, mass, acc, next);
+    }
+}
+
+// acc[g] += sum over t of S[g][t] * v[t]. Fetches the next chunk's keys.
 template <int BITS, int G>
 void add_tiles(const quire_field& f, const Chunk& c, int d, int block_tokens, const float* S, float* acc, const Ahead& next) {
-    constexpr int V = G >= 4 ? 1 : 4 / G;
-    if (f.scaled == QUIRE_BY_CHANNEL) {
-        for (int at = 0; at < c.steps(); at++) {
-            next.fetch(at);
-            add_by_channel<BITS, G>(f, c, at, d, S, acc);
-        }
-        return;
-    }
-    alignas(64) float weights[G * CHUNK];
+    if (f.scaled == QUIRE_BY_CHANNEL) return add_by_channel<BITS, G>(f, c, d, S, acc, next);
+    constexpr int V = WIDE<G>;
+    alignas(64) float scaled[G * CHUNK];
     float zero[G];
+    int32_t wholes[G];
+    Weights weights;
     const int groups = groups_of(f, d), width = d / groups;
     for (int r = 0; r < groups; r++) {
-        Floats sum[G] = {};
-        for (int at = 0; at < c.steps(); at++)
-            for (int w = 0; w < STEP; w += LANES) {
-                Floats scale, least;
-                if (f.scaled == QUIRE_BY_TILE) {
-                    scale = all(F16::one(halves_at(c.block[at], f.scale)[0]));
-                    least = f.min < 0 ? Floats{} : F16::one(halves_at(c.block[at], f.min)[0]) + scale * HALF<BITS>;
-                } else {
-                    const int64_t slot = (int64_t)r * block_tokens + c.step[at] * STEP + w;
-                    scale = F16::read(halves_at(c.block[at], f.scale) + slot);
-                    least = middle<BITS>(f, scale, halves_at(c.block[at], f.min) + slot);
-                }
-#pragma GCC unroll 8
-                for (int g = 0; g < G; g++) {
-                    const Floats p = load(S + g * CHUNK + at * STEP + w);
-                    const Ints read = p != 0.0f;  // of what is not read the scale may be no number
-                    store(weights + g * CHUNK + at * STEP + w, (Floats)(read ? p * scale : Floats{}));
-                    sum[g] += (Floats)(read ? p * least : Floats{});
-                }
-            }
-        for (int g = 0; g < G; g++) zero[g] = added(sum[g]);
+        scale_weights<BITS, G>(f, c, r, block_tokens, S, scaled, zero);
+        for (int g = 0; g < G; g++) {
+            Ints sum = {};
+            weights.step[g] = as_wholes(scaled + g * CHUNK, c.steps() * STEP, weights.whole + g * CHUNK,
+                                        [&](int, Ints v) { sum += v; });
+            wholes[g] = added(sum);
+        }
         int j = r * width;
         for (; j + V * LANES <= (r + 1) * width; j += V * LANES)
-            add_channels<BITS, G, V>(f, c, d, j, weights, zero, acc, next);
-        for (; j < (r + 1) * width; j += LANES) add_channels<BITS, G, 1>(f, c, d, j, weights, zero, acc, next);
+            add_slots<BITS, G, V>(f, c, d, j, weights, wholes, zero, acc, next);
+        for (; j < (r + 1) * width; j += LANES)
+            add_slots<BITS, G, 1>(f, c, d, j, weights, wholes, zero, acc, next);
     }
 }
 

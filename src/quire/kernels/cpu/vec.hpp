@@ -4,16 +4,25 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
+#if !defined(QUIRE_LANES)  // given: another width than the processor's, by what the compiler makes of it
 #if defined(__AVX512F__)
 #define QUIRE_LANES 16
 #elif defined(__AVX2__)
 #define QUIRE_LANES 8
 #else
 #define QUIRE_LANES 4
+#endif
+#endif
+#if QUIRE_LANES == 16 && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define QUIRE_512 1
+#elif QUIRE_LANES == 8 && defined(__AVX2__)
+#define QUIRE_256 1
+#elif QUIRE_LANES == 4 && defined(__SSE2__)
+#define QUIRE_128 1
 #endif
 #define QUIRE_INLINE inline __attribute__((always_inline))
 
@@ -57,9 +66,9 @@ QUIRE_INLINE uint32_t as_word(float f) {
 struct BF16 {
     typedef uint16_t Element;
     static QUIRE_INLINE Floats read(const uint16_t* p) {
-#if defined(__AVX512F__)  // GCC widens in two halves
+#if defined(QUIRE_512)  // GCC widens in two halves
         return (Floats)((Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
-#elif defined(__AVX2__)
+#elif defined(QUIRE_256)
         return (Floats)((Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
 #else
         return (Floats)(__builtin_convertvector(*(const HalvesAt*)p, Words) << 16);
@@ -91,9 +100,9 @@ struct F16 {
         return (uint16_t)(sign | ((u + 0xfff + ((u >> 13) & 1) - 0x38000000u) >> 13));
     }
     static QUIRE_INLINE Floats read(const uint16_t* p) {
-#if defined(__AVX512F__)
+#if defined(QUIRE_512)
         return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif defined(QUIRE_256) && defined(__F16C__)
         return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
         Floats v;
@@ -104,9 +113,9 @@ struct F16 {
 };
 
 QUIRE_INLINE Words widened(const uint8_t* p) {
-#if defined(__AVX512F__)
+#if defined(QUIRE_512)
     return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__AVX2__)
+#elif defined(QUIRE_256)
     return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
     return __builtin_convertvector(*(const BytesAt*)p, Words);
@@ -159,13 +168,13 @@ QUIRE_INLINE Floats sums_from(Floats* v) {  // v holds 2H vectors; destroyed
 // Lane i of the result is the sum over the lanes of v[i].
 QUIRE_INLINE Floats sums(Floats* v) { return sums_from<LANES / 2>(v); }
 
-// Over the lanes of one vector.
-template <int H, int... I>
-QUIRE_INLINE Floats turned(Floats v, std::integer_sequence<int, I...>) {
+// Over the lanes of one vector, of floats or of whole numbers.
+template <int H, class V, int... I>
+QUIRE_INLINE V turned(V v, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(v, v, ((I + H) % LANES)...);
 }
-template <int H = LANES / 2>
-QUIRE_INLINE float added(Floats v) {
+template <int H = LANES / 2, class V>
+QUIRE_INLINE auto added(V v) {
     v += turned<H>(v, std::make_integer_sequence<int, LANES>{});
     if constexpr (H > 1)
         return added<H / 2>(v);
