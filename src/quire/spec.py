@@ -383,12 +383,14 @@ class Packing:
             A value is code * scale + min; packed codes without a `min` are (code - 128) * scale.
         group: channels, or tokens, that share a scale.
         turned: in the basis of a Hadamard rotation of so many channels; 0 for the model's own.
+        nearest: `encode` does what `ops.quantise` does (8-bit floats: saturate and round), and a kernel may do it.
     """
 
     bits: int = 0
     scaled: Literal["", "token", "channel", "tile"] = ""
     group: int = 0
     turned: int = 0
+    nearest: bool = False
 
 
 @runtime_checkable

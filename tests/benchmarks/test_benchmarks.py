@@ -25,6 +25,7 @@ KEYS = {
     "prefill": {"cases"},
     "caches": {"cases", "peers", "verdicts"},
     "attention": {"cases", "torch", "attention", "verdicts"},
+    "sealing": {"cases"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
 

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 from ctypes import addressof
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from quire.attention.read import Read, Write
+from quire.attention.forms import place, plan_sealing
+from quire.attention.read import Read, Seal, Write
 from quire.attention.reference import TorchBackend
 from quire.attention.step import Step
 from quire.errors import ConfigError
 from quire.kernels import native
-from quire.kernels.native import DecodeArgs, Form, GatherArgs, Library, WriteArgs
+from quire.kernels.native import DecodeArgs, EncodeArgs, Form, GatherArgs, Library, WriteArgs
 from quire.plan.layout import Layout
-from quire.spec import CacheGroup, KVCodec, Packing, Site
+from quire.spec import CacheGroup
 
 _UNKNOWN: Any = object()
 _DTYPES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
@@ -78,15 +80,17 @@ class CpuBackend(TorchBackend):
         self.library = found
         self.isa = isa
         self._spots: dict[tuple[CacheGroup, int, tuple[str, ...]], _Spot] = {}
+        self._sealing: dict[tuple[CacheGroup, CacheGroup], list[tuple[int, EncodeArgs]] | None] = {}
         self._tiles: dict[tuple[CacheGroup, ...], dict[tuple[int, str, str], _Tiles | None]] = {}
 
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write(self, step: Step, layer: int, values: dict[str, torch.Tensor]) -> None:
+        sealer = partial(self.encode, step)
         if not self._written(step, layer, values):
-            super().write(step, layer, values)
+            step.write(layer, values, sealer)
             return
-        step.seal(layer)
+        step.seal(layer, sealer)
 
     def _written(self, step: Step, layer: int, values: dict[str, torch.Tensor]) -> bool:
         """Writes by the kernel; False, and nothing written, where it does not serve these tensors or groups."""
@@ -127,6 +131,26 @@ class CpuBackend(TorchBackend):
             found = _Spot((k, v), heads, heads.ctypes.data)
             self._spots[group, layer, names] = found
         return found
+
+    def encode(self, step: Step, layer: int, s: Seal) -> bool:
+        """Encodes blocks by the kernel; False, and nothing written, where it does not serve their codecs."""
+        key = (s.body, s.raw)
+        made = self._sealing.get(key, _UNKNOWN)
+        if made is _UNKNOWN:
+            made = self._sealing[key] = plan_sealing(step, s.body, s.raw)
+        if made is None:
+            return False
+        body, raw = s.body, s.raw
+        arena, heads = step.store.arena.buffer.data_ptr(), len(body.heads(layer))
+        first, source = (g.tile_index(layer) * g.tile_bytes for g in (body, raw))
+        for offset, args in made:
+            args.arena, args.n_heads = arena, heads
+            args.source, args.target = s.source.units.ctypes.data, s.target.units.ctypes.data
+            args.n_blocks = len(s.source.units)
+            args.source_first, args.target_first = source + offset, first
+            args.threads, args.isa = torch.get_num_threads(), self.isa
+            self.library.encode(args)
+        return True
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -219,7 +243,7 @@ class CpuBackend(TorchBackend):
             threads=torch.get_num_threads(),
         )
         codec = step.layout.codecs_of(group)[name]
-        if site.width not in native.HEAD_DIMS or not _place(args.field, group, codec, site):
+        if site.width not in native.HEAD_DIMS or not place(args.field, group, codec, site):
             return super()._gather(step, layer, r, name, dtype)
         out = torch.empty(rows, len(heads), blocks, group.block_tokens, site.width, dtype=dtype)
         args.out = out.data_ptr()
@@ -303,7 +327,7 @@ def _lay_out(
         if set(sites) != {k, v} or any(site.field.shape != shape for site in sites.values()):
             return None
         for part, name in ((form.k, k), (form.v, v)):
-            if not _place(part, group, layout.codecs_of(group)[name], sites[name]):
+            if not place(part, group, layout.codecs_of(group)[name], sites[name]):
                 return None
         heads = np.full(len(every), -1, np.int32)
         heads[list(group.heads(layer))] = np.arange(len(group.heads(layer)))
@@ -312,34 +336,3 @@ def _lay_out(
         form.heads = heads.ctypes.data
         tiles.alive.append(heads)
     return tiles
-
-
-def _place(part: Any, group: CacheGroup, codec: KVCodec, site: Site) -> bool:
-    """Says in `part` where a codec's parts lie within a tile; False where no kernel reads them."""
-    at, dtypes = group.field_offsets, {f.name: f.dtype for f in group.fields}
-    packing = Packing() if codec.plain else codec.packing(site)
-    codes = site.name if codec.plain else f"{site.name}.codes"
-    scale, least = (dtypes.get(f"{site.name}.{x}") for x in ("scale", "min"))
-    if packing is None or codes not in at or not _served(packing, site, scale, least):
-        return False
-    kind = native.TILES.get(packing.bits) if packing.bits else native.ROWS.get(dtypes[codes])
-    if kind is None:
-        return False
-    part.kind, part.scaled = kind, native.SCALED[packing.scaled]
-    part.group, part.turned = packing.group, packing.turned
-    part.codes = at[codes]
-    part.scale, part.min = (at.get(f"{site.name}.{x}", -1) for x in ("scale", "min"))
-    return True
-
-
-def _served(packing: Packing, site: Site, scale: str | None, least: str | None) -> bool:
-    """Whether a kernel reads codes with such scales and minima, given by their dtypes; codecs come from outside."""
-    if not packing.scaled:
-        return not packing.bits and scale is None and least is None
-    if scale != "float16" or least not in ("float16", None):
-        return False
-    if not packing.bits:
-        return packing.scaled == "token" and packing.group == site.width and least is None
-    if packing.bits < 8 and least is None:
-        return False  # (code - 128) * scale is for eight bits
-    return not site.block_tokens % 16 and (packing.scaled == "tile" or not packing.group % 16)

@@ -14,15 +14,20 @@ from quire.attention.plan import Plan
 from quire.attention.read import Read, Seal
 from quire.spec import ALIGN_BYTES, CacheGroup, Field
 
+Encode = Callable[[int, Seal], bool]
+
 
 class Step(Plan):
     """The plan of one forward, and the store's memory moved as it says."""
 
-    def write(self, layer: int, values: dict[str, torch.Tensor]) -> None:
+    def write(
+        self, layer: int, values: dict[str, torch.Tensor], encode: Encode | None = None
+    ) -> None:
         """Stores the new tokens' fields of one layer, then seals what became whole.
 
         Args:
             values: field name to `[n_tokens, heads, *shape]`.
+            encode: as `seal` takes it.
         """
         for w in self.of_layer(layer)[0]:
             heads = w.group.heads(layer)
@@ -34,14 +39,24 @@ class Step(Plan):
                     w.places.flat[name, len(heads)] = at
                 slots = self.store.slots(w.group, layer, name)
                 slots.index_copy_(0, at, x.reshape(-1, slots.shape[1]).to(slots.dtype))
-        self.seal(layer)
+        self.seal(layer, encode)
 
-    def seal(self, layer: int) -> None:
-        """Encodes the layer's share of the blocks that became whole and accepted."""
+    def seal(self, layer: int, encode: Encode | None = None) -> None:
+        """Encodes the layer's share of the blocks that became whole and accepted.
+
+        Args:
+            encode: does it faster, or returns False and leaves it to the codecs.
+        """
         for s in self.of_layer(layer)[1]:
-            self._seal(layer, s)
+            if encode is None or not encode(layer, s):
+                self.encode(layer, s)
+            s.todo.discard(layer)
+            if not s.todo:
+                for chain, entries in s.chains:
+                    chain.encoded = max(chain.encoded, entries)
 
-    def _seal(self, layer: int, s: Seal) -> None:
+    def encode(self, layer: int, s: Seal) -> None:
+        """Encodes blocks of one layer by their codecs."""
         codecs = self.layout.codecs_of(s.body)
         dtype = getattr(torch, self.layout.dtype)
         for site in self.layout.sites_of(s.body):
@@ -49,10 +64,6 @@ class Step(Plan):
             for part, stored in codecs[site.name].encode(site, x, s.pos.unsqueeze(1)).items():
                 view = self.store.view(s.body, layer, f"{site.name}.{part}" if part else site.name)
                 view[s.target.at] = stored.to(view.dtype)
-        s.todo.discard(layer)
-        if not s.todo:
-            for chain, entries in s.chains:
-                chain.encoded = max(chain.encoded, entries)
 
     def gather(self, layer: int, read: Read, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One field of what a batch reads: `[R, heads, N, *shape]` in `dtype`, decoded where it is coded."""

@@ -52,7 +52,9 @@ class Codec(Coded):
         return (codes,) if self.scale == "none" else (codes, scale)
 
     def packing(self, site: Site) -> Packing:
-        return Packing() if self.scale == "none" else Packing(0, "token", site.width)
+        if self.scale == "none":
+            return Packing(nearest=True)
+        return Packing(0, "token", site.width, nearest=True)
 
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch

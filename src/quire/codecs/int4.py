@@ -56,7 +56,7 @@ class Codec(Coded):
         from quire.ops.rotate import hadamard_width
 
         turned = hadamard_width(site.width) if self.rotate else 0
-        return Packing(4, "token", self._group(site), turned)
+        return Packing(4, "token", self._group(site), turned, nearest=True)
 
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         from quire.ops.quantise import affine

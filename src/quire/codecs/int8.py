@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from quire.codecs.coded import Coded, choose
 from quire.spec import Field, Packing, Site
@@ -49,8 +49,9 @@ class Codec(Coded):
 
     def packing(self, site: Site) -> Packing:
         if self.scale == "token":
-            return Packing(8, "token", site.width)
-        return Packing(8, "channel" if self.scale == "channel" else "tile", site.block_tokens)
+            return Packing(8, "token", site.width, nearest=True)
+        shared: Literal["channel", "tile"] = "channel" if self.scale == "channel" else "tile"
+        return Packing(8, shared, site.block_tokens, nearest=True)
 
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         from quire.ops.quantise import symmetric

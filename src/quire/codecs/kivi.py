@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from quire.codecs.coded import Coded, affine_fields, choose
 from quire.errors import ConfigError
@@ -76,7 +76,8 @@ class Codec(Coded):
         return codes, *affine_fields(site, (site.width // self.group, site.block_tokens))
 
     def packing(self, site: Site) -> Packing:
-        return Packing(self.bits, "token" if site.values else "channel", self.group)
+        shared: Literal["token", "channel"] = "token" if site.values else "channel"
+        return Packing(self.bits, shared, self.group, nearest=True)
 
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         from quire.ops.quantise import affine

@@ -29,6 +29,8 @@ SCALED = {"": 0, "token": 1, "channel": 2, "tile": 3}
 """What shares a scale."""
 HEAD_DIMS = range(16, 257, 16)
 """Head dimensions that the attention kernel serves."""
+WIDTHS = range(16, 1025, 16)
+"""Channels of a field that the encoding kernel serves."""
 
 SEGMENT = np.dtype(
     [("table", "i8"), ("form", "i4"), ("query", "i4"), ("lo", "i4"), ("hi", "i4")], align=True
@@ -100,13 +102,26 @@ class WriteArgs(Structure):
     )
 
 
+class EncodeArgs(Structure):
+    """Arguments of `encode`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("arena", "source", "target")),
+        *((name, c_int64) for name in ("source_first", "source_tile")),
+        *((name, c_int64) for name in ("target_first", "target_tile")),
+        ("field", FieldLayout),
+        *((name, c_int32) for name in ("n_blocks", "n_heads", "block_tokens", "d")),
+        *((name, c_int32) for name in ("values", "dtype", "threads", "isa")),
+    )
+
+
 class Library:
     """The opened library."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._decode, self._write = handle.quire_decode, handle.quire_write
-        self._gather = handle.quire_gather
+        self._gather, self._encode = handle.quire_gather, handle.quire_encode
         self.isa = int(handle.quire_best_isa())
         """The best instruction-set level here: 2, 3, 4 for x86-64-v2, v3, v4, 5 for v4 with integer and bfloat16 dot
         products (avx512vnni, avx512bf16); 1 for the compiler's baseline."""
@@ -125,6 +140,11 @@ class Library:
         """Rows of new tokens into their blocks."""
         if self._write(byref(args)):
             raise InvariantError("the writing kernel was given what it does not serve")
+
+    def encode(self, args: EncodeArgs) -> None:
+        """Rows of whole blocks, as their codec stores them."""
+        if self._encode(byref(args)):
+            raise InvariantError("the encoding kernel was given what it does not serve")
 
 
 @cache

@@ -38,8 +38,9 @@ def affine(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes `0 .. levels` (float32, shape of x), float16 scales and minima (dimension `dim` kept as 1)."""
     x = x.float()
-    low = half(x.amin(dim, keepdim=True))
-    scale = half((x.amax(dim, keepdim=True) - low.float()).clamp_min(0) / levels)
+    # of zeros with both signs either may be the extreme, by the order of the reduction: + 0 makes them one
+    low = half(x.amin(dim, keepdim=True) + 0.0)
+    scale = half((x.amax(dim, keepdim=True) + 0.0 - low.float()).clamp_min(0) / levels)
     return _codes(x - low.float(), scale).clamp(0, levels), scale, low
 
 

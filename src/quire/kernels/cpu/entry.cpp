@@ -6,7 +6,8 @@
 #define LEVEL(name)                                               \
     extern "C" int quire_decode_##name(const quire_decode_args*); \
     extern "C" int quire_gather_##name(const quire_gather_args*); \
-    extern "C" int quire_write_##name(const quire_write_args*);
+    extern "C" int quire_write_##name(const quire_write_args*);   \
+    extern "C" int quire_encode_##name(const quire_encode_args*);
 
 #if defined(__x86_64__)
 LEVEL(v2)
@@ -77,5 +78,20 @@ extern "C" int quire_gather(const quire_gather_args* a) {
     }
 #else
     return quire_gather_base(a);
+#endif
+}
+
+extern "C" int quire_encode(const quire_encode_args* a) {
+    if (a->d < 16 || a->d > 1024 || a->d % 16 || a->dtype < QUIRE_F32 || a->dtype > QUIRE_F16) return -1;
+    if (a->field.kind >= QUIRE_TILES_8 && a->block_tokens % 16) return -1;
+    if (a->isa > quire_best_isa()) return -1;
+#if defined(__x86_64__)
+    switch (a->isa ? a->isa : quire_best_isa()) {
+        case 4: return quire_encode_v4(a);
+        case 3: return quire_encode_v3(a);
+        default: return quire_encode_v2(a);
+    }
+#else
+    return quire_encode_base(a);
 #endif
 }

@@ -1,6 +1,7 @@
 // One instruction-set level: compiled several times, with -DQUIRE_LEVEL and the level's -march.
 #define quire QUIRE_LEVEL  // each level's templates are its own: the linker must not mix them
 #include "decode.hpp"
+#include "encode.hpp"
 #include "gather.hpp"
 #include "write.hpp"
 #undef quire
@@ -11,3 +12,4 @@
 extern "C" int QUIRE_NAME(quire_decode_, QUIRE_LEVEL)(const quire_decode_args* a) { return QUIRE_LEVEL::decode(*a); }
 extern "C" int QUIRE_NAME(quire_write_, QUIRE_LEVEL)(const quire_write_args* a) { return QUIRE_LEVEL::write(*a); }
 extern "C" int QUIRE_NAME(quire_gather_, QUIRE_LEVEL)(const quire_gather_args* a) { return QUIRE_LEVEL::gather(*a); }
+extern "C" int QUIRE_NAME(quire_encode_, QUIRE_LEVEL)(const quire_encode_args* a) { return QUIRE_LEVEL::encode(*a); }

@@ -99,10 +99,24 @@ struct quire_write_args {
     int32_t source_dtype, dtype;
 };
 
+struct quire_encode_args {
+    uint8_t* arena;
+    const int64_t* source;  // [blocks]: units of the plain rows
+    const int64_t* target;  // [blocks]: and of what they become
+    int64_t source_first, source_tile;  // bytes from a block's begin to the field in the layer's first tile; from head to head
+    int64_t target_first, target_tile;  // bytes from a block's begin to the layer's first tile; from one tile to the next
+    quire_field field;                  // of the target; with a minimum affine, without one symmetric
+    int32_t n_blocks, n_heads, block_tokens, d;
+    int32_t values;  // packed as values, not as keys
+    int32_t dtype;   // of the rows
+    int32_t threads, isa;
+};
+
 // All return 0, or -1 where an argument is outside what the kernels serve.
 QUIRE_PUBLIC int quire_decode(const quire_decode_args*);
 QUIRE_PUBLIC int quire_gather(const quire_gather_args*);
 QUIRE_PUBLIC int quire_write(const quire_write_args*);
+QUIRE_PUBLIC int quire_encode(const quire_encode_args*);
 QUIRE_PUBLIC int quire_best_isa(void);  // 2, 3, 4: x86-64-v2, v3, v4; 5: v4 with vnni and bf16; 1: the compiler's own baseline
 QUIRE_PUBLIC int quire_abi(void);
 }
