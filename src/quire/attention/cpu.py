@@ -10,7 +10,7 @@ takes the torch backend's way, layer by layer.
 from __future__ import annotations
 
 from ctypes import addressof
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from quire.attention.forms import place, plan_sealing
+from quire.attention.observe import Attended
+from quire.attention.paid import Paid, plan_paid
 from quire.attention.read import Read, Seal, Write
 from quire.attention.reference import TorchBackend
 from quire.attention.step import Step
@@ -60,9 +62,17 @@ class _Segments:
     tiles: dict[tuple[int, str, str], _Tiles | None]
     """Of every layer, kept from step to step."""
     groups: tuple[CacheGroup, ...]
+    single: list[Read]
     chunks: list[Read]
     alive: list[Any]
     """What the addresses in `args` point at."""
+    paid: dict[int, Paid] = field(default_factory=dict)
+
+    def paid_to(self, n_rows: int) -> Paid:
+        """Places for probabilities, made once a step."""
+        if n_rows not in self.paid:
+            self.paid[n_rows] = plan_paid(self.single, n_rows)
+        return self.paid[n_rows]
 
 
 class CpuBackend(TorchBackend):
@@ -166,6 +176,7 @@ class CpuBackend(TorchBackend):
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
         window: int | None = None,
+        attended: Attended | None = None,
     ) -> torch.Tensor:
         dtype = _DTYPES.get(q.dtype)
         plan = tiles = None
@@ -187,8 +198,15 @@ class CpuBackend(TorchBackend):
                 softcap=softcap,
                 sinks=sinks,
                 window=window,
+                attended=attended,
             )
+        if attended is not None:
+            attended.begin(q)
         if plan.chunks:
+            if attended is not None:
+                self.observe(
+                    step, layer, q, plan.chunks, attended, keys, scale, softcap, sinks, window
+                )
             out = self.run_reads(
                 step,
                 layer,
@@ -216,7 +234,14 @@ class CpuBackend(TorchBackend):
         args.kv_heads, args.share, args.d = tiles.kv_heads, q.shape[1] // tiles.kv_heads, tiles.d
         args.dtype, args.scale, args.softcap = dtype, scale, softcap or 0.0
         args.threads, args.isa = torch.get_num_threads(), self.isa
+        if attended is None:
+            args.lse = args.probs = None
+            self.library.decode(args)
+            return out
+        paid = plan.paid_to(args.kv_heads * (args.share if attended.fold == "each" else 1))
+        flat = paid.ask(args, attended)
         self.library.decode(args)
+        paid.answer(layer, args.kv_heads, flat, attended)
         return out
 
     def _gather(
@@ -308,7 +333,8 @@ def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
         segments=segments.ctypes.data,
         n_segments=len(segments),
     )
-    return _Segments(args, {}, groups, [r for r in reads if r.queries > 1], [segments, single])
+    chunks = [r for r in reads if r.queries > 1]
+    return _Segments(args, {}, groups, single, chunks, [segments])
 
 
 def _lay_out(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from quire.attention.observe import Attended, observe
 from quire.attention.read import Read
 from quire.attention.step import Step
 from quire.ops.attend import Partial, attend, empty_partial, merge, sink_partial
@@ -45,6 +46,7 @@ class ReferenceBackend:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
         window: int | None = None,
+        attended: Attended | None = None,
     ) -> torch.Tensor:
         """Attends every new token of the step to what it may read in `layer`.
 
@@ -53,18 +55,55 @@ class ReferenceBackend:
             keys: fields whose concatenation over the last dimension is the key (`("latent", "k_rope")` for MLA).
             value: field that is the value.
             softcap, sinks, window: as in `ops.attend`; sinks `[H_q]`; window narrows the layer's span.
+            attended: filled in with what was paid to each slot, for who asks.
 
         Returns:
             `[n_tokens, H_q, D_v]` in q's dtype.
         """
+        reads = step.of_layer(layer)[2]
+        if attended is not None:
+            attended.begin(q)
+            self.observe(step, layer, q, reads, attended, keys, scale, softcap, sinks, window)
         return self.run_reads(
             step,
             layer,
             q,
-            step.of_layer(layer)[2],
+            reads,
             scale=scale,
             keys=keys,
             value=value,
+            softcap=softcap,
+            sinks=sinks,
+            window=window,
+        )
+
+    def observe(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        reads: list[Read],
+        attended: Attended,
+        keys: tuple[str, ...],
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        window: int | None,
+    ) -> None:
+        """Answers `attended` for some of the layer's reads, all those of their queries."""
+
+        def keys_of(r: Read) -> torch.Tensor:
+            parts = [self._gather(step, layer, r, n, q.dtype) for n in keys]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+        observe(
+            attended,
+            q,
+            reads,
+            keys_of,
+            layer=layer,
+            share=q.shape[1] // max(1, _kv_heads(step.of_layer(layer)[2], layer)),
+            scale=scale,
             softcap=softcap,
             sinks=sinks,
             window=window,

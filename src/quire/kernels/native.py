@@ -25,6 +25,8 @@ ROWS = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "float8_e
 """Kinds of fields that are rows, by the dtype of their elements."""
 TILES = {8: 5, 4: 6, 2: 7}
 """Kinds of fields that are packed integers, by their bits."""
+FOLDS = {"each": 0, "mean": 1, "max": 2}
+"""How probabilities of a KV head's query heads become one."""
 SCALED = {"": 0, "token": 1, "channel": 2, "tile": 3}
 """What shares a scale."""
 HEAD_DIMS = range(16, 257, 16)
@@ -36,6 +38,8 @@ SEGMENT = np.dtype(
     [("table", "i8"), ("form", "i4"), ("query", "i4"), ("lo", "i4"), ("hi", "i4")], align=True
 )
 """One stretch of slots that a query reads; `table` is the address of its blocks' places."""
+PLACE = np.dtype([("first", "i8"), ("head", "i8")])
+"""Where a segment's probabilities go, in floats."""
 
 
 class FieldLayout(Structure):
@@ -66,9 +70,10 @@ class DecodeArgs(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("arena", "forms", "segments", "q", "out", "sinks")),
+        *((name, c_void_p) for name in ("lse", "probs", "places")),
         *((name, c_int64) for name in ("q_row", "q_head", "out_row", "out_head")),
         *((name, c_int32) for name in ("n_segments", "kv_heads", "share", "d")),
-        *((name, c_int32) for name in ("dtype", "threads", "isa")),
+        *((name, c_int32) for name in ("dtype", "threads", "isa", "folded")),
         ("scale", c_float),
         ("softcap", c_float),
     )

@@ -7,18 +7,11 @@
 #include <cmath>
 #include <vector>
 
+#include "paid.hpp"
 #include "rows.hpp"
 #include "tiles.hpp"
 
 namespace quire {
-
-constexpr int PIECE = 512;
-constexpr float LOG2E = 1.4426950408889634f;
-
-struct Piece {
-    const quire_segment* segment;
-    int lo, hi;
-};
 
 // Running maximum (of scores in base 2), sum and output of G query heads.
 struct State {
@@ -121,7 +114,7 @@ QUIRE_INLINE int open_piece(const quire_form& f, const uint8_t* base, const Piec
 // One piece for G query heads. While scores are computed their values are fetched, while values are added the next keys.
 template <int G>
 void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Query& q, float softcap, State s,
-          const Next& then) {
+          float* scores, const Next& then) {
     alignas(64) float S[G * CHUNK];
     Chunk chunks[2];
     if (f.k.turned)
@@ -147,6 +140,7 @@ void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Q
             score_steps<G>(f, now, i, n, d, q, S);
         }
         if (softcap > 0) soften<G>(S, steps * STEP, softcap);
+        if (scores) keep_scores<G>(S, now, std::max(0, lo - piece.lo), scores);
         weigh<G>(S, now.skip, now.n, steps * STEP, d, s);
         add_values<G>(f, now, d, S, s.out, Ahead{*keys, next, d});
     }
@@ -154,7 +148,7 @@ void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Q
         for (int g = 0; g < G; g++) turn(s.out + g * d, d, f.v.turned);
 }
 
-typedef void (*Fold)(const quire_form&, const uint8_t*, const Piece&, int, Query&, float, State, const Next&);
+typedef void (*Fold)(const quire_form&, const uint8_t*, const Piece&, int, Query&, float, State, float*, const Next&);
 
 inline Fold fold_of(int heads) {
     switch (heads) {
@@ -206,7 +200,7 @@ QUIRE_INLINE const uint8_t* tiles_of(const quire_decode_args& a, const quire_for
 }
 
 // One piece for one KV head: all its query heads. `room` is top [n], total [n], out [n][d] for n = heads * parts.
-inline void run_piece(const quire_decode_args& a, const Grouping& by, const Piece& piece, int head, float* room,
+inline void run_piece(const quire_decode_args& a, const Grouping& by, const Piece& piece, int head, float* room, float* scores,
                       const Next& then) {
     Query query;
     const quire_form& f = a.forms[piece.segment->form];
@@ -225,13 +219,13 @@ inline void run_piece(const quire_decode_args& a, const Grouping& by, const Piec
             read_query(a, piece.segment->query * a.q_row + (head * a.share + first + g) * a.q_head, factor,
                        query.q + g * d);
         fold(f, base, piece, d, query, a.softcap, State{top + first, total + first, out + first * d},
-             part + 1 < by.parts ? Next{} : then);
+             scores ? scores + first * PIECE : nullptr, part + 1 < by.parts ? Next{} : then);
     }
 }
 
 // Merges a query head's pieces, first to last, and its sink logit.
 inline void merge(const quire_decode_args& a, const Grouping& by, const float* room, int64_t step, int n_pieces, int query,
-                  int head, int g) {
+                  int head, int g, float* lse) {
     alignas(64) float sum[MAX_DIM];
     const int n = by.heads * by.parts, d = a.d, q_head = head * a.share + g;
     float top = a.sinks ? a.sinks[q_head] * LOG2E : -INFINITY, total = a.sinks ? 1.0f : 0.0f;
@@ -255,6 +249,7 @@ inline void merge(const quire_decode_args& a, const Grouping& by, const float* r
         total = total * mine + its_total * its;
         top = high;
     }
+    if (lse) lse[(int64_t)query * a.kv_heads * a.share + q_head] = total == 0.0f ? -INFINITY : top + std::log2(total);
     if (!from) {
         std::fill(sum, sum + d, 0.0f);
         from = sum;
@@ -281,6 +276,13 @@ inline int decode(const quire_decode_args& a) {
     const int64_t step = (int64_t)by.heads * by.parts * (a.d + 2);
     const int n = (int)pieces.size(), queries = (int)firsts.size() - 1;
     if ((int64_t)room.size() < n * a.kv_heads * step) room.resize(n * a.kv_heads * step);
+    const bool wanted = a.lse || a.probs;
+    thread_local std::vector<float> scores, lses;
+    if (wanted) lses.resize(lse_count(a));
+    if (a.probs && (int64_t)scores.size() < n * a.kv_heads * by.heads * by.parts * PIECE)
+        scores.resize((int64_t)n * a.kv_heads * by.heads * by.parts * PIECE);
+    float *lse = wanted ? lses.data() : nullptr, *all_scores = a.probs ? scores.data() : nullptr;
+    const int64_t scores_step = (int64_t)by.heads * by.parts * PIECE;
     const Piece* all_pieces = pieces.data();
     const int* first = firsts.data();
     float* all_room = room.data();
@@ -296,16 +298,23 @@ inline int decode(const quire_decode_args& a) {
                 const quire_form& form = a.forms[all_pieces[j % n].segment->form];
                 if (form.heads[j / n] >= 0) then = Next{&form, tiles_of(a, form, j / n), &all_pieces[j % n]};
             }
-            run_piece(a, by, all_pieces[i % n], i / n, all_room + i * step, then);
+            run_piece(a, by, all_pieces[i % n], i / n, all_room + i * step, all_scores ? all_scores + i * scores_step : nullptr,
+                      then);
         }
 #pragma omp for schedule(static)
         for (int i = 0; i < queries * a.kv_heads; i++) {
             const int query = i / a.kv_heads, head = i % a.kv_heads, begin = first[query];
             for (int g = 0; g < a.share; g++)
                 merge(a, by, all_room + ((int64_t)head * n + begin) * step, step, first[query + 1] - begin,
-                      all_pieces[begin].segment->query, head, g);
+                      all_pieces[begin].segment->query, head, g, lse);
+        }
+        if (all_scores) {
+#pragma omp for schedule(static)
+            for (int i = 0; i < n * a.kv_heads; i++)
+                share_out(a, all_pieces[i % n], i / n, all_scores + i * scores_step, lse);
         }
     }
+    if (a.lse) natural_lse(a, lse);
     return 0;
 }
 

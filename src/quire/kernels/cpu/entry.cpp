@@ -87,6 +87,7 @@ extern "C" int quire_encode(const quire_encode_args* a) {
     if (a->isa > quire_best_isa()) return -1;
 #if defined(__x86_64__)
     switch (a->isa ? a->isa : quire_best_isa()) {
+        case 5: return quire_encode_v4x(a);
         case 4: return quire_encode_v4(a);
         case 3: return quire_encode_v3(a);
         default: return quire_encode_v2(a);

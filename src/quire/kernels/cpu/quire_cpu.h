@@ -58,6 +58,14 @@ struct quire_segment {
     int32_t lo, hi;  // slots that the query reads, lo < hi
 };
 
+// Where the probabilities of a segment go: its first slot, and the step from one head's row to the next, in floats.
+struct quire_place {
+    int64_t first, head;
+};
+
+// Over the query heads of a KV head.
+enum quire_fold : int32_t { QUIRE_EACH = 0, QUIRE_MEAN = 1, QUIRE_MAX = 2 };
+
 struct quire_decode_args {
     const uint8_t* arena;
     const quire_form* forms;
@@ -65,11 +73,15 @@ struct quire_decode_args {
     const void* q;       // [queries, kv_heads * share, d]
     void* out;           // the same shape and dtype
     const float* sinks;  // [kv_heads * share] or null
+    float* lse;          // [queries, kv_heads * share] or null: natural logarithm of the sum of exponentials, sinks included
+    float* probs;        // or null: softmax probabilities, rows of KV heads, or of query heads under QUIRE_EACH
+    const quire_place* places;  // [n_segments] within probs
     int64_t q_row, q_head, out_row, out_head;  // strides in elements
     int32_t n_segments, kv_heads, share, d;
     int32_t dtype;    // of q and out
     int32_t threads;  // at most
     int32_t isa;      // 0: the best that this processor has
+    int32_t folded;   // quire_fold
     float scale, softcap;  // softcap 0: none
 };
 

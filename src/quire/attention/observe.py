@@ -1,0 +1,178 @@
+"""What attention paid to each cached token, for whoever asks: softmax probabilities, and the logarithm of their sum.
+
+    run(step, layer, q, ..., attended=Attended("mean"))
+                                   │
+      lse [n_tokens, H_q]  <───────┤      natural logarithm, over everything that a query read, its sink logit included
+      parts: Mass per read <───────┘      p = exp(score - lse), folded over the query heads of a KV head,
+                                          added up over a row's queries
+
+The output does not change, and nothing is paid when nobody asks. The compiled kernel gives the same for single queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from quire.attention.read import Read, Row
+from quire.errors import ConfigError
+from quire.spec import CacheGroup
+
+Fold = Literal["each", "mean", "max"]
+FOLDS: tuple[Fold, ...] = ("each", "mean", "max")
+SCORE_BYTES = 64 << 20
+"""Scores materialised at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mass:
+    """What the rows of one read paid to the slots that they read.
+
+    Args:
+        group: whose tokens they are.
+        rows: R rows of the forward.
+        heads: the KV heads.
+        positions: `[R, N]` int64, logical position of each slot; -1 where there is none.
+        mass: `[R, heads, N]`, or `[R, heads * share, N]` under "each"; 0 where there is none.
+    """
+
+    group: CacheGroup
+    rows: Sequence[Row]
+    heads: tuple[int, ...]
+    positions: torch.Tensor
+    mass: torch.Tensor
+
+
+@dataclass
+class Attended:
+    """A question to `run`, answered in `lse` and `parts`.
+
+    Args:
+        fold: over the query heads of a KV head: their "mean", their "max", or "each" by itself.
+        last: of how many of a row's queries, from its last one back; None for all.
+
+    Cost: by the kernel one pass over the scores of single queries; else two products of the asked queries and the keys.
+    """
+
+    fold: Fold = "mean"
+    last: int | None = None
+    lse: torch.Tensor = field(init=False, default_factory=lambda: torch.empty(0))
+    """`[n_tokens, H_q]`; no number for queries that were not asked about."""
+    parts: list[Mass] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.fold not in FOLDS or (self.last is not None and self.last < 1):
+            raise ConfigError(
+                f"attended: fold is one of {', '.join(FOLDS)} and last at least 1, not {self.fold!r} and {self.last}"
+            )
+
+    def begin(self, q: torch.Tensor) -> None:
+        """Forgets what an earlier call left, and makes room for `q: [n_tokens, H_q, D]`."""
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.lse = torch.full(q.shape[:2], float("nan"), dtype=dtype, device=q.device)
+        self.parts = []
+
+    def asks(self, queries: int) -> int:
+        """How many of a row's queries are asked about."""
+        return queries if self.last is None else min(self.last, queries)
+
+    def total(self, row: Row) -> torch.Tensor:
+        """`[heads, row.stop]`: a row's mass by position; KV heads, or query heads under "each"."""
+        mine = [(m, i) for m in self.parts for i, r in enumerate(m.rows) if r is row]
+        n_heads = 1 + max((h for m, _ in mine for h in m.heads), default=-1)
+        each = mine[0][0].mass.shape[1] // len(mine[0][0].heads) if mine else 1
+        out = self.lse.new_zeros(n_heads, each, row.stop)
+        for m, i in mine:
+            there = m.positions[i] >= 0
+            x = m.mass[i].view(len(m.heads), each, -1)[..., there]
+            heads = torch.tensor(m.heads, device=out.device)
+            out[heads] = out[heads].index_add_(2, m.positions[i, there], x.to(out.dtype))
+        return out.view(n_heads * each, row.stop)
+
+
+Keys = Callable[[Read], torch.Tensor]
+
+
+def observe(
+    attended: Attended,
+    q: torch.Tensor,
+    reads: Sequence[Read],
+    keys: Keys,
+    *,
+    layer: int,
+    share: int,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    window: int | None,
+) -> None:
+    """Answers for these reads in plain torch, which must be all of their queries' reads.
+
+    Args:
+        q: `[n_tokens, H_q, D]`.
+        keys: a read's keys, `[R, heads, N, D]`.
+        layer: whose KV heads they are.
+        share: query heads of a KV head.
+        scale, softcap, sinks, window: as in `run`.
+    """
+    dtype = attended.lse.dtype
+    q_heads = {
+        r: torch.tensor(
+            [h * share + g for h in r.group.heads(layer) for g in range(share)], device=q.device
+        )
+        for r in reads
+    }
+    for r in reads:
+        asked = r.tokens[:, r.queries - attended.asks(r.queries) :]
+        attended.lse[asked] = (
+            float("-inf") if sinks is None else sinks.detach().to(dtype).expand(*asked.shape, -1)
+        )
+    for r in reads:
+        heads = q_heads[r]
+        for tokens, s in _scores(attended, q, r, keys(r), heads, scale, softcap, window):
+            at = tokens.unsqueeze(-1), heads
+            attended.lse[at] = torch.logaddexp(
+                attended.lse[at], torch.logsumexp(s, -1).transpose(1, 2)
+            )
+    for r in reads:
+        heads, kv_heads, k = q_heads[r], r.group.heads(layer), keys(r)
+        n_heads = len(heads) if attended.fold == "each" else len(kv_heads)
+        mass = torch.zeros(k.shape[0], n_heads, k.shape[2], dtype=dtype, device=q.device)
+        for tokens, s in _scores(attended, q, r, k, heads, scale, softcap, window):
+            lse = attended.lse[tokens.unsqueeze(-1), heads].transpose(1, 2).unsqueeze(-1)
+            p = torch.exp(s - torch.where(torch.isinf(lse), 0.0, lse))
+            if attended.fold != "each":
+                p = p.unflatten(1, (-1, share))
+                p = p.mean(2) if attended.fold == "mean" else p.amax(2)
+            mass += p.sum(2)
+        attended.parts.append(Mass(r.group, r.rows, kv_heads, r.kpos, mass))
+
+
+def _scores(
+    attended: Attended,
+    q: torch.Tensor,
+    r: Read,
+    k: torch.Tensor,
+    heads: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens `[R, T]` and their scores `[R, heads, T, N]`, a few of a row's queries at a time."""
+    mask, first = r.mask(window), r.queries - attended.asks(r.queries)
+    k = k.to(attended.lse.dtype).transpose(-1, -2)
+    rows = max(1, SCORE_BYTES // (8 * k.shape[0] * len(heads) * max(1, k.shape[3])))
+    for at in range(first, r.queries, rows):
+        stop = min(r.queries, at + rows)
+        tokens = r.tokens[:, at:stop]
+        mine = q[tokens][:, :, heads].to(k.dtype).transpose(1, 2)  # [R, heads, T, D]
+        grouped = mine.reshape(mine.shape[0], k.shape[1], -1, mine.shape[3])
+        s = (torch.matmul(grouped, k) * scale).view(*mine.shape[:3], -1)
+        if softcap is not None:
+            s = torch.tanh(s / softcap) * softcap
+        if mask is not None:
+            s = s.masked_fill(~mask[:, at:stop].unsqueeze(1), float("-inf"))
+        yield tokens, s
