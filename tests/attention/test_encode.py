@@ -84,9 +84,21 @@ def drawn(case: Case, width: int, g: torch.Generator) -> torch.Tensor:
         case "infinite":
             x[torch.rand(shape, generator=g) < 0.01] = torch.inf
             x[torch.rand(shape, generator=g) < 0.01] = -torch.inf
+        case "edges":  # scales between two of float16, numbers between two codes: what only exact division tells apart
+            levels = _levels(case.kv)
+            bits = torch.randint(0x3000, 0x4000, (), generator=g).to(torch.int16)
+            below, above = (b.view(torch.float16).float() for b in (bits, bits + 1))
+            top, scale = levels * (below + above) / 2, ((below + above) / 2).half().float()
+            x = (torch.randint(0, levels, shape, generator=g) + 0.5) * scale
+            for at, value in ((0, top), (1, 0.0)):
+                x[..., at::16] = x[at::16] = value
         case "no number":
             x[torch.rand(shape, generator=g) < 0.01] = torch.nan
     return x.to(DTYPES[case.dtype])
+
+
+def _levels(kv: str) -> int:
+    return 448 if "fp8" in kv else 127 if "int8" in kv else 3 if "bits=2" in kv else 15
 
 
 def sealed(
@@ -132,7 +144,7 @@ def counted(isa: int = 0) -> tuple[CpuBackend, list[int]]:
     kind=st.sampled_from(
         [
             *("normal", "one hot channel", "mixed sizes", "ties", "tiny", "constant"),
-            *("infinite", "zeros of both signs"),
+            *("edges", "edges", "infinite", "zeros of both signs"),
         ]
     ),
     seed=st.integers(0, 10**6),
