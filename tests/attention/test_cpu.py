@@ -470,6 +470,7 @@ def test_structures_are_those_of_the_header() -> None:
         ("quire_gather_args", native.GatherArgs),
         ("quire_write_args", native.WriteArgs),
         ("quire_encode_args", native.EncodeArgs),
+        ("quire_latent_args", native.LatentArgs),
     ):
         body = header[header.index(f"struct {name} {{") :].partition("{")[2].partition("};")[0]
         names = []

@@ -3,8 +3,8 @@
     a step's reads of single queries ── once per step ──> segments (block table, slots)        } one call per layer
     a group's tiles of a layer       ── once per layer ─> forms (where its keys and values lie)}
 
-What the kernel does not serve (latents, float64, head dimensions that are no multiple of 16, drafts of a lossy group)
-takes the torch backend's way, layer by layer.
+What the kernels do not serve (float64, head dimensions that are no multiple of 16, drafts of a lossy group) takes the
+torch backend's way, layer by layer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from quire.attention.forms import place, plan_sealing
+from quire.attention.latents import Latents, lay_out_latents, run_latents
 from quire.attention.observe import Attended
 from quire.attention.paid import Paid, plan_paid
 from quire.attention.read import Read, Seal, Write
@@ -67,6 +68,7 @@ class _Segments:
     alive: list[Any]
     """What the addresses in `args` point at."""
     paid: dict[int, Paid] = field(default_factory=dict)
+    latents: dict[int, Latents | None] = field(default_factory=dict)
 
     def paid_to(self, n_rows: int) -> Paid:
         """Places for probabilities, made once a step."""
@@ -91,6 +93,7 @@ class CpuBackend(TorchBackend):
         self.isa = isa
         self._spots: dict[tuple[CacheGroup, int, tuple[str, ...]], _Spot] = {}
         self._sealing: dict[tuple[CacheGroup, CacheGroup], list[tuple[int, EncodeArgs]] | None] = {}
+        self._latents: dict[tuple[CacheGroup, ...], dict[int, Latents | None]] = {}
         self._tiles: dict[tuple[CacheGroup, ...], dict[tuple[int, str, str], _Tiles | None]] = {}
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -178,6 +181,11 @@ class CpuBackend(TorchBackend):
         window: int | None = None,
         attended: Attended | None = None,
     ) -> torch.Tensor:
+        plain = window is None and softcap is None and sinks is None and attended is None
+        if plain and len(keys) == 2 and keys[0] == value:
+            answer = self._absorbed(step, layer, q, keys, scale)
+            if answer is not None:
+                return answer
         dtype = _DTYPES.get(q.dtype)
         plan = tiles = None
         if dtype is not None and len(keys) == 1 and window is None and step.device.type == "cpu":
@@ -244,6 +252,38 @@ class CpuBackend(TorchBackend):
         paid.answer(layer, args.kv_heads, flat, attended)
         return out
 
+    def _absorbed(
+        self, step: Step, layer: int, q: torch.Tensor, keys: tuple[str, ...], scale: float
+    ) -> torch.Tensor | None:
+        """`run` over latents; None where the kernel does not serve them, or there is nothing for it to do."""
+        if q.dtype not in _DTYPES or step.device.type != "cpu":
+            return None
+        plan = self._segments(step, step.of_layer(layer)[2])
+        if plan is None:
+            return None
+        tiles = plan.latents.get(layer, _UNKNOWN)
+        if tiles is _UNKNOWN:
+            tiles = plan.latents[layer] = lay_out_latents(step.layout, plan.groups, layer, *keys)
+        if tiles is None or tiles.d + tiles.d_rope != q.shape[2]:
+            return None
+        if plan.chunks:
+            out = self.run_reads(
+                step,
+                layer,
+                q,
+                plan.chunks,
+                scale=scale,
+                keys=keys,
+                value=keys[0],
+                softcap=None,
+                sinks=None,
+                window=None,
+            )
+        else:
+            out = q.new_empty(*q.shape[:2], tiles.d)
+        run_latents(self.library, plan.args, tiles, q, out, scale=scale, isa=self.isa)
+        return out
+
     def _gather(
         self, step: Step, layer: int, r: Read, name: str, dtype: torch.dtype
     ) -> torch.Tensor:
@@ -281,6 +321,7 @@ class CpuBackend(TorchBackend):
             found = _plan_segments(step, reads)
             if found is not None:
                 found.tiles = self._tiles.setdefault(found.groups, found.tiles)
+                found.latents = self._latents.setdefault(found.groups, found.latents)
             step.prepared[key] = found
         made: _Segments | None = step.prepared[key]
         return made

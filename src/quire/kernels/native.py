@@ -31,8 +31,10 @@ SCALED = {"": 0, "token": 1, "channel": 2, "tile": 3}
 """What shares a scale."""
 HEAD_DIMS = range(16, 257, 16)
 """Head dimensions that the attention kernel serves."""
+ROTARY = range(16, 257, 16)
+"""Widths of the rotary part that the latent kernel serves; of the latent itself, WIDTHS."""
 WIDTHS = range(16, 1025, 16)
-"""Channels of a field that the encoding kernel serves."""
+"""Channels of a field that the encoding and the latent kernel serve."""
 
 SEGMENT = np.dtype(
     [("table", "i8"), ("form", "i4"), ("query", "i4"), ("lo", "i4"), ("hi", "i4")], align=True
@@ -76,6 +78,18 @@ class DecodeArgs(Structure):
         *((name, c_int32) for name in ("dtype", "threads", "isa", "folded")),
         ("scale", c_float),
         ("softcap", c_float),
+    )
+
+
+class LatentArgs(Structure):
+    """Arguments of `latent`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("arena", "forms", "segments", "q", "out")),
+        *((name, c_int64) for name in ("q_row", "q_head", "out_row", "out_head")),
+        *((name, c_int32) for name in ("n_segments", "heads", "d", "d_rope")),
+        *((name, c_int32) for name in ("dtype", "threads", "isa")),
+        ("scale", c_float),
     )
 
 
@@ -127,6 +141,7 @@ class Library:
         self._handle = handle
         self._decode, self._write = handle.quire_decode, handle.quire_write
         self._gather, self._encode = handle.quire_gather, handle.quire_encode
+        self._latent = handle.quire_latent
         self.isa = int(handle.quire_best_isa())
         """The best instruction-set level here: 2, 3, 4 for x86-64-v2, v3, v4, 5 for v4 with integer and bfloat16 dot
         products (avx512vnni, avx512bf16); 1 for the compiler's baseline."""
@@ -135,6 +150,11 @@ class Library:
         """Attention of single queries over their segments."""
         if self._decode(byref(args)):
             raise InvariantError("the attention kernel was given what it does not serve")
+
+    def latent(self, args: LatentArgs) -> None:
+        """The same over latents, which all heads share."""
+        if self._latent(byref(args)):
+            raise InvariantError("the latent kernel was given what it does not serve")
 
     def gather(self, args: GatherArgs) -> None:
         """Blocks of a field, decoded into rows."""

@@ -7,7 +7,8 @@
     extern "C" int quire_decode_##name(const quire_decode_args*); \
     extern "C" int quire_gather_##name(const quire_gather_args*); \
     extern "C" int quire_write_##name(const quire_write_args*);   \
-    extern "C" int quire_encode_##name(const quire_encode_args*);
+    extern "C" int quire_encode_##name(const quire_encode_args*); \
+    extern "C" int quire_latent_##name(const quire_latent_args*);
 
 #if defined(__x86_64__)
 LEVEL(v2)
@@ -94,5 +95,19 @@ extern "C" int quire_encode(const quire_encode_args* a) {
     }
 #else
     return quire_encode_base(a);
+#endif
+}
+
+extern "C" int quire_latent(const quire_latent_args* a) {
+    if (a->d < 16 || a->d > 1024 || a->d % 16 || a->d_rope < 16 || a->d_rope > 256 || a->d_rope % 16) return -1;
+    if (a->heads < 1 || a->dtype < QUIRE_F32 || a->dtype > QUIRE_F16 || a->isa > quire_best_isa()) return -1;
+#if defined(__x86_64__)
+    switch (a->isa ? a->isa : quire_best_isa()) {
+        case 4: return quire_latent_v4(a);
+        case 3: return quire_latent_v3(a);
+        default: return quire_latent_v2(a);
+    }
+#else
+    return quire_latent_base(a);
 #endif
 }

@@ -3,6 +3,7 @@
 #include "decode.hpp"
 #include "encode.hpp"
 #include "gather.hpp"
+#include "latent.hpp"
 #include "write.hpp"
 #undef quire
 
@@ -13,3 +14,4 @@ extern "C" int QUIRE_NAME(quire_decode_, QUIRE_LEVEL)(const quire_decode_args* a
 extern "C" int QUIRE_NAME(quire_write_, QUIRE_LEVEL)(const quire_write_args* a) { return QUIRE_LEVEL::write(*a); }
 extern "C" int QUIRE_NAME(quire_gather_, QUIRE_LEVEL)(const quire_gather_args* a) { return QUIRE_LEVEL::gather(*a); }
 extern "C" int QUIRE_NAME(quire_encode_, QUIRE_LEVEL)(const quire_encode_args* a) { return QUIRE_LEVEL::encode(*a); }
+extern "C" int QUIRE_NAME(quire_latent_, QUIRE_LEVEL)(const quire_latent_args* a) { return QUIRE_LEVEL::latent(*a); }

@@ -85,6 +85,18 @@ struct quire_decode_args {
     float scale, softcap;  // softcap 0: none
 };
 
+struct quire_latent_args {
+    const uint8_t* arena;
+    const quire_form* forms;  // k: the latents, v: the rotary part of keys; heads[0] is the tile
+    const quire_segment* segments;
+    const void* q;  // [queries, heads, d + d_rope]
+    void* out;      // [queries, heads, d] of the same dtype
+    int64_t q_row, q_head, out_row, out_head;  // strides in elements
+    int32_t n_segments, heads, d, d_rope;
+    int32_t dtype, threads, isa;
+    float scale;
+};
+
 struct quire_gather_args {
     const uint8_t* arena;
     const int64_t* units;  // [rows][blocks]
@@ -126,6 +138,7 @@ struct quire_encode_args {
 
 // All return 0, or -1 where an argument is outside what the kernels serve.
 QUIRE_PUBLIC int quire_decode(const quire_decode_args*);
+QUIRE_PUBLIC int quire_latent(const quire_latent_args*);
 QUIRE_PUBLIC int quire_gather(const quire_gather_args*);
 QUIRE_PUBLIC int quire_write(const quire_write_args*);
 QUIRE_PUBLIC int quire_encode(const quire_encode_args*);
