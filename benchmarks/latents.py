@@ -6,7 +6,7 @@ One layer, one query a sequence, `--heads` query heads over latents of 512 chann
     gathered    the torch backend: blocks gathered, then two products in the model's dtype
     bf16, fp32  matmul - softmax - matmul over latents that lie side by side in that dtype already, for free
 
-All sides are held to float64 first and take turns; ratios are taken within a turn. The bar is the best of bf16 and fp32.
+All sides are held to float64 first and take turns; ratios are taken within a turn. The bar is the best of the last two.
 
     python benchmarks/latents.py --batch 1 8 --ctx 1024 8192 --heads 16 128
 """

@@ -26,6 +26,7 @@ KEYS = {
     "caches": {"cases", "peers", "verdicts"},
     "attention": {"cases", "torch", "attention", "verdicts"},
     "sealing": {"cases"},
+    "peak": {"cases", "verdicts"},
     "latents": {"cases"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
