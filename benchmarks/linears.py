@@ -16,6 +16,7 @@ import torch
 from common import Document, Stream, Table
 from torch import nn
 
+from quire.models.panels import PanelWeight
 from quire.models.prepack import Prepacked
 
 
@@ -56,7 +57,9 @@ def measure(
             want, got = plain.layers[0](x), packed.layers[0](x)
         error = float((want - got).abs().max() / want.std())
         where = f"{dtype} {shape[0]} x {shape[1]}, {rows} rows"
-        common.check(doc, where, error < 1e-5, error)
+        # oneDNN gives the plain product's bits; our kernel adds in another order, and bfloat16 rounds the sums
+        panels = isinstance(packed.layers[0].weight, PanelWeight)
+        common.check(doc, where, error < (0.05 if panels else 1e-5), error)
         sides = {"plain": plain.caller(x), "packed": packed.caller(x)}
         turns = common.take_turns(sides, args.repeats, clock=args.clock, stream=stream)
         seconds = turns.spread("packed").median
@@ -67,6 +70,7 @@ def measure(
                 "rows": rows,
                 "plain_over_packed": turns.ratio("plain", "packed").json(digits=3),
                 "packed_gb_per_s": round(packed.weight_bytes / seconds / 1e9, 2),
+                "form": "panels" if panels else "oneDNN",
                 "stream_gb_per_s": [round(s, 1) for s in turns.stream_gb_per_s or ()],
             }
         )
@@ -77,7 +81,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> Document:
     p = common.parser(__doc__ or "")
     p.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    p.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 32, 128, 512])
+    p.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 128, 512])
     p.add_argument("--mib", type=int, default=100, help="weights of one shape")
     args = p.parse_args(argv)
     shapes = [(2048, 5632), (2048, 256)]
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
     doc["cases"] = [
         case for d in args.dtype for s in shapes for case in measure(doc, args, d, s, stream)
     ]
-    table = Table(["dtype, shape", "rows", "plain / packed", "min", "max", "GB/s"])
+    table = Table(["dtype, shape", "rows", "plain / packed", "min", "max", "GB/s", "stream"])
     for c in doc["cases"]:
         ratio = c["plain_over_packed"]
         figures = (f"{ratio[k]:.2f}" for k in ("median", "min", "max"))
@@ -99,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
             c["rows"],
             *figures,
             c["packed_gb_per_s"],
+            f"{min(c['stream_gb_per_s']):.1f}" if c["stream_gb_per_s"] else "",
         )
     return common.report(doc, args, [table])
 

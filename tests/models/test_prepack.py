@@ -13,14 +13,19 @@ import quire
 import zoo
 from models.driving import engine_texts, runner_for
 from quire.errors import ConfigError
+from quire.kernels import native
 from quire.models import prepack
 from quire.models.load import Loaded
 from quire.models.open import open_runner
 
 TEXTS = zoo.prompts()[:3]
 
-needs_bf16 = pytest.mark.skipif(
+needs_onednn = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
+)
+needs_packing = pytest.mark.skipif(
+    not (native.load() or torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no bfloat16 here, and the CPU kernels were not built",
 )
 
 
@@ -33,7 +38,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def packed(model: nn.Module) -> set[str]:
-    return {n for n, m in linears(model).items() if m.weight.is_mkldnn}
+    return {n for n, m in linears(model).items() if prepack.is_packed(m.weight)}
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -44,7 +49,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@needs_bf16
+@needs_packing
 def test_the_same_text_and_the_same_weights_afterwards() -> None:
     plain = runner_for(llama(), weights="plain")
     assert plain.weights is None
@@ -65,7 +70,7 @@ def test_the_same_text_and_the_same_weights_afterwards() -> None:
     runner.close()  # again: nothing happens
 
 
-@needs_bf16
+@needs_onednn
 @pytest.mark.parametrize("rows", [1, 5, 70])
 @pytest.mark.parametrize("bias", [False, True])
 def test_one_layer_is_the_plain_one(rows: int, bias: bool) -> None:
@@ -91,7 +96,7 @@ def test_float32_only_when_asked() -> None:
     assert same(bits(model), before)
 
 
-@needs_bf16
+@needs_packing
 def test_a_tied_head_stays_plain() -> None:
     model = llama()
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -102,7 +107,7 @@ def test_a_tied_head_stays_plain() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@needs_bf16
+@needs_packing
 def test_adapters_stay_plain() -> None:
     peft = pytest.importorskip("peft", reason="adapters need the peft package")
     model = llama()
@@ -113,12 +118,12 @@ def test_adapters_stay_plain() -> None:
     runner.close()
 
 
-@needs_bf16
+@needs_packing
 def test_absorbed_latents_keep_the_matrix_that_they_read() -> None:
     texts = zoo.prompts()[:2]
-    want = engine_texts(runner_for(zoo.build("deepseek_v3").bfloat16(), weights="plain"), texts)
-    model = zoo.build("deepseek_v3").bfloat16()
-    runner = runner_for(model)
+    want = engine_texts(runner_for(zoo.build("deepseek_v3"), weights="plain"), texts)
+    model = zoo.build("deepseek_v3")
+    runner = runner_for(model, weights="prepacked")
     assert packed(model)
     assert not any("kv_b_proj" in n for n in packed(model))
     assert engine_texts(runner, texts) == want
@@ -135,7 +140,7 @@ class Reader(nn.Module):
         return F.linear(x, self.inner.weight)
 
 
-@needs_bf16
+@needs_packing
 def test_a_model_that_reads_its_weights_itself_is_left_alone() -> None:
     model = llama()
     model.model.layers[1].mlp.down_proj = Reader(model.model.layers[1].mlp.down_proj)
@@ -150,21 +155,24 @@ def test_a_model_that_reads_its_weights_itself_is_left_alone() -> None:
     assert model.config._attn_implementation != "quire"  # given back whole
 
 
-@needs_bf16
+@needs_packing
 def test_a_packed_model_that_differs_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-        right = forward(weight, bias)
-        return lambda x: -right(x)
+    def wrong(forward: Any) -> Any:
+        def made(*args: Any) -> Any:
+            right = forward(*args)
+            return lambda x: -right(x)
 
-    forward = prepack._forward
-    monkeypatch.setattr(prepack, "_forward", wrong)
+        return made
+
+    monkeypatch.setattr(prepack, "_forward", wrong(prepack._forward))
+    monkeypatch.setattr(prepack, "panel_forward", wrong(prepack.panel_forward))
     model = llama()
     with pytest.raises(ConfigError, match="logits differ by"):
         runner_for(model, weights="prepacked")
     assert not packed(model)
 
 
-@needs_bf16
+@needs_packing
 def test_gradients_flow_through_a_plain_copy() -> None:
     ids = torch.tensor([[1, 2, 3, 4]])
 
@@ -180,7 +188,7 @@ def test_gradients_flow_through_a_plain_copy() -> None:
     assert torch.equal(*grads)
 
 
-@needs_bf16
+@needs_packing
 def test_generate_is_lent_a_cache_and_nothing_else_unless_asked() -> None:
     model = llama()
     with quire.attach(model, memory="32MiB"):
@@ -192,7 +200,7 @@ def test_generate_is_lent_a_cache_and_nothing_else_unless_asked() -> None:
     assert same(bits(model), before)
 
 
-@needs_bf16
+@needs_packing
 def test_without_a_cache_they_are_packed_too() -> None:
     model = llama()
     before = bits(model)
@@ -202,7 +210,7 @@ def test_without_a_cache_they_are_packed_too() -> None:
     assert same(bits(model), before)
 
 
-@needs_bf16
+@needs_packing
 def test_the_fingerprint_is_of_the_plain_weights() -> None:
     model = llama()
     before = Loaded(model, None, "").digest

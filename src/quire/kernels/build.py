@@ -21,7 +21,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = SOURCES / ("libquire_cpu.dylib" if sys.platform == "darwin" else "libquire_cpu.so")
-LEVELS = {
+LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "v2": ("-march=x86-64-v2",),
         "v3": ("-march=x86-64-v3",),

@@ -19,7 +19,7 @@ from quire.kernels.build import LIBRARY
 
 log = logging.getLogger("quire")
 
-ABI = 4
+ABI = 5
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 ROWS = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 """Kinds of fields that are rows, by the dtype of their elements."""
@@ -134,6 +134,16 @@ class EncodeArgs(Structure):
     )
 
 
+class LinearArgs(Structure):
+    """Arguments of `linear`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "bias", "x", "out")),
+        *((name, c_int64) for name in ("x_row", "out_row")),
+        *((name, c_int32) for name in ("rows", "n", "k", "k_words", "panel", "threads", "isa")),
+    )
+
+
 class Library:
     """The opened library."""
 
@@ -141,7 +151,7 @@ class Library:
         self._handle = handle
         self._decode, self._write = handle.quire_decode, handle.quire_write
         self._gather, self._encode = handle.quire_gather, handle.quire_encode
-        self._latent = handle.quire_latent
+        self._latent, self._linear = handle.quire_latent, handle.quire_linear
         self.isa = int(handle.quire_best_isa())
         """The best instruction-set level here: 2, 3, 4 for x86-64-v2, v3, v4, 5 for v4 with integer and bfloat16 dot
         products (avx512vnni, avx512bf16); 1 for the compiler's baseline."""
@@ -161,6 +171,11 @@ class Library:
         if self._gather(byref(args)):
             raise InvariantError("the gathering kernel was given what it does not serve")
 
+    def linear(self, args: LinearArgs) -> None:
+        """A linear layer over packed weights."""
+        if self._linear(byref(args)):
+            raise InvariantError("the linear kernel was given what it does not serve")
+
     def write(self, args: WriteArgs) -> None:
         """Rows of new tokens into their blocks."""
         if self._write(byref(args)):
@@ -170,6 +185,11 @@ class Library:
         """Rows of whole blocks, as their codec stores them."""
         if self._encode(byref(args)):
             raise InvariantError("the encoding kernel was given what it does not serve")
+
+
+def memory(address: int, n_bytes: int) -> Any:
+    """The bytes there, as a buffer that owns nothing."""
+    return (ctypes.c_uint8 * n_bytes).from_address(address)
 
 
 @cache

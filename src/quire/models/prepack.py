@@ -1,7 +1,10 @@
-"""Linear layers whose weights lie as oneDNN reads them fastest.
+"""Linear layers whose weights lie as a product reads them fastest.
 
-A decode step reads every weight once. torch's plain path in bfloat16 reads them at a fraction of the memory's speed;
-the same product over weights reordered once gives the same bits, faster up to some 32 rows and no slower beyond.
+A decode step reads every weight once. torch's plain path in bfloat16 reads them at a fraction of the memory's speed.
+Where the processor has oneDNN's bfloat16 (AVX-512), oneDNN reorders the weights once, and its product over them gives
+the same bits, faster up to some 32 rows and no slower beyond; with bfloat16 dot products our kernel reads the same
+blocks in place for 5 to 16 rows. Everywhere else torch has no fast product in bfloat16 for any number of rows, and our
+kernel (see `panels`) takes all of them: the same weights, sums in float32 in another order.
 
 The packed weight takes the plain one's place, layer by layer, so memory does not double; `Prepacked.restore` puts back
 the same bits. A weight that something else holds too (an embedding tied to the head), and a layer that is more than an
@@ -21,16 +24,34 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from quire.errors import ConfigError
+from quire.kernels import native
+from quire.models.panels import (
+    PanelWeight,
+    args_for,
+    blocks_of,
+    multiplier,
+    panel_forward,
+    to_panels,
+)
 
-__all__ = ["WEIGHTS", "Prepacked", "check_weights", "prepack"]
+__all__ = ["WEIGHTS", "Prepacked", "check_weights", "is_packed", "prepack"]
 
 log = logging.getLogger("quire")
 
 WEIGHTS = ("auto", "plain", "prepacked")
-"""auto: prepacked where it pays and changes no bit, that is in bfloat16 on a CPU that oneDNN serves in it."""
+"""auto: prepacked where it pays, that is in bfloat16 on a CPU."""
 
 _TOLERANCE = {torch.bfloat16: 0.2, torch.float32: 2e-3}
 """Largest difference of logits after packing, in their standard deviations: the model's own rounding."""
+
+
+_DOTS = 5
+"""The level of the kernels that has bfloat16 dot products."""
+
+_OUR_ROWS = range(5, 17)
+"""Where oneDNN falls far below the memory's speed there."""
+
+Multiply = Callable[[Tensor], Tensor]
 
 
 def check_weights(weights: str) -> None:
@@ -78,11 +99,22 @@ def _unserved(model: Any) -> str | None:
     if model.dtype not in _TOLERANCE:
         name = str(model.dtype).removeprefix("torch.")
         return f"they are for bfloat16 and float32, and the model computes in {name}"
-    if not torch.backends.mkldnn.is_available():
+    if model.dtype != torch.bfloat16 and not torch.backends.mkldnn.is_available():
         return "this build of torch comes without oneDNN"
-    if model.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this processor has no bfloat16 in oneDNN"
+    if model.dtype == torch.bfloat16 and not (_onednn_serves_bf16() or native.load()):
+        return "this processor has no bfloat16 in oneDNN, and the CPU kernels were not built"
     return None
+
+
+def _onednn_serves_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight is one that `Prepacked` put in a plain one's place."""
+    return isinstance(weight, PanelWeight) or weight.is_mkldnn
 
 
 class Prepacked:
@@ -130,34 +162,60 @@ class Prepacked:
 
     @torch.inference_mode(mode=False)
     def _pack(self, layer: nn.Linear) -> None:
-        plain = layer.weight
-        weight = torch.ops.mkldnn._reorder_linear_weight(plain.detach())
-        packed = nn.Parameter(weight, requires_grad=False)
+        plain, bias = layer.weight, layer.bias
+        if plain.dtype != torch.bfloat16 or _onednn_serves_bf16():
+            weight = torch.ops.mkldnn._reorder_linear_weight(plain.detach())
+            forward = _forward(weight, bias, _in_place(weight, plain, bias))
+        else:
+            weight = PanelWeight(to_panels(plain.detach()), *plain.shape)
+            forward = panel_forward(weight, bias)
         self._packed.append((layer, plain.requires_grad))
-        layer._parameters["weight"] = packed
-        object.__setattr__(layer, "forward", _forward(weight, layer.bias))
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        object.__setattr__(layer, "forward", forward)
 
     @torch.inference_mode(mode=False)
     def restore(self) -> None:
         """Gives every layer its weight back, bit for bit. Idempotent."""
         while self._packed:
             layer, trained = self._packed.pop()
-            plain = nn.Parameter(layer.weight.detach().to_dense(), requires_grad=trained)
-            layer._parameters["weight"] = plain
+            weight = layer.weight.detach()
+            plain = weight.plain() if isinstance(weight, PanelWeight) else weight.to_dense()
+            layer._parameters["weight"] = nn.Parameter(plain, requires_grad=trained)
             object.__delattr__(layer, "forward")
 
 
-def _forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """`F.linear` over a packed weight; where gradients are wanted, over a plain copy."""
+def _in_place(weight: Tensor, plain: Tensor, bias: Tensor | None) -> Multiply | None:
+    """Our kernel over oneDNN's blocks, where the processor has the instructions that it gains from and they are panels.
+
+    A processor without bfloat16 dot products multiplies in float32, which oneDNN does as well as we.
+    """
+    library = native.load()
+    if library is None or library.isa != _DOTS or plain.dtype != torch.bfloat16:
+        return None
+    address, n_bytes = torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight)
+    found = blocks_of(address, n_bytes, plain)
+    if found is None or (bias is not None and bias.dtype != torch.bfloat16):
+        return None
+    n, k = plain.shape
+    return multiplier(args_for(address, n, k, *found, bias), bias)
+
+
+def _forward(
+    weight: Tensor, bias: Tensor | None, in_place: Multiply | None = None
+) -> Callable[[Tensor], Tensor]:
+    """`F.linear` over a weight that oneDNN packed; where gradients are wanted, over a plain copy."""
     multiply = partial(
         torch.ops.mkldnn._linear_pointwise.default, attr="none", scalars=[], algorithm=""
     )
+    k = weight.shape[1]
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
         if torch.is_grad_enabled() and (
             input.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return linear(input, weight.to_dense(), bias)
+        if in_place is not None and input.numel() // k in _OUR_ROWS and input.dtype == weight.dtype:
+            return in_place(input)
         out: Tensor = multiply(input, weight, bias)
         return out
 

@@ -1,14 +1,15 @@
 // What the library exports: checks, and the choice of the instruction-set level, made once.
 #include "quire_cpu.h"
 
-#define QUIRE_ABI 4
+#define QUIRE_ABI 5
 
 #define LEVEL(name)                                               \
     extern "C" int quire_decode_##name(const quire_decode_args*); \
     extern "C" int quire_gather_##name(const quire_gather_args*); \
     extern "C" int quire_write_##name(const quire_write_args*);   \
     extern "C" int quire_encode_##name(const quire_encode_args*); \
-    extern "C" int quire_latent_##name(const quire_latent_args*);
+    extern "C" int quire_latent_##name(const quire_latent_args*); \
+    extern "C" int quire_linear_##name(const quire_linear_args*);
 
 #if defined(__x86_64__)
 LEVEL(v2)
@@ -103,11 +104,27 @@ extern "C" int quire_latent(const quire_latent_args* a) {
     if (a->heads < 1 || a->dtype < QUIRE_F32 || a->dtype > QUIRE_F16 || a->isa > quire_best_isa()) return -1;
 #if defined(__x86_64__)
     switch (a->isa ? a->isa : quire_best_isa()) {
+        case 5: return quire_latent_v4x(a);
         case 4: return quire_latent_v4(a);
         case 3: return quire_latent_v3(a);
         default: return quire_latent_v2(a);
     }
 #else
     return quire_latent_base(a);
+#endif
+}
+
+extern "C" int quire_linear(const quire_linear_args* a) {
+    if (a->rows < 1 || a->n < 1 || a->k < 1 || a->k_words < (a->k + 1) / 2 || a->isa > quire_best_isa()) return -1;
+    if (a->panel < 16 || a->panel % 16) return -1;
+#if defined(__x86_64__)
+    switch (a->isa ? a->isa : quire_best_isa()) {
+        case 5: return quire_linear_v4x(a);
+        case 4: return quire_linear_v4(a);
+        case 3: return quire_linear_v3(a);
+        default: return quire_linear_v2(a);
+    }
+#else
+    return quire_linear_base(a);
 #endif
 }

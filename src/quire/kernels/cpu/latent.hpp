@@ -11,7 +11,7 @@
 namespace quire {
 
 constexpr int MAX_LATENT = 1024, MAX_ROTARY = 256;
-constexpr int TOGETHER = 64;    // tokens that are floats at a time
+constexpr int AT_ONCE = 64;     // tokens that are floats at a time
 constexpr int PART_HEADS = 32;  // heads whose queries and sums stay in the second-level cache
 constexpr int HEADS = 4;        // that share a load of a value
 constexpr int TOKENS = LANES >= 8 ? 4 : 2;
@@ -20,12 +20,12 @@ struct alignas(64) Line {
     float x[16];
 };
 
-// Memory of a thread: floats of TOGETHER tokens, queries and scores of PART_HEADS heads.
+// Memory of a thread: floats of AT_ONCE tokens, queries and scores of PART_HEADS heads.
 struct LatentBench {
     std::vector<Line> lines;
     float *latent, *rotary, *q, *S;
     void fit(int d, int d_rope) {
-        const int64_t sizes[] = {(int64_t)TOGETHER * d, (int64_t)TOGETHER * d_rope, (int64_t)PART_HEADS * (d + d_rope),
+        const int64_t sizes[] = {(int64_t)AT_ONCE * d, (int64_t)AT_ONCE * d_rope, (int64_t)PART_HEADS * (d + d_rope),
                                  (int64_t)PART_HEADS * CHUNK};
         const size_t n = (sizes[0] + sizes[1] + sizes[2] + sizes[3]) / 16;
         if (lines.size() < n) lines.resize(n);
@@ -168,8 +168,8 @@ inline void run_latents(const quire_latent_args& a, const Piece& piece, int firs
     const uint8_t* base = a.arena + f.first + f.heads[0] * f.tile_bytes;
     const bool packed = f.k.kind >= QUIRE_TILES_8 || f.v.kind >= QUIRE_TILES_8;
     Chunk c;
-    for (int lo = packed ? piece.lo / STEP * STEP : piece.lo; lo < piece.hi; lo += TOGETHER) {
-        c.locate(base, piece.segment->table, f.block_tokens, lo, std::min(TOGETHER, piece.hi - lo));
+    for (int lo = packed ? piece.lo / STEP * STEP : piece.lo; lo < piece.hi; lo += AT_ONCE) {
+        c.locate(base, piece.segment->table, f.block_tokens, lo, std::min(AT_ONCE, piece.hi - lo));
         c.skip = std::max(0, piece.lo - lo);
         as_floats(f.k, c, a.d, f.block_tokens, m.latent);
         as_floats(f.v, c, a.d_rope, f.block_tokens, m.rotary);

@@ -3,6 +3,7 @@
 #include "decode.hpp"
 #include "encode.hpp"
 #include "gather.hpp"
+#include "gemm.hpp"
 #include "latent.hpp"
 #include "write.hpp"
 #undef quire
@@ -15,3 +16,4 @@ extern "C" int QUIRE_NAME(quire_write_, QUIRE_LEVEL)(const quire_write_args* a) 
 extern "C" int QUIRE_NAME(quire_gather_, QUIRE_LEVEL)(const quire_gather_args* a) { return QUIRE_LEVEL::gather(*a); }
 extern "C" int QUIRE_NAME(quire_encode_, QUIRE_LEVEL)(const quire_encode_args* a) { return QUIRE_LEVEL::encode(*a); }
 extern "C" int QUIRE_NAME(quire_latent_, QUIRE_LEVEL)(const quire_latent_args* a) { return QUIRE_LEVEL::latent(*a); }
+extern "C" int QUIRE_NAME(quire_linear_, QUIRE_LEVEL)(const quire_linear_args* a) { return QUIRE_LEVEL::linear(*a); }

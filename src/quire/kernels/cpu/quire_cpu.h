@@ -136,12 +136,26 @@ struct quire_encode_args {
     int32_t threads, isa;
 };
 
+// out = x * weight^T + bias in bfloat16, sums in float32. The weight lies in panels of outputs, pairs of inputs side by
+// side, zeros at the edges: [ceil(n / panel)][k_words][panel][2].
+struct quire_linear_args {
+    const uint32_t* weight;
+    const uint16_t* bias;  // [n] or null
+    const uint16_t* x;     // [rows][k]
+    uint16_t* out;         // [rows][n]
+    int64_t x_row, out_row;  // strides in elements
+    int32_t rows, n, k, k_words;  // k_words >= ceil(k / 2)
+    int32_t panel;  // a multiple of 16
+    int32_t threads, isa;  // as in quire_decode_args
+};
+
 // All return 0, or -1 where an argument is outside what the kernels serve.
 QUIRE_PUBLIC int quire_decode(const quire_decode_args*);
 QUIRE_PUBLIC int quire_latent(const quire_latent_args*);
 QUIRE_PUBLIC int quire_gather(const quire_gather_args*);
 QUIRE_PUBLIC int quire_write(const quire_write_args*);
 QUIRE_PUBLIC int quire_encode(const quire_encode_args*);
+QUIRE_PUBLIC int quire_linear(const quire_linear_args*);
 QUIRE_PUBLIC int quire_best_isa(void);  // 2, 3, 4: x86-64-v2, v3, v4; 5: v4 with vnni and bf16; 1: the compiler's own baseline
 QUIRE_PUBLIC int quire_abi(void);
 }

@@ -1,0 +1,185 @@
+// Linear layers over bfloat16 weights that lie as a product reads them: out = x * weight^T + bias.
+//
+//   weight [n / panel][k / 2][panel][2]: a 32-bit word holds two inputs' weights of one output; zeros at the edges
+//   x      [tile][k / 2][row of the tile][2], float32, or bfloat16 where the processor multiplies that; made here
+//
+// A unit of work is 64 outputs by up to BLOCK_ROWS rows. Its sums stay in registers for one tile of rows, and pass
+// through memory between stretches of k where there are several tiles, so that a stretch is fetched once. Every output
+// adds its products in the order of k whatever rows stand beside it: a row's result does not depend on them.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "quire_cpu.h"
+#include "vec.hpp"
+
+namespace quire {
+
+constexpr int UNIT = 64;          // outputs
+constexpr int VECTORS = UNIT / LANES;
+constexpr int STRETCH = 64;       // words of k, where there are several tiles
+constexpr int BLOCK_ROWS = 96;    // of x at a time
+constexpr int TILE_ROWS = LANES == 4 ? 3 : 6;
+constexpr int AHEAD = 32;         // words of k that are asked for early
+
+typedef uint32_t WordsAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+// A word of weights is multiplied in as many parts as the processor needs; `Pair` holds what a row has for it.
+#if defined(__AVX512BF16__)
+constexpr int PARTS = 1;
+struct Pair {
+    uint32_t part[PARTS];
+};
+QUIRE_INLINE Pair pair_of(uint16_t a, uint16_t b) { return Pair{{(uint32_t)b << 16 | a}}; }
+template <int PART>
+QUIRE_INLINE Words part_of(Words w) {
+    return w;
+}
+QUIRE_INLINE Floats added_to(Floats sum, Words w, uint32_t x) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)(Words{} + x));
+}
+#else
+constexpr int PARTS = 2;
+struct Pair {
+    float part[PARTS];
+};
+QUIRE_INLINE Pair pair_of(uint16_t a, uint16_t b) { return Pair{{BF16::one(a), BF16::one(b)}}; }
+template <int PART>
+QUIRE_INLINE Words part_of(Words w) {
+    return PART ? w & 0xffff0000u : w << 16;
+}
+QUIRE_INLINE Floats added_to(Floats sum, Words w, float x) { return (Floats)w * x + sum; }
+#endif
+
+template <int PART, int R, int C>
+QUIRE_INLINE void add_part(const uint32_t* const* w, int64_t at, const Pair* x, Floats (&sum)[R][C]) {
+    Words part[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; c++) part[c] = part_of<PART>(*(const WordsAt*)(w[c] + at));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int c = 0; c < C; c++) sum[r][c] = added_to(sum[r][c], part[c], x[r].part[PART]);
+}
+
+// R rows by C vectors of outputs over `n` words of k; `sums` has UNIT floats a row.
+template <int R, int C>
+QUIRE_INLINE void tile(const uint32_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first) {
+    const uint32_t* w[C];
+    Floats sum[R][C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; c++) w[c] = weight[c];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int c = 0; c < C; c++) sum[r][c] = first ? Floats{} : load(sums + r * UNIT + c * LANES);
+    for (int i = 0; i < n; i++) {
+#pragma GCC unroll 16
+        for (int c = 0; c < C; c += 16 / LANES) fetch(w[c] + (i + AHEAD) * stride);
+        add_part<0>(w, i * stride, x + i * R, sum);
+        if constexpr (PARTS > 1) add_part<PARTS - 1>(w, i * stride, x + i * R, sum);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int c = 0; c < C; c++) store(sums + r * UNIT + c * LANES, sum[r][c]);
+}
+
+// As many vectors at once as there are registers for: enough sums side by side to hide the time of an addition.
+constexpr int vectors_at_once(int rows) {
+    if (LANES == 16) return 4;
+    if (LANES == 8) return rows == 1 ? 8 : rows <= 3 ? 4 : 2;
+    return rows == 1 ? 8 : 4;
+}
+
+template <int R>
+void unit_of(const uint32_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first) {
+    constexpr int C = vectors_at_once(R);
+    for (int c = 0; c < VECTORS; c += C) tile<R, C>(weight + c, stride, x, n, sums + c * LANES, first);
+}
+
+typedef void (*Unit)(const uint32_t* const*, int64_t, const Pair*, int, float*, bool);
+inline Unit unit_for(int rows) {
+    switch (rows) {
+        case 1: return unit_of<1>;
+        case 2: return unit_of<2>;
+        case 3: return unit_of<3>;
+#if QUIRE_LANES > 4
+        case 4: return unit_of<4>;
+        case 5: return unit_of<5>;
+        case 6: return unit_of<6>;
+#endif
+    }
+    return nullptr;
+}
+
+// The rows in tiles of nearly the same height.
+struct Tiles {
+    int rows, n;
+    explicit Tiles(int rows) : rows(rows), n((rows + TILE_ROWS - 1) / TILE_ROWS) {}
+    int begin(int t) const { return (int)((int64_t)rows * t / n); }
+};
+
+inline void arrange(const quire_linear_args& a, const Tiles& tiles, int t, Pair* out) {
+    const int begin = tiles.begin(t), rows = tiles.begin(t + 1) - begin, words = a.k_words;
+    for (int r = 0; r < rows; r++) {
+        const uint16_t* x = a.x + (begin + r) * a.x_row;
+        Pair* to = out + (int64_t)begin * words + r;
+        for (int i = 0; i < a.k / 2; i++) to[i * rows] = pair_of(x[2 * i], x[2 * i + 1]);
+        if (a.k % 2) to[a.k / 2 * rows] = pair_of(x[a.k - 1], 0);
+        for (int i = (a.k + 1) / 2; i < words; i++) to[i * rows] = pair_of(0, 0);
+    }
+}
+
+// Rows [begin, end) in `tiles` of all rows, outputs [64 * unit, ...).
+inline void multiply(const quire_linear_args& a, const Tiles& tiles, int begin, int end, int unit, const Pair* x) {
+    alignas(64) float sums[BLOCK_ROWS * UNIT];
+    const uint32_t* weight[VECTORS];
+    const int width = std::min(UNIT, a.n - unit * UNIT), words = a.k_words, top = tiles.begin(begin);
+    for (int c = 0; c < VECTORS; c++) {  // beyond the last output: the last one again, for nobody
+        const int at = unit * UNIT + std::min(c * LANES, (width - 1) / LANES * LANES);
+        weight[c] = a.weight + (int64_t)(at / a.panel) * words * a.panel + at % a.panel;
+    }
+    const int stretch = end - begin > 1 ? STRETCH : words;
+    for (int i = 0; i < words; i += stretch) {
+        const uint32_t* here[VECTORS];
+        for (int c = 0; c < VECTORS; c++) here[c] = weight[c] + (int64_t)i * a.panel;
+        for (int t = begin; t < end; t++) {
+            const int row = tiles.begin(t), rows = tiles.begin(t + 1) - row;
+            unit_for(rows)(here, a.panel, x + (int64_t)row * words + (int64_t)i * rows, std::min(stretch, words - i),
+                           sums + (row - top) * UNIT, i == 0);
+        }
+    }
+    for (int row = top; row < tiles.begin(end); row++) {
+        uint16_t* out = a.out + row * a.out_row + unit * UNIT;
+        const float* sum = sums + (row - top) * UNIT;
+        if (a.bias)
+            for (int j = 0; j < width; j++) out[j] = BF16::narrow(sum[j] + BF16::one(a.bias[unit * UNIT + j]));
+        else
+            for (int j = 0; j < width; j++) out[j] = BF16::narrow(sum[j]);
+    }
+}
+
+inline int linear(const quire_linear_args& a) {
+    thread_local std::vector<Pair> room;
+    const Tiles tiles(a.rows);
+    if ((int64_t)room.size() < (int64_t)a.rows * a.k_words) room.resize((int64_t)a.rows * a.k_words);
+    Pair* x = room.data();
+    const int per_block = BLOCK_ROWS / TILE_ROWS, blocks = (tiles.n + per_block - 1) / per_block;
+    const int units = (a.n + UNIT - 1) / UNIT;
+    // Waking the other threads takes as long as reading some ten thousand weights.
+    const bool alone = a.threads < 2 || (int64_t)a.rows * a.n * a.k < 65536;
+#pragma omp parallel num_threads(alone ? 1 : a.threads) if (!alone)
+    {
+#pragma omp for schedule(static)
+        for (int t = 0; t < tiles.n; t++) arrange(a, tiles, t, x);
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < units * blocks; i++) {  // a unit's blocks side by side: its weights stay in the cache
+            const int begin = i % blocks * per_block;
+            multiply(a, tiles, begin, std::min(begin + per_block, tiles.n), i / blocks, x);
+        }
+    }
+    return 0;
+}
+
+}  // namespace quire

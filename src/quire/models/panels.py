@@ -1,0 +1,178 @@
+"""Linear layers in bfloat16 over weights that lie in panels, multiplied by the compiled kernel.
+
+    plain   [n, k]
+    panels  [ceil(n / 16), ceil(k / 2), 16, 2]   sixteen outputs of two inputs are one cache line; zeros at the edges
+
+One copy of the weight serves one row and thousands: nothing is unpacked but in registers. Sums are float32 and add up
+in the order of k, so that a row's result depends neither on the rows beside it nor on the number of threads. Where
+oneDNN's own blocks are found to be panels (of 64 outputs, say), the same kernel reads them in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils import _pytree as pytree
+
+from quire.errors import InvariantError
+from quire.kernels import native
+from quire.kernels.native import LinearArgs
+
+__all__ = [
+    "PANEL",
+    "PanelWeight",
+    "args_for",
+    "blocks_of",
+    "multiplier",
+    "panel_forward",
+    "to_panels",
+]
+
+PANEL = 16
+"""Outputs side by side in our own layout."""
+
+
+def to_panels(weight: Tensor, panel: int = PANEL, words: int = 0) -> Tensor:
+    """`[n, k]` to `[ceil(n / panel), words, panel, 2]`; words: at least `ceil(k / 2)`, which is the default.
+
+    Cost: one copy of the weight beside it.
+    """
+    n, k = weight.shape
+    words = words or (k + 1) // 2
+    whole = -(-n // panel) * panel
+    if (whole, 2 * words) != (n, k):
+        padded = weight.new_zeros(whole, 2 * words)
+        padded[:n, :k] = weight
+        weight = padded
+    return weight.view(whole // panel, panel, words, 2).transpose(1, 2).contiguous()
+
+
+def from_panels(panels: Tensor, n: int, k: int) -> Tensor:
+    """The weight that `to_panels` was given, bit for bit."""
+    count, words, panel, _ = panels.shape
+    return panels.transpose(1, 2).reshape(count * panel, 2 * words)[:n, :k].contiguous()
+
+
+_PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("linear", "matmul", "mm", "addmm", "bmm", "t", "transpose", "permute")
+)
+
+
+class PanelWeight(Tensor):
+    """A weight `[n, k]` held in panels. What looks at it gets a plain copy; only its layer multiplies with it.
+
+    Raises:
+        TypeError: from products. A copy made for each of them would be slow and go unnoticed.
+    """
+
+    panels: Tensor
+
+    @staticmethod
+    def __new__(cls, panels: Tensor, n: int, k: int) -> Self:
+        """Wraps panels as the weight that they hold."""
+        made: Self = Tensor._make_wrapper_subclass(
+            cls, (n, k), dtype=panels.dtype, device=panels.device
+        )
+        made.panels = panels
+        return made
+
+    def plain(self) -> Tensor:
+        """`[n, k]`, a copy."""
+        n, k = self.shape
+        return from_panels(self.panels, n, k)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Hands plain copies on; only a detached twin stays in panels."""
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].panels, *args[0].shape)
+        if func.overloadpacket in _PRODUCTS:
+            raise TypeError(f"{func} on a packed weight, which only its own layer multiplies with")
+        args, kwargs = pytree.tree_map_only(cls, cls.plain, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def blocks_of(address: int, n_bytes: int, plain: Tensor) -> tuple[int, int] | None:
+    """How a weight lies at an address, where it lies in panels: outputs of a panel and words of k; None: otherwise.
+
+    Cost: one comparison with the plain weight, bit for bit.
+    """
+    n, k = plain.shape
+    found = torch.frombuffer(native.memory(address, n_bytes), dtype=torch.uint8)
+    for panel in (64, 48, 32, 16):
+        whole = -(-n // panel) * panel
+        words, rest = divmod(n_bytes, 4 * whole)
+        if rest or not (k + 1) // 2 <= words <= (k + 127) // 2:
+            continue
+        expected = to_panels(plain.detach(), panel, words).view(torch.uint8)
+        if torch.equal(expected.view(-1), found):
+            return panel, words
+    return None
+
+
+def args_for(
+    weight: int, n: int, k: int, panel: int, words: int, bias: Tensor | None
+) -> LinearArgs:
+    """What every call of a layer has in common; weight is the address of its panels."""
+    args = LinearArgs(n=n, k=k, panel=panel, k_words=words)
+    args.weight, args.bias = weight, None if bias is None else bias.data_ptr()
+    return args
+
+
+def multiplier(args: LinearArgs, bias: Tensor | None, isa: int = 0) -> Callable[[Tensor], Tensor]:
+    """`x: [..., k] bfloat16` to `[..., n] bfloat16`, by the kernel; what `args` points at has to stay alive.
+
+    Raises:
+        InvariantError: there is no library, or the bias is not a row of bfloat16.
+    """
+    library = native.load()
+    if library is None or (bias is not None and not (_served(bias) and bias.is_contiguous())):
+        raise InvariantError("these layers are not the kernel's")
+    run, n, k = library.linear, args.n, args.k
+    copy, common = LinearArgs.from_buffer_copy, bytes(args)
+    threads_now = torch.get_num_threads
+
+    def multiply(x: Tensor) -> Tensor:
+        *lead, width = x.shape
+        if width != k:
+            raise RuntimeError(f"a layer of {k} inputs is given {width}")
+        if not x.is_contiguous():
+            x = x.contiguous()
+        out = x.new_empty(*lead, n)
+        rows = x.numel() // k
+        if rows:
+            call = copy(common)
+            call.x, call.out, call.x_row, call.out_row = x.data_ptr(), out.data_ptr(), k, n
+            call.rows, call.threads, call.isa = rows, threads_now(), isa
+            run(call)
+        return out
+
+    return multiply
+
+
+def panel_forward(weight: PanelWeight, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`F.linear` over panels; over a plain copy where gradients are wanted or the input is of another kind."""
+    panels, (n, k) = weight.panels, weight.shape
+    args = args_for(panels.data_ptr(), n, k, panels.shape[2], panels.shape[1], bias)
+    multiply = multiplier(args, bias)
+
+    def forward(input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
+        if not _served(input) or (
+            torch.is_grad_enabled()
+            and (input.requires_grad or (bias is not None and bias.requires_grad))
+        ):
+            return linear(input, weight.plain(), bias)
+        return multiply(input)
+
+    return forward
+
+
+def _served(x: Tensor) -> bool:
+    return x.dtype is torch.bfloat16 and x.device.type == "cpu"

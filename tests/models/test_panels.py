@@ -1,0 +1,143 @@
+"""Weights in panels: every product is the plain one, whatever the shape, the level, the rows beside it, the layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from quire.errors import InvariantError
+from quire.kernels import native
+from quire.models.panels import (
+    PanelWeight,
+    args_for,
+    blocks_of,
+    from_panels,
+    multiplier,
+    panel_forward,
+    to_panels,
+)
+
+LIBRARY = native.load()
+needs_kernels = pytest.mark.skipif(
+    LIBRARY is None, reason="the CPU kernels were not built here (no C++ compiler)"
+)
+LEVELS = [
+    x for x in (1, 2, 3, 4, 5) if LIBRARY is not None and (x == LIBRARY.isa or 1 < x < LIBRARY.isa)
+]
+sizes = st.integers(1, 200)
+
+
+def near(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Within one rounding to bfloat16 and the sums' own roundings of the product in float64."""
+    want, most = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    if bias is not None:
+        want, most = want + bias.double(), most + bias.double().abs()
+    room = 2**-8 * want.abs() + 2**-20 * most
+    assert ((got.double() - want).abs() <= room).all()
+
+
+@needs_kernels
+@given(
+    rows=st.one_of(st.integers(1, 17), st.integers(90, 200)),
+    n=sizes,
+    k=sizes,
+    panel=st.sampled_from([16, 32, 48, 64]),
+    more_words=st.sampled_from([0, 0, 5]),
+    bias=st.booleans(),
+    isa=st.sampled_from(LEVELS or [0]),
+    seed=st.integers(0, 99),
+)
+def test_the_kernel_is_the_product(
+    rows: int, n: int, k: int, panel: int, more_words: int, bias: bool, isa: int, seed: int
+) -> None:
+    """The rows of a batch are, bit for bit, the rows alone."""
+    random = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=random).bfloat16()
+    x = torch.randn(rows, k, generator=random).bfloat16()
+    b = torch.randn(n, generator=random).bfloat16() if bias else None
+    panels = to_panels(w, panel, (k + 1) // 2 + more_words)
+    assert torch.equal(from_panels(panels, n, k), w)
+    args = args_for(panels.data_ptr(), n, k, panel, panels.shape[1], b)
+    multiply = multiplier(args, b, isa)
+    got = multiply(x)
+    near(got, x, w, b)
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(multiply(x[row : row + 1]), got[row : row + 1])
+    assert torch.equal(multiply(x[: rows // 2]), got[: rows // 2])
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_work_and_change_nothing(threads: int) -> None:
+    w, x = torch.randn(300, 520).bfloat16(), torch.randn(200, 520).bfloat16()
+    panels = to_panels(w)
+    multiply = multiplier(args_for(panels.data_ptr(), 300, 520, 16, 260, None), None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = multiply(x)
+        torch.set_num_threads(threads)
+        assert torch.equal(multiply(x), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_infinities_and_nan_stay_in_their_rows() -> None:
+    w, x = torch.randn(70, 33).bfloat16(), torch.randn(8, 33).bfloat16()
+    x[3, 32], x[5, 0] = float("inf"), float("nan")
+    got = panel_forward(PanelWeight(to_panels(w), 70, 33), None)(x)
+    assert got[5].isnan().all()
+    assert got[3].isinf().all()
+    clean = torch.tensor([0, 1, 2, 4, 6, 7])
+    near(got[clean], x[clean], w, None)
+
+
+@needs_kernels
+def test_shapes_are_a_linear_layers() -> None:
+    w = torch.randn(20, 33).bfloat16()
+    forward = panel_forward(PanelWeight(to_panels(w), 20, 33), None)
+    wide = torch.randn(2, 3, 66).bfloat16()
+    near(forward(wide[..., :33]), wide[..., :33], w, None)  # not contiguous
+    assert forward(wide[:, :0, :33]).shape == (2, 0, 20)
+    assert forward(wide[0, 0, :33]).shape == (20,)
+    with pytest.raises(RuntimeError, match="a layer of 33 inputs is given 66"):
+        forward(wide)
+    with pytest.raises(RuntimeError, match="dtype"):
+        forward(wide[..., :33].float())
+
+
+@needs_kernels
+def test_a_bias_of_another_kind_is_refused() -> None:
+    panels = to_panels(torch.randn(20, 33).bfloat16())
+    bias = torch.randn(20)
+    with pytest.raises(InvariantError, match="not the kernel's"):
+        multiplier(args_for(panels.data_ptr(), 20, 33, 16, 17, bias), bias)
+
+
+@pytest.mark.parametrize("panel", [64, 48, 32, 16])
+def test_blocks_are_recognised_by_their_bits(panel: int) -> None:
+    plain = torch.randn(130, 70).bfloat16()
+    held = to_panels(plain, panel, 48)
+    n_bytes = held.numel() * 2
+    assert blocks_of(held.data_ptr(), n_bytes, plain) == (panel, 48)
+    held.view(-1)[7] += 1
+    assert blocks_of(held.data_ptr(), n_bytes, plain) is None
+    assert blocks_of(plain.data_ptr(), plain.numel() * 2, plain) is None
+
+
+def test_a_packed_weight_reads_as_the_plain_one() -> None:
+    plain = torch.randn(37, 21).bfloat16()
+    weight = nn.Parameter(PanelWeight(to_panels(plain), 37, 21), requires_grad=False)
+    assert isinstance(weight, PanelWeight)
+    assert weight.shape == plain.shape
+    assert weight.dtype == plain.dtype
+    assert torch.equal(weight.clone(), plain)
+    assert torch.equal(weight.float(), plain.float())
+    assert torch.equal(weight.detach().reshape(-1), plain.reshape(-1))
+    for product in (lambda: weight.T, lambda: nn.functional.linear(plain, weight)):
+        with pytest.raises(TypeError, match="only its own layer multiplies"):
+            product()
