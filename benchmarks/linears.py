@@ -16,6 +16,7 @@ import torch
 from common import Document, Stream, Table
 from torch import nn
 
+from quire.kernels import native
 from quire.models.panels import PanelWeight
 from quire.models.prepack import Prepacked
 
@@ -40,6 +41,18 @@ class Stack(nn.Module):
         return call
 
 
+def int8_stack(
+    args: argparse.Namespace, shape: tuple[int, int], dtype: torch.dtype
+) -> Stack | None:
+    """The same layers rounded to 8 bits; None where no kernel multiplies them."""
+    if dtype != torch.bfloat16 or native.load() is None:
+        return None
+    torch.manual_seed(args.seed)
+    eight = Stack(shape, args.mib << 20, dtype)
+    Prepacked(eight).pack_layers(int8=True)
+    return eight
+
+
 def measure(
     doc: Document, args: argparse.Namespace, dtype: str, shape: tuple[int, int], stream: Stream
 ) -> list[dict[str, Any]]:
@@ -50,6 +63,7 @@ def measure(
     packed = Stack(shape, args.mib << 20, kind)
     changed = Prepacked(packed)
     changed.pack_layers()
+    eight = int8_stack(args, shape, kind)
     out = []
     for rows in args.rows:
         x = torch.randn(rows, shape[0]).to(kind)
@@ -61,6 +75,8 @@ def measure(
         panels = isinstance(packed.layers[0].weight, PanelWeight)
         common.check(doc, where, error < (0.05 if panels else 1e-5), error)
         sides = {"plain": plain.caller(x), "packed": packed.caller(x)}
+        if eight is not None:
+            sides["int8"] = eight.caller(x)
         turns = common.take_turns(sides, args.repeats, clock=args.clock, stream=stream)
         seconds = turns.spread("packed").median
         out.append(
@@ -69,6 +85,9 @@ def measure(
                 "shape": list(shape),
                 "rows": rows,
                 "plain_over_packed": turns.ratio("plain", "packed").json(digits=3),
+                "packed_over_int8": None
+                if eight is None
+                else turns.ratio("packed", "int8").json(digits=3),
                 "packed_gb_per_s": round(packed.weight_bytes / seconds / 1e9, 2),
                 "form": "panels" if panels else "oneDNN",
                 "stream_gb_per_s": [round(s, 1) for s in turns.stream_gb_per_s or ()],
@@ -94,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> Document:
     doc["cases"] = [
         case for d in args.dtype for s in shapes for case in measure(doc, args, d, s, stream)
     ]
-    table = Table(["dtype, shape", "rows", "plain / packed", "min", "max", "GB/s", "stream"])
+    table = Table(
+        ["dtype, shape", "rows", "plain / packed", "min", "max", "packed / int8", "GB/s", "stream"]
+    )
     for c in doc["cases"]:
         ratio = c["plain_over_packed"]
         figures = (f"{ratio[k]:.2f}" for k in ("median", "min", "max"))
@@ -102,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
             f"{c['dtype']}, {c['shape'][0]} x {c['shape'][1]}",
             c["rows"],
             *figures,
+            "" if c["packed_over_int8"] is None else f"{c['packed_over_int8']['median']:.2f}",
             c["packed_gb_per_s"],
             f"{min(c['stream_gb_per_s']):.1f}" if c["stream_gb_per_s"] else "",
         )

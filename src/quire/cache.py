@@ -41,7 +41,7 @@ def attach(
         block_tokens: tokens per block.
         attention: backend, `"auto"`, `"cpu"` (the compiled kernels), `"torch"` or `"reference"`.
         way: forces packed, rows, patched or dense.
-        weights: "plain" leaves the linear layers alone; "prepacked" and "auto" as for an engine, until `detach()`.
+        weights: "plain" leaves the linear layers alone; others as for an engine, until `detach()`.
 
     Raises:
         ConfigError: the model or the configuration cannot be served, with the reason.

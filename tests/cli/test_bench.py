@@ -61,7 +61,7 @@ def test_for_people(quire: Callable[..., Any]) -> None:
         (("decode", "--ctx", 10**7), "ask for fewer"),
         (("decode", "--kv", "nothing"), "nothing"),
         (("decode", "--keep", "nothing"), "nothing"),
-        (("decode", "--weights", "nothing"), "known: auto, plain, prepacked"),
+        (("decode", "--weights", "nothing"), "known: auto, plain, prepacked, int8"),
         (("decode", "--attention", "nothing"), "unknown attention backend"),
         (("decode", "--random", "tiny", "--memory", "1KiB"), "too small"),
     ],

@@ -17,6 +17,7 @@ from quire.models.panels import (
     from_panels,
     multiplier,
     panel_forward,
+    to_int8,
     to_panels,
 )
 
@@ -67,6 +68,37 @@ def test_the_kernel_is_the_product(
     for row in {0, rows // 2, rows - 1}:
         assert torch.equal(multiply(x[row : row + 1]), got[row : row + 1])
     assert torch.equal(multiply(x[: rows // 2]), got[: rows // 2])
+
+
+@needs_kernels
+@given(
+    rows=st.one_of(st.integers(1, 17), st.integers(90, 110)),
+    n=sizes,
+    k=sizes,
+    bias=st.booleans(),
+    isa=st.sampled_from(LEVELS or [0]),
+    seed=st.integers(0, 99),
+)
+def test_eight_bits_are_multiplied_as_they_decode(
+    rows: int, n: int, k: int, bias: bool, isa: int, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    w = (
+        torch.randn(n, k, generator=random).bfloat16()
+        * torch.rand(n, 1, generator=random).bfloat16()
+    )
+    x = torch.randn(rows, k, generator=random).bfloat16()
+    b = torch.randn(n, generator=random).bfloat16() if bias else None
+    codes, scales = to_int8(w)
+    decoded = codes.double() * scales.double()[:, None]
+    assert ((decoded - w.double()).abs() <= 0.501 * scales[:, None]).all()
+    panels = to_panels(codes)
+    args = args_for(panels.data_ptr(), n, k, 16, panels.shape[1], b)
+    args.scales = scales.data_ptr()
+    multiply = multiplier(args, b, isa)
+    got = multiply(x)
+    near(got, x, decoded, b)
+    assert torch.equal(multiply(x[:1]), got[:1])
 
 
 @needs_kernels

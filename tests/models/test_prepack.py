@@ -60,7 +60,8 @@ def test_the_same_text_and_the_same_weights_afterwards() -> None:
     assert packed(model) == set(linears(model))
     assert runner.weights is not None
     assert runner.weights.n_layers == len(linears(model))
-    assert runner.weights.n_bytes == sum(2 * m.weight.numel() for m in linears(model).values())
+    plain_bytes = sum(2 * m.weight.numel() for m in linears(model).values())
+    assert plain_bytes <= runner.weights.n_bytes <= 1.01 * plain_bytes  # zeros at the edges
     assert engine_texts(runner, TEXTS) == want
     runner.close()
     assert not packed(model)
@@ -220,7 +221,38 @@ def test_the_fingerprint_is_of_the_plain_weights() -> None:
     runner.close()
 
 
+@pytest.mark.skipif(native.load() is None, reason="the CPU kernels were not built here")
+def test_int8_halves_the_weights_and_rounds_them() -> None:
+    ids = torch.tensor([[5, 9, 11, 3, 77]])
+    with torch.inference_mode():
+        want = llama()(ids).logits.float()
+    model = llama()
+    plain = {n: m.weight.float() for n, m in linears(model).items()}
+    runner = open_runner(model, memory="32MiB", weights="int8")
+    assert runner.weights is not None
+    assert runner.weights.form == "int8"
+    assert packed(model) == set(plain)
+    elements = sum(w.numel() for w in plain.values())
+    assert 1 <= runner.weights.n_bytes / elements <= 1.15  # scales, and zeros at the edges
+    with torch.inference_mode():
+        got = model(ids).logits.float()
+    runner.close()
+    assert not packed(model)
+    for name, layer in linears(model).items():
+        step = plain[name].abs().amax(1, keepdim=True) / 127
+        assert (
+            (layer.weight.float() - plain[name]).abs() <= 0.502 * step + 2**-8 * step * 127
+        ).all()
+    with torch.inference_mode():
+        rounded = model(ids).logits.float()
+    assert float((got - rounded).abs().max() / want.std()) < 0.1  # the same weights, in plain form
+    assert 0 < float((got - want).abs().max() / want.std()) < 0.5
+
+
 def test_refusals_say_why() -> None:
+    if native.load() is not None:
+        with pytest.raises(ConfigError, match=r"int8.*compute in bfloat16, and this one.*float32"):
+            open_runner(llama(torch.float32), kv="none", weights="int8")
     model = llama(torch.float16)
     with pytest.raises(ConfigError, match="computes in float16; use auto or plain"):
         open_runner(model, kv="none", weights="prepacked")

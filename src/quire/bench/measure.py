@@ -136,7 +136,7 @@ def _document(case: Case, side: Side, keep: str, share: float, reads: Spread) ->
         "stream_spread": reads.json(digits=2),
         "floor_tokens_per_s": floor,
         "verified": share,
-        "weights": "plain" if side.runner.weights is None else "prepacked",
+        "weights": "plain" if side.runner.weights is None else side.runner.weights.form,
         "hardware": hardware(),
         "commit": commit(),
     }

@@ -61,7 +61,7 @@ def command(
         ),
     ] = None,
     weights: Annotated[
-        str, typer.Option(metavar="FORM", help="auto, plain or prepacked linear layers.")
+        str, typer.Option(metavar="FORM", help="auto, plain, prepacked or int8 linear layers.")
     ] = "auto",
     attention: Annotated[
         str, typer.Option(metavar="NAME", help="auto, cpu, torch or reference.")

@@ -96,7 +96,7 @@ Weights = Annotated[
         _MODEL,
         "--weights",
         "FORM",
-        "auto (default), plain or prepacked: how linear layers hold their weights on a CPU.",
+        "auto (default), plain, prepacked or int8: how linear layers hold their weights on a CPU.",
     ),
 ]
 MaxTokens = Annotated[

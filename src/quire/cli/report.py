@@ -46,7 +46,7 @@ def result(loaded: Loaded, runner: Any, options: RunOptions, outcome: Outcome) -
         "architecture": type(loaded.model).__name__,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
-        "weights": "plain" if runner.weights is None else "prepacked",
+        "weights": "plain" if runner.weights is None else runner.weights.form,
         "groups": _groups(runner),
         "output_tokens": outcome.output_tokens,
         "steps": outcome.books.steps,
@@ -174,7 +174,9 @@ def _weights_rows(runner: Any) -> list[tuple[str, str]]:
     packed = runner.weights
     if packed is None:
         return []
-    return [("weights", f"{packed.n_layers} linear layers prepacked, {bytes_text(packed.n_bytes)}")]
+    return [
+        ("weights", f"{packed.n_layers} linear layers {packed.form}, {bytes_text(packed.n_bytes)}")
+    ]
 
 
 def _single_rows(outcome: Outcome) -> list[tuple[str, str]]:

@@ -138,7 +138,7 @@ class LinearArgs(Structure):
     """Arguments of `linear`."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("weight", "bias", "x", "out")),
+        *((name, c_void_p) for name in ("weight", "scales", "bias", "x", "out")),
         *((name, c_int64) for name in ("x_row", "out_row")),
         *((name, c_int32) for name in ("rows", "n", "k", "k_words", "panel", "threads", "isa")),
     )

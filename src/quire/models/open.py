@@ -28,7 +28,7 @@ def open_runner(
         kv, keep: string forms, see `KVConfig`.
         memory: of the arena: bytes, a share of free memory, or text as `"8GiB"`.
         attention: backend; way: forces a way into the model.
-        weights: "plain", "prepacked" or "auto": what the linear layers read, see `quire.models.prepack`.
+        weights: "plain", "prepacked", "int8" or "auto": what the linear layers read, see `quire.models.prepack`.
 
     Raises:
         ConfigError, CapacityError: see `connect` and `prepack`.

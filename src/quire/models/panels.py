@@ -1,4 +1,4 @@
-"""Linear layers in bfloat16 over weights that lie in panels, multiplied by the compiled kernel.
+"""Linear layers in bfloat16 over weights, of 16 or 8 bits, that lie in panels, multiplied by the compiled kernel.
 
     plain   [n, k]
     panels  [ceil(n / 16), ceil(k / 2), 16, 2]   sixteen outputs of two inputs are one cache line; zeros at the edges
@@ -63,6 +63,13 @@ _PRODUCTS = frozenset(
 )
 
 
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`[n, k]` to whole numbers from -127 to 127 and a scale per output: `[n, k] int8`, `[n] float32`."""
+    w = weight.float()
+    scales = w.abs().amax(1).clamp_min(1e-30) / 127
+    return (w / scales[:, None]).round().to(torch.int8), scales
+
+
 class PanelWeight(Tensor):
     """A weight `[n, k]` held in panels. What looks at it gets a plain copy; only its layer multiplies with it.
 
@@ -71,20 +78,28 @@ class PanelWeight(Tensor):
     """
 
     panels: Tensor
+    scales: Tensor | None
+    """`[n] float32`; None: the panels hold the weight itself."""
 
     @staticmethod
-    def __new__(cls, panels: Tensor, n: int, k: int) -> Self:
+    def __new__(cls, panels: Tensor, n: int, k: int, scales: Tensor | None = None) -> Self:
         """Wraps panels as the weight that they hold."""
         made: Self = Tensor._make_wrapper_subclass(
-            cls, (n, k), dtype=panels.dtype, device=panels.device
+            cls, (n, k), dtype=torch.bfloat16, device=panels.device
         )
-        made.panels = panels
+        made.panels, made.scales = panels, scales
         return made
 
     def plain(self) -> Tensor:
-        """`[n, k]`, a copy."""
+        """`[n, k] bfloat16`, a copy; rounded where the panels hold 8 bits."""
         n, k = self.shape
-        return from_panels(self.panels, n, k)
+        found = from_panels(self.panels, n, k)
+        return found if self.scales is None else (found * self.scales[:, None]).bfloat16()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of panels and scales."""
+        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -92,7 +107,8 @@ class PanelWeight(Tensor):
     ) -> Any:
         """Hands plain copies on; only a detached twin stays in panels."""
         if func is torch.ops.aten.detach.default:
-            return cls(args[0].panels, *args[0].shape)
+            w = args[0]
+            return cls(w.panels, *w.shape, w.scales)  # type: ignore[call-arg]
         if func.overloadpacket in _PRODUCTS:
             raise TypeError(f"{func} on a packed weight, which only its own layer multiplies with")
         args, kwargs = pytree.tree_map_only(cls, cls.plain, (args, kwargs or {}))
@@ -161,6 +177,7 @@ def panel_forward(weight: PanelWeight, bias: Tensor | None) -> Callable[[Tensor]
     """`F.linear` over panels; over a plain copy where gradients are wanted or the input is of another kind."""
     panels, (n, k) = weight.panels, weight.shape
     args = args_for(panels.data_ptr(), n, k, panels.shape[2], panels.shape[1], bias)
+    args.scales = None if weight.scales is None else weight.scales.data_ptr()
     multiply = multiplier(args, bias)
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name

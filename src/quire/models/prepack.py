@@ -7,8 +7,9 @@ blocks in place for 5 to 16 rows. Everywhere else torch has no fast product in b
 kernel (see `panels`) takes all of them: the same weights, sums in float32 in another order.
 
 The packed weight takes the plain one's place, layer by layer, so memory does not double; `Prepacked.restore` puts back
-the same bits. A weight that something else holds too (an embedding tied to the head), and a layer that is more than an
-`nn.Linear` (quantised, carrying an adapter, replaced by its owner) stay as they are.
+the same bits, or, where they were rounded to 8, what they were rounded to. A weight that something else holds too (an
+embedding tied to the head), and a layer that is more than an `nn.Linear` (quantised, carrying an adapter, replaced by
+its owner) stay as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from quire.models.panels import (
     blocks_of,
     multiplier,
     panel_forward,
+    to_int8,
     to_panels,
 )
 
@@ -38,8 +40,11 @@ __all__ = ["WEIGHTS", "Prepacked", "check_weights", "is_packed", "prepack"]
 
 log = logging.getLogger("quire")
 
-WEIGHTS = ("auto", "plain", "prepacked")
-"""auto: prepacked where it pays, that is in bfloat16 on a CPU."""
+WEIGHTS = ("auto", "plain", "prepacked", "int8")
+"""auto: prepacked where it pays, that is in bfloat16 on a CPU; int8: packed, rounded to 8 bits, a scale per output."""
+
+_INT8_TOLERANCE = 1.0
+"""As `_TOLERANCE`, for weights that are rounded: far above what rounding does, far below what a mistake does."""
 
 _TOLERANCE = {torch.bfloat16: 0.2, torch.float32: 2e-3}
 """Largest difference of logits after packing, in their standard deviations: the model's own rounding."""
@@ -71,25 +76,28 @@ def prepack(model: Any, weights: str = "auto") -> Prepacked | None:
         What was changed; None: nothing was.
 
     Raises:
-        ConfigError: "prepacked" cannot be had here; says why.
+        ConfigError: "prepacked" or "int8" cannot be had here; says why.
 
     Cost: one pass over the weights, and two forwards of a few tokens that must agree.
     """
     check_weights(weights)
     if weights == "plain":
         return None
-    reason = _unserved(model)
+    reason = _unserved(model) or (_not_int8(model) if weights == "int8" else None)
     if weights == "auto" and (reason or model.dtype != torch.bfloat16):
         return None
     if reason is None:
         packed = Prepacked(model)
         reason = packed.pack()
+        if reason is None and weights == "int8":  # what takes packed weights takes rounded ones
+            packed.restore()
+            reason = packed.pack(int8=True)
         if reason is None:
             return packed
     if weights == "auto":
         log.info("%s: weights stay plain: %s", type(model).__name__, reason)
         return None
-    raise ConfigError(f"weights 'prepacked': {reason}; use auto or plain")
+    raise ConfigError(f"weights {weights!r}: {reason}; use auto or plain")
 
 
 def _unserved(model: Any) -> str | None:
@@ -103,6 +111,16 @@ def _unserved(model: Any) -> str | None:
         return "this build of torch comes without oneDNN"
     if model.dtype == torch.bfloat16 and not (_onednn_serves_bf16() or native.load()):
         return "this processor has no bfloat16 in oneDNN, and the CPU kernels were not built"
+    return None
+
+
+def _not_int8(model: Any) -> str | None:
+    """Why there are no 8-bit weights for this model here."""
+    if native.load() is None:
+        return "the CPU kernels were not built, and torch's own products of 8 bits are slower than plain ones"
+    if model.dtype != torch.bfloat16:
+        name = str(model.dtype).removeprefix("torch.")
+        return f"they are for models that compute in bfloat16, and this one computes in {name}"
     return None
 
 
@@ -124,6 +142,8 @@ class Prepacked:
         self.model = model
         self._layers = _packable(model)
         self._packed: list[tuple[nn.Linear, bool]] = []
+        self.form = "prepacked"
+        """What the layers hold: "prepacked" or "int8"."""
 
     @property
     def n_layers(self) -> int:
@@ -133,10 +153,14 @@ class Prepacked:
     @property
     def n_bytes(self) -> int:
         """Of their weights."""
-        return sum(m.weight.numel() * m.weight.element_size() for m, _ in self._packed)
+        weights = [m.weight for m, _ in self._packed]
+        return sum(
+            w.held_bytes if isinstance(w, PanelWeight) else w.numel() * w.element_size()
+            for w in weights
+        )
 
-    def pack(self) -> str | None:
-        """Packs the layers and compares the model with itself.
+    def pack(self, *, int8: bool = False) -> str | None:
+        """Packs the layers, rounded to 8 bits if so asked, and compares the model with itself.
 
         Returns:
             None; or why they were left as they were.
@@ -145,25 +169,30 @@ class Prepacked:
             return "none of this model's layers is a plain linear layer with a weight of its own"
         before = _logits(self.model)
         try:
-            self.pack_layers()
+            self.pack_layers(int8=int8)
             worst = float((_logits(self.model) - before).abs().max() / before.std().clamp_min(1e-9))
         except Exception as e:  # noqa: BLE001 - a model whose code reads the weight itself may raise anything
             self.restore()
             return f"the model's own code does not take them ({' '.join(str(e).split())[:120]})"
-        if not worst <= _TOLERANCE[self.model.dtype]:
+        if not worst <= (_INT8_TOLERANCE if int8 else _TOLERANCE[self.model.dtype]):
             self.restore()
             return f"logits differ by {worst:.2g} standard deviations"
         return None
 
-    def pack_layers(self) -> None:
+    def pack_layers(self, *, int8: bool = False) -> None:
         """Packs the layers and asks nothing."""
+        self.form = "int8" if int8 else "prepacked"
         for layer in self._layers:
             self._pack(layer)
 
     @torch.inference_mode(mode=False)
     def _pack(self, layer: nn.Linear) -> None:
         plain, bias = layer.weight, layer.bias
-        if plain.dtype != torch.bfloat16 or _onednn_serves_bf16():
+        if self.form == "int8":
+            rounded, scales = to_int8(plain.detach())
+            weight = PanelWeight(to_panels(rounded), *plain.shape, scales)  # type: ignore[call-arg]
+            forward = panel_forward(weight, bias)
+        elif plain.dtype != torch.bfloat16 or _onednn_serves_bf16():
             weight = torch.ops.mkldnn._reorder_linear_weight(plain.detach())
             forward = _forward(weight, bias, _in_place(weight, plain, bias))
         else:
@@ -175,7 +204,7 @@ class Prepacked:
 
     @torch.inference_mode(mode=False)
     def restore(self) -> None:
-        """Gives every layer its weight back, bit for bit. Idempotent."""
+        """Gives every layer its weight back: bit for bit, or as rounded to 8 bits where it was. Idempotent."""
         while self._packed:
             layer, trained = self._packed.pop()
             weight = layer.weight.detach()

@@ -1,6 +1,7 @@
-// Linear layers over bfloat16 weights that lie as a product reads them: out = x * weight^T + bias.
+// Linear layers in bfloat16 over weights that lie as a product reads them: out = x * weight^T + bias.
 //
-//   weight [n / panel][k / 2][panel][2]: a 32-bit word holds two inputs' weights of one output; zeros at the edges
+//   weight [n / panel][k / 2][panel][2]: a word holds two inputs' weights of one output, in bfloat16, or in int8 with a
+//          scale per output; zeros at the edges
 //   x      [tile][k / 2][row of the tile][2], float32, or bfloat16 where the processor multiplies that; made here
 //
 // A unit of work is 64 outputs by up to BLOCK_ROWS rows. Its sums stay in registers for one tile of rows, and pass
@@ -22,8 +23,6 @@ constexpr int BLOCK_ROWS = 96;    // of x at a time
 constexpr int TILE_ROWS = LANES == 4 ? 3 : 6;
 constexpr int AHEAD = 32;         // words of k that are asked for early
 
-typedef uint32_t WordsAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
 // A word of weights is multiplied in as many parts as the processor needs; `Pair` holds what a row has for it.
 #if defined(__AVX512BF16__)
 constexpr int PARTS = 1;
@@ -31,10 +30,6 @@ struct Pair {
     uint32_t part[PARTS];
 };
 QUIRE_INLINE Pair pair_of(uint16_t a, uint16_t b) { return Pair{{(uint32_t)b << 16 | a}}; }
-template <int PART>
-QUIRE_INLINE Words part_of(Words w) {
-    return w;
-}
 QUIRE_INLINE Floats added_to(Floats sum, Words w, uint32_t x) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)(Words{} + x));
 }
@@ -44,18 +39,49 @@ struct Pair {
     float part[PARTS];
 };
 QUIRE_INLINE Pair pair_of(uint16_t a, uint16_t b) { return Pair{{BF16::one(a), BF16::one(b)}}; }
-template <int PART>
-QUIRE_INLINE Words part_of(Words w) {
-    return PART ? w & 0xffff0000u : w << 16;
-}
 QUIRE_INLINE Floats added_to(Floats sum, Words w, float x) { return (Floats)w * x + sum; }
 #endif
 
-template <int PART, int R, int C>
-QUIRE_INLINE void add_part(const uint32_t* const* w, int64_t at, const Pair* x, Floats (&sum)[R][C]) {
+// Weights as they are stored: the words of LANES outputs at p, in the form that `added_to` takes.
+struct Half {
+    static constexpr int BYTES = 4;
+    typedef uint32_t At __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+    template <int PART>
+    static QUIRE_INLINE Words part(const uint8_t* p) {
+        const Words w = *(const At*)p;
+        return PARTS == 1 ? w : PART ? w & 0xffff0000u : w << 16;
+    }
+};
+
+struct Int8 {
+    static constexpr int BYTES = 2;
+    typedef uint16_t At __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+    static QUIRE_INLINE Words wide(const uint8_t* p) {
+#if defined(__AVX512F__)
+        return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+        return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+        return __builtin_convertvector(*(const At*)p, Words);
+#endif
+    }
+    template <int PART>
+    static QUIRE_INLINE Words number(Words w) {
+        return (Words)__builtin_convertvector((Ints)(w << (PART ? 16 : 24)) >> 24, Floats);
+    }
+    template <int PART>
+    static QUIRE_INLINE Words part(const uint8_t* p) {
+        const Words w = wide(p);
+        if constexpr (PARTS == 1) return number<0>(w) >> 16 | number<1>(w);  // up to 8 bits: exact in bfloat16
+        return number<PART>(w);
+    }
+};
+
+template <class W, int PART, int R, int C>
+QUIRE_INLINE void add_part(const uint8_t* const* w, int64_t at, const Pair* x, Floats (&sum)[R][C]) {
     Words part[C];
 #pragma GCC unroll 16
-    for (int c = 0; c < C; c++) part[c] = part_of<PART>(*(const WordsAt*)(w[c] + at));
+    for (int c = 0; c < C; c++) part[c] = W::template part<PART>(w[c] + at);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
@@ -63,9 +89,9 @@ QUIRE_INLINE void add_part(const uint32_t* const* w, int64_t at, const Pair* x, 
 }
 
 // R rows by C vectors of outputs over `n` words of k; `sums` has UNIT floats a row.
-template <int R, int C>
-QUIRE_INLINE void tile(const uint32_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first) {
-    const uint32_t* w[C];
+template <class W, int R, int C>
+QUIRE_INLINE void tile(const uint8_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first) {
+    const uint8_t* w[C];
     Floats sum[R][C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; c++) w[c] = weight[c];
@@ -76,8 +102,8 @@ QUIRE_INLINE void tile(const uint32_t* const* weight, int64_t stride, const Pair
     for (int i = 0; i < n; i++) {
 #pragma GCC unroll 16
         for (int c = 0; c < C; c += 16 / LANES) fetch(w[c] + (i + AHEAD) * stride);
-        add_part<0>(w, i * stride, x + i * R, sum);
-        if constexpr (PARTS > 1) add_part<PARTS - 1>(w, i * stride, x + i * R, sum);
+        add_part<W, 0>(w, i * stride, x + i * R, sum);
+        if constexpr (PARTS > 1) add_part<W, PARTS - 1>(w, i * stride, x + i * R, sum);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
@@ -92,22 +118,23 @@ constexpr int vectors_at_once(int rows) {
     return rows == 1 ? 8 : 4;
 }
 
-template <int R>
-void unit_of(const uint32_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first) {
+template <class W, int R>
+void unit_of(const uint8_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first) {
     constexpr int C = vectors_at_once(R);
-    for (int c = 0; c < VECTORS; c += C) tile<R, C>(weight + c, stride, x, n, sums + c * LANES, first);
+    for (int c = 0; c < VECTORS; c += C) tile<W, R, C>(weight + c, stride, x, n, sums + c * LANES, first);
 }
 
-typedef void (*Unit)(const uint32_t* const*, int64_t, const Pair*, int, float*, bool);
-inline Unit unit_for(int rows) {
+typedef void (*Unit)(const uint8_t* const*, int64_t, const Pair*, int, float*, bool);
+template <class W>
+Unit unit_for(int rows) {
     switch (rows) {
-        case 1: return unit_of<1>;
-        case 2: return unit_of<2>;
-        case 3: return unit_of<3>;
+        case 1: return unit_of<W, 1>;
+        case 2: return unit_of<W, 2>;
+        case 3: return unit_of<W, 3>;
 #if QUIRE_LANES > 4
-        case 4: return unit_of<4>;
-        case 5: return unit_of<5>;
-        case 6: return unit_of<6>;
+        case 4: return unit_of<W, 4>;
+        case 5: return unit_of<W, 5>;
+        case 6: return unit_of<W, 6>;
 #endif
     }
     return nullptr;
@@ -132,31 +159,34 @@ inline void arrange(const quire_linear_args& a, const Tiles& tiles, int t, Pair*
 }
 
 // Rows [begin, end) in `tiles` of all rows, outputs [64 * unit, ...).
-inline void multiply(const quire_linear_args& a, const Tiles& tiles, int begin, int end, int unit, const Pair* x) {
+template <class W>
+void multiply(const quire_linear_args& a, const Tiles& tiles, int begin, int end, int unit, const Pair* x) {
     alignas(64) float sums[BLOCK_ROWS * UNIT];
-    const uint32_t* weight[VECTORS];
+    const uint8_t* weight[VECTORS];
     const int width = std::min(UNIT, a.n - unit * UNIT), words = a.k_words, top = tiles.begin(begin);
     for (int c = 0; c < VECTORS; c++) {  // beyond the last output: the last one again, for nobody
         const int at = unit * UNIT + std::min(c * LANES, (width - 1) / LANES * LANES);
-        weight[c] = a.weight + (int64_t)(at / a.panel) * words * a.panel + at % a.panel;
+        weight[c] = a.weight + ((int64_t)(at / a.panel) * words * a.panel + at % a.panel) * W::BYTES;
     }
+    const int64_t stride = a.panel * W::BYTES;
     const int stretch = end - begin > 1 ? STRETCH : words;
     for (int i = 0; i < words; i += stretch) {
-        const uint32_t* here[VECTORS];
-        for (int c = 0; c < VECTORS; c++) here[c] = weight[c] + (int64_t)i * a.panel;
+        const uint8_t* here[VECTORS];
+        for (int c = 0; c < VECTORS; c++) here[c] = weight[c] + i * stride;
         for (int t = begin; t < end; t++) {
             const int row = tiles.begin(t), rows = tiles.begin(t + 1) - row;
-            unit_for(rows)(here, a.panel, x + (int64_t)row * words + (int64_t)i * rows, std::min(stretch, words - i),
+            unit_for<W>(rows)(here, stride, x + (int64_t)row * words + (int64_t)i * rows, std::min(stretch, words - i),
                            sums + (row - top) * UNIT, i == 0);
         }
     }
     for (int row = top; row < tiles.begin(end); row++) {
         uint16_t* out = a.out + row * a.out_row + unit * UNIT;
-        const float* sum = sums + (row - top) * UNIT;
+        float* sum = sums + (row - top) * UNIT;
+        if (a.scales)
+            for (int j = 0; j < width; j++) sum[j] *= a.scales[unit * UNIT + j];
         if (a.bias)
-            for (int j = 0; j < width; j++) out[j] = BF16::narrow(sum[j] + BF16::one(a.bias[unit * UNIT + j]));
-        else
-            for (int j = 0; j < width; j++) out[j] = BF16::narrow(sum[j]);
+            for (int j = 0; j < width; j++) sum[j] += BF16::one(a.bias[unit * UNIT + j]);
+        for (int j = 0; j < width; j++) out[j] = BF16::narrow(sum[j]);
     }
 }
 
@@ -176,7 +206,8 @@ inline int linear(const quire_linear_args& a) {
 #pragma omp for schedule(dynamic, 1)
         for (int i = 0; i < units * blocks; i++) {  // a unit's blocks side by side: its weights stay in the cache
             const int begin = i % blocks * per_block;
-            multiply(a, tiles, begin, std::min(begin + per_block, tiles.n), i / blocks, x);
+            const int end = std::min(begin + per_block, tiles.n);
+            (a.scales ? multiply<Int8> : multiply<Half>)(a, tiles, begin, end, i / blocks, x);
         }
     }
     return 0;

@@ -139,8 +139,9 @@ struct quire_encode_args {
 // out = x * weight^T + bias in bfloat16, sums in float32. The weight lies in panels of outputs, pairs of inputs side by
 // side, zeros at the edges: [ceil(n / panel)][k_words][panel][2].
 struct quire_linear_args {
-    const uint32_t* weight;
-    const uint16_t* bias;  // [n] or null
+    const uint8_t* weight;  // bfloat16, int8 where there are scales
+    const float* scales;    // [n] or null
+    const uint16_t* bias;   // [n] or null
     const uint16_t* x;     // [rows][k]
     uint16_t* out;         // [rows][n]
     int64_t x_row, out_row;  // strides in elements
