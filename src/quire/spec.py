@@ -275,9 +275,7 @@ class CacheSpec:
                 continue
             out[g.name] = n_tokens // size if g.raw is not None else -(-n_tokens // size)
             if not _grows(g.span):
-                *fixed, moving = g.span.reach(n_tokens)
-                most = sum(-(-r // size) for r in fixed) + (moving + chunk + size - 2) // size + 1
-                out[g.name] = min(out[g.name], most)
+                out[g.name] = min(out[g.name], _most_blocks(g, n_tokens, chunk))
         return out
 
     def bytes_for(self, n_tokens: int, *, chunk_tokens: int = 1) -> int:
@@ -307,6 +305,30 @@ class CacheSpec:
         groups = list(self.groups)
         groups[at : at + 1] = [replace(old, coords=rest)]
         return replace(self, groups=(*groups, replace(old, name=fresh, coords=part)))
+
+
+def _most_blocks(group: CacheGroup, n_tokens: int, chunk: int) -> int:
+    """Blocks that a span which does not grow touches at most, `chunk` new tokens included.
+
+    One token at a time some spans are tighter than any intervals of their lengths: a residual window and a chunk begin
+    where blocks do, a body holds whole blocks only, and a window has left the sinks behind once it is full.
+    """
+    size, span = group.block_tokens, group.span
+    *fixed, moving = span.reach(n_tokens)
+    least = sum(-(-r // size) for r in fixed)
+    most = (moving + chunk + size - 2) // size + 1
+    if chunk > 1:
+        return least + most
+    inner = span.inner if isinstance(span, Residual) else span
+    if isinstance(inner, Chunked) and (inner.tokens % size == 0 or size % inner.tokens == 0):
+        most = min(most, -(-(moving + 1) // size))
+    if isinstance(span, Residual):
+        most = min(most, -(-span.residual_tokens // size) + 1)
+        if fixed and not _grows(inner) and len(inner.reach(n_tokens)) == 1:
+            return max(most, -(-(inner.reach(n_tokens)[0] + 1 + span.sinks) // size))
+    if group.raw is not None:
+        most = min(most, -(-(moving + 1) // size))
+    return least + most
 
 
 def _grows(span: Span) -> bool:
