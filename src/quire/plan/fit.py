@@ -1,0 +1,77 @@
+"""What would make it fit, cheapest loss first.
+
+The losses of codecs are this project's own, on the packaged model (docs/ledger.md, "fidelity in decode mode"): how far
+predictions move from those of the exact cache, in nats of KL divergence. Another model loses more or less, in much
+the same order; `quire eval --model` measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from quire.errors import ConfigError
+from quire.plan.demand import Demand
+from quire.plan.weights import BITS
+
+MEASURED_KL = {
+    "int8": 0.00004,
+    "fp8": 0.0012,
+    "kivi:bits=4": 0.0014,
+    "int4": 0.0061,
+    "kivi:bits=2": 0.049,
+}
+"""Recipe to KL divergence in nats, packaged model, WikiText-2 at 1,024 tokens."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change, and what fits with it.
+
+    Args:
+        change: as flags of `quire plan`.
+        loss: in words: nothing, nats as measured, or not measured here.
+        kl: nats, where measured.
+        max_users, max_context: with it.
+        fits: whether what was asked for does.
+    """
+
+    change: str
+    loss: str
+    kl: float | None
+    max_users: int
+    max_context: int | None
+    fits: bool
+
+
+def remedies(demand: Demand, users: int, context: int) -> list[Remedy]:
+    """Changes that keep what was asked for, cheapest loss first; more devices come first, since they lose nothing.
+
+    Those that change nothing for the better, and codecs that cannot serve the model, are left out.
+    """
+    out = []
+    for change, loss, kl, other in _changes(demand):
+        most = other.max_users(context)
+        if most > demand.max_users(context):
+            fits = other.fits(users, context)
+            out.append(Remedy(change, loss, kl, most, other.max_context(users), fits))
+    return out
+
+
+def _changes(demand: Demand) -> Iterator[tuple[str, str, float | None, Demand]]:
+    setup = demand.setup
+    for ranks in (2 * setup.ranks, 4 * setup.ranks, 8 * setup.ranks):
+        if ranks <= 8:
+            yield f"--tp {ranks}", "none", 0.0, Demand(replace(setup, ranks=ranks))
+    for kv, kl in sorted(MEASURED_KL.items(), key=lambda x: x[1]):
+        try:
+            other = Demand(replace(setup, config=replace(setup.config, kv=kv)))
+        except ConfigError:
+            continue
+        yield f"--kv {kv}", f"{kl:g} nats on the packaged model", kl, other
+    if setup.parameters is None or setup.given_weight_bytes is not None:
+        return
+    for form in ("int8", "int4"):
+        if BITS[form] < BITS.get(setup.weight_form, 16):
+            other = Demand(replace(setup, weight_form=form))
+            yield f"--weights {form}", "not measured here", None, other
