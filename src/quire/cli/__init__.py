@@ -6,14 +6,16 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 import typer.main
 
-from quire.cli.commands import app
 from quire.cli.console import INTERRUPTED, ReaderGoneError, quiet_libraries, say
 from quire.errors import InvariantError, QuireError
+
+if TYPE_CHECKING:
+    from quire.cli.commands import app
 
 __all__ = ["app", "invoke", "main"]
 
@@ -41,7 +43,7 @@ def invoke(arguments: Sequence[str]) -> int:
     Returns:
         0; 2 for what was refused; 130 when interrupted; 141 when nobody reads stdout any more; 70 for a bug of ours.
     """
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(_grammar(arguments))
     try:
         with quiet_libraries():
             code = command.main(list(arguments), prog_name="quire", standalone_mode=False)
@@ -69,6 +71,24 @@ def invoke(arguments: Sequence[str]) -> int:
         say(f"the system refused a file or a stream{where}: {e.strerror or e}", "red")
         return 2
     return code if isinstance(code, int) else 0
+
+
+def _grammar(arguments: Sequence[str]) -> typer.Typer:
+    """All commands; or `plan` alone, which answers in less time than the others take to be imported."""
+    if arguments and arguments[0] == "plan":
+        from quire.cli.plan import alone
+
+        return alone
+    from quire.cli.commands import app
+
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, when somebody asks for it."""
+    if name == "app":
+        return _grammar(())
+    raise AttributeError(f"module 'quire.cli' has no attribute {name!r}")
 
 
 def _drop_stdout() -> None:

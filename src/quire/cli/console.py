@@ -8,10 +8,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 __all__ = [
     "INTERRUPTED",
@@ -46,11 +47,15 @@ class ReaderGoneError(Exception):
 
 def err() -> Console:
     """The console on stderr; made anew, so that it follows redirection and NO_COLOR."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False)
 
 
 def out(widest: int = 120) -> Console:
     """A console on stdout for what is laid out. Into a file it is 80 columns wide, or what COLUMNS says."""
+    from rich.console import Console
+
     stdout = cast("IO[str]", _Stdout())
     wanted = os.environ.get("COLUMNS", "")
     width = int(wanted) if wanted.isdigit() else 0
@@ -84,6 +89,8 @@ class _Stdout:
 
 def say(message: str, style: str = "") -> None:
     """One line on stderr."""
+    from rich.text import Text
+
     err().print(Text(f"quire: {message}", style=style), soft_wrap=True)
 
 
@@ -114,6 +121,8 @@ def interruptible(work: Callable[[], int]) -> int:
 @contextmanager
 def spinner(message: str, *, shown: bool = True) -> Iterator[Any]:
     """A line that moves while something takes long; only on a terminal. Yields it, or None."""
+    from rich.text import Text
+
     console = err()
     if not shown or not console.is_terminal:
         yield None

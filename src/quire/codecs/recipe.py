@@ -61,6 +61,7 @@ def codec_class(name: str) -> type[Any]:
     raise ConfigError(f"unknown codec {name!r}; known: auto, {', '.join(available())}")
 
 
+@cache
 def load_codec(text: str) -> KVCodec:
     """The codec for `"name"` or `"name:parameter=value,..."`.
 

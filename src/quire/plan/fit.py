@@ -49,16 +49,47 @@ def remedies(demand: Demand, users: int, context: int) -> list[Remedy]:
 
     Those that change nothing for the better, and codecs that cannot serve the model, are left out.
     """
-    out = []
-    for change, loss, kl, other in _changes(demand):
-        most = other.max_users(context)
-        if most > demand.max_users(context):
-            fits = other.fits(users, context)
-            out.append(Remedy(change, loss, kl, most, other.max_context(users), fits))
+    before = demand.max_users(context)
+
+    def tried(changes: Iterator[_Change]) -> list[Remedy]:
+        return [
+            Remedy(
+                change,
+                loss,
+                kl,
+                other.max_users(context),
+                other.max_context(users),
+                other.fits(users, context),
+            )
+            for change, loss, kl, other in changes
+            if other.max_users(context) > before
+        ]
+
+    out = tried(_changes(demand))
+    if not any(r.fits for r in out):
+        out += [r for r in tried(_pairs(demand)) if r.fits]
     return out
 
 
-def _changes(demand: Demand) -> Iterator[tuple[str, str, float | None, Demand]]:
+_Change = tuple[str, str, float | None, Demand]
+
+
+def _pairs(demand: Demand) -> Iterator[_Change]:
+    """Two changes together, for when no single one is enough: a codec, with more devices or smaller weights."""
+    for kv, loss, kl, other in _changes(demand):
+        if kv.startswith("--kv"):
+            for change, more, kl_of_more, both in _changes(other):
+                if not change.startswith("--kv"):
+                    known = kl if kl_of_more == 0.0 else None
+                    yield (
+                        f"{kv} {change}",
+                        loss if known is not None else f"{loss}, {more}",
+                        known,
+                        both,
+                    )
+
+
+def _changes(demand: Demand) -> Iterator[_Change]:
     setup = demand.setup
     for ranks in (2 * setup.ranks, 4 * setup.ranks, 8 * setup.ranks):
         if ranks <= 8:

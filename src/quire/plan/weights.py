@@ -72,14 +72,9 @@ def count_parameters(shape: ModelShape) -> Parameters:
         ConfigError: the config does not give what the count needs.
     """
     f = Fields(shape.config, shape.name)
-    vocab = f.need("its vocabulary, which the weights depend on", "vocab_size")
-    tied = f.outer("tie_word_embeddings")
-    if tied is None:
-        tied = f.kind not in _UNTIED
-    width = f.count("word_embed_proj_dim") or shape.hidden
-    embedding = vocab * width * (1 if tied else 2)
-    if f.kind in ("gpt2", "opt", "gpt_bigcode", "gpt_neo") and shape.max_context:
-        embedding += shape.max_context * shape.hidden
+    embedding = embedding_of(shape)
+    if not embedding:
+        f.need("its vocabulary, which the weights depend on", "vocab_size")
     stores = {x.layer: x for x in shape.layers if isinstance(x, KVLayer)}
     states = {x.layer: x for x in shape.layers if isinstance(x, StateLayer)}
     total = active = 0
@@ -100,6 +95,22 @@ def count_parameters(shape: ModelShape) -> Parameters:
             _attention(f, shape, x) + _feed_forward(f, x.layer, shape)[0] for x in shape.cross
         )
     return Parameters(embedding + total, embedding + active, embedding, "counted from the config")
+
+
+def embedding_of(shape: ModelShape) -> int:
+    """Parameters of embeddings and head; 0 where the config names no vocabulary."""
+    f = Fields(shape.config, shape.name)
+    vocab = f.count("vocab_size")
+    if vocab is None:
+        return 0
+    tied = f.outer("tie_word_embeddings")
+    if tied is None:
+        tied = f.kind not in _UNTIED
+    width = f.count("word_embed_proj_dim") or shape.hidden
+    embedding = vocab * width * (1 if tied else 2)
+    if f.kind in ("gpt2", "opt", "gpt_bigcode", "gpt_neo") and shape.max_context:
+        embedding += shape.max_context * shape.hidden
+    return embedding
 
 
 def _attention(f: Fields, shape: ModelShape, x: KVLayer, *, reads: bool = False) -> int:

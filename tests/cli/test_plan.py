@@ -1,0 +1,201 @@
+"""`quire plan` on the command line: no torch, one document, one line of refusal, and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+BLOCK = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "numpy", "huggingface_hub"):
+            raise ImportError("blocked by the test: " + name)
+sys.meta_path.insert(0, Refuse())
+from quire.cli import invoke
+sys.exit(invoke(sys.argv[1:]))
+"""
+
+
+def test_it_needs_neither_torch_nor_numpy_nor_the_other_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK, "plan", "llama-3.1-8b", "--device", "h100", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bytes_per_token"] == 131_072
+    assert found["context"] == 131_072
+    assert found["max_users"] > 0
+
+
+def test_the_table_says_what_the_document_says(quire: Run) -> None:
+    arguments = ("plan", "llama-2-7b", "--device", "24GiB", "--context", 4096, "--users", 8)
+    found, shown = quire(*arguments, "--json").json, quire(*arguments)
+    assert found["kv_bytes"] == 8 * 2 * (1 << 30)
+    assert found["fits"] is False
+    assert shown.code == 0
+    for text in ("512 KiB", "2 GiB", "16 GiB", "12.55 GiB", "no", "llama-2-7b, 8 users"):
+        assert text in shown.out
+    assert "would help" in shown.out
+    assert "8 users" in shown.out
+    assert "more than the 2,048 that llama-2-7b was made for" in shown.err
+
+
+def test_several_recipes_are_several_plans(quire: Run) -> None:
+    done = quire("plan", "llama-2-7b", "--kv", "auto", "--kv", "int4", "--json")
+    plans = done.json["plans"]
+    assert [p["kv"] for p in plans] == ["auto", "int4"]
+    assert plans[0]["bytes_per_token"] > 3 * plans[1]["bytes_per_token"]
+    assert "int4" in quire("plan", "llama-2-7b", "--kv", "auto", "--kv", "int4").out
+
+
+def test_a_folder_is_weighed_by_its_files(quire: Run, tiny: Path) -> None:
+    found = quire("plan", tiny, "--json").json
+    from safetensors.torch import load_file
+
+    weights = load_file(tiny / "model.safetensors")
+    assert found["weight_bytes"] == sum(x.numel() * x.element_size() for x in weights.values())
+    assert found["weight_form"] == "its files"
+    assert found["bytes_per_token"] == 2 * 2 * 8 * 2 * 4
+    assert found["context"] == 256
+    assert quire("plan", tiny / "config.json", "--json").json["kv_bytes"] == found["kv_bytes"]
+    half = quire("plan", tiny, "--dtype", "bf16", "--json").json
+    assert half["bytes_per_token"] == found["bytes_per_token"] / 2
+
+
+def test_without_a_model_it_is_the_packaged_one(quire: Run) -> None:
+    found = quire("plan", "--json").json
+    assert found["model"] == "packaged"
+    assert found["bytes_per_token"] == 3072
+
+
+def test_a_configuration_that_the_hub_names_with_its_owner(quire: Run) -> None:
+    assert quire("plan", "meta-llama/Llama-2-7b-hf", "--json").json["bytes_per_token"] == 524_288
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["lama-2-7b"], "no model of the catalogue; near it: llama-2-7b"),
+        (["none/config.json"], "no such file or folder"),
+        (["llama-2-7b", "--kv", "int5"], "unknown codec 'int5'; known: auto"),
+        (["llama-2-7b", "--kv", "none"], "unknown codec 'none'"),
+        (["llama-2-7b", "--keep", "h2o"], "keep='h2o' is not known; known: full"),
+        (["llama-2-7b", "--device", "h1000"], "unknown device 'h1000'; known: .*h100"),
+        (["llama-2-7b", "--context", "0"], "--context must be at least 1, not 0"),
+        (["llama-2-7b", "--tp", "0"], "--tp must be at least 1, not 0"),
+        (["llama-2-7b", "--reserve", "1.5"], r"--reserve is a share .* not 1.5"),
+        (["llama-2-7b", "--weights", "int3"], "unknown --weights 'int3'; known: .*int4"),
+        (["llama-2-7b", "--price", "2"], "--price is that of a device: add --device"),
+        (["llama-2-7b", "--device", "h100", "--price", "-1"], "--price must be above zero"),
+        (["llama-2-7b", "--images", "1"], "does not say how many tokens an image takes"),
+        (["llama-2-7b", "--lengths", "none.csv"], "--lengths none.csv: No such file"),
+        (["llama-2-7b", "--plot", "x.bmp"], "must end in .png, .svg, .html"),
+        (["deepseek-v3", "--kv", "kivi:bits=2"], "codec kivi cannot serve latent"),
+        (["qwen3-30b-a3b", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["chatglm3-6b", "--block-tokens", "24", "--kv", "int4"], "take a multiple of 16"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    quire: Run, arguments: list[str], words: str
+) -> None:
+    import re
+
+    done = quire("plan", *arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert re.search(words, done.err), done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_a_config_without_what_weights_need_asks_for_them(quire: Run, tmp_path: Path) -> None:
+    config = {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    config |= {"num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151_936}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    assert quire("plan", file, "--json").json["weight_bytes"] is None
+    done = quire("plan", file, "--device", "h100")
+    assert done.code == 2
+    assert "give --weights" in done.err
+    assert quire("plan", file, "--device", "h100", "--weights", "57GiB").code == 0
+    file.write_text("[]")
+    assert "holds no config" in quire("plan", file).err
+    file.write_text("{")
+    assert "not JSON" in quire("plan", file).err
+
+
+def test_the_list_names_models_devices_and_sources(quire: Run) -> None:
+    done = quire("plan", "--list", "--json")
+    assert len(done.json["models"]) >= 60
+    assert {"a100-40", "a100-80", "h100"} <= set(done.json["devices"])
+    shown = quire("plan", "--list").out
+    assert "llama-3.1-405b" in shown
+    assert "NVIDIA data sheet" in shown
+
+
+def test_money(quire: Run) -> None:
+    done = quire(
+        "plan", "llama-2-7b", "--device", "a100-80", "--context", 4096, "--price", 2, "--json"
+    )
+    found = done.json["price"]
+    assert found["users"] == done.json["max_users"]
+    assert found["per_user_hour"] == 2 / found["users"]
+    assert found["per_million_tokens"] > 0
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
+def test_pictures(quire: Run, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / f"plan{suffix}"
+    done = quire("plan", "gemma-3-12b-it", "--device", "h100", "--users", 8, "--plot", file)
+    assert done.code == 0, done.err
+    data = file.read_bytes()
+    assert data.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".html": b"<!doctype"}[suffix])
+    assert len(data) > 10_000
+    if suffix == ".html":
+        text = data.decode()
+        assert "http" not in text.replace("http://www.w3.org", "").replace(
+            "http://purl", ""
+        ).replace("https://matplotlib.org", "").replace("http://creativecommons.org", "")
+        assert "kv_bytes_per_user" in text
+
+
+def test_curves_hold_what_the_planner_says() -> None:
+    from quire.cli.plan_plot import curves
+    from quire.plan.catalogue import known_model
+    from quire.plan.demand import Demand, Setup
+    from quire.plan.shape import read_shape
+    from quire.spec import KVConfig
+
+    row = known_model("deepseek-v2-lite")
+    assert row is not None
+    setup = Setup(read_shape(row["config"]), KVConfig("int8"))
+    found = curves([setup], 4096)
+    assert list(found) == ["int8", "auto", "int4"]  # kivi serves no latents
+    for tokens, n_bytes in found["int8"]:
+        assert n_bytes == Demand(setup).sequence_bytes(tokens)
+    assert found["int8"][-1][0] == 8 * 4096
+
+
+def test_without_matplotlib_it_says_what_to_install(
+    quire: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = quire("plan", "gpt2", "--plot", tmp_path / "x.png")
+    assert done.code == 2
+    assert "pip install 'quire[plot]'" in done.err
