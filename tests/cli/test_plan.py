@@ -199,3 +199,36 @@ def test_without_matplotlib_it_says_what_to_install(
     done = quire("plan", "gpt2", "--plot", tmp_path / "x.png")
     assert done.code == 2
     assert "pip install 'quire[plot]'" in done.err
+
+
+# -- a run that cannot fit is refused before its weights are read --------------------------------------------------
+
+
+def test_run_says_how_many_tokens_and_which_codec_would_fit(quire: Run, tiny: Path) -> None:
+    done = quire(
+        "run", "Once upon a time", "--model", tiny, "--max-tokens", 180, "--memory", "36KB"
+    )
+    assert done.code == 2
+    assert "need 57,344 bytes of cache and --memory 36KB gives" in done.err, done.err
+    said = int(done.err.partition("ask for at most ")[2].partition(" ")[0])
+    codec = done.err.partition("--kv ")[2].partition(" would fit")[0]
+    assert len(done.err.strip().splitlines()) == 1
+    common = ("run", "Once upon a time", "--model", tiny, "--memory", "36KB", "--ignore-eos")
+    most = (
+        said - len("Once upon a time") + 1
+    )  # a token a character; the last one sampled is not cached
+    assert quire(*common, "--max-tokens", most).code == 0
+    assert quire(*common, "--max-tokens", most + 1).code == 2
+    assert quire(*common, "--max-tokens", 180, "--kv", codec).code == 0
+
+
+def test_run_refuses_weights_that_the_machine_cannot_hold(
+    quire: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quire.models import memory
+
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
+    done = quire("run", "x", "--model", tiny, "--memory", "1MiB")
+    assert done.code == 2
+    assert "its weights take" in done.err
+    assert "cpu has 10,000 free" in done.err

@@ -8,9 +8,10 @@ from typing import Any
 from quire.cli.console import quiet_transformers, say, spinner
 from quire.cli.options import NO_CACHE, Options
 from quire.codecs.recipe import parse_recipe
-from quire.errors import CapacityError
+from quire.errors import CapacityError, ConfigError
 from quire.models.load import Loaded, Source, check_source, load_model
 from quire.plan.layout import build_layout, check_config
+from quire.plan.shape import ModelShape
 from quire.spec import CacheSpec, KVConfig
 
 __all__ = ["check_shape", "depends_on_shape", "load", "look", "open_cache", "vocabulary"]
@@ -111,18 +112,71 @@ def depends_on_shape(kv: str) -> bool:
 
 
 def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -> None:
-    """The cache's own arithmetic, before the weights are read."""
+    """The planner's arithmetic, before the weights are read."""
+    from quire.models.memory import arena_bytes, free_bytes
+    from quire.plan.refuse import check_cache, check_weights_fit
+
+    weights = _weight_bytes(source)
+    if weights is not None:
+        device = source.chosen_device
+        check_weights_fit(source.name, weights, free_bytes(device), device)
     if options.kv == NO_CACHE:
         return
+    config = KVConfig(options.kv, options.keep, options.block_tokens)
+    total_bytes = arena_bytes(options.memory, source.chosen_device)
+    shape = _planned(source)
+    if shape is None:
+        _fit_as_run(source, options, config, total_bytes, lengths)
+        return
+    for where, n_tokens in lengths or [("", 1)]:
+        check_cache(
+            shape,
+            config,
+            n_tokens,
+            total_bytes,
+            where=where,
+            memory=f"--memory {options.memory}",
+        )
+
+
+def _weight_bytes(source: Source) -> int | None:
+    """Of the files, in the dtype that they will be loaded in; None for what is not here yet."""
+    from quire.plan.weights import BITS, file_bytes
+
+    found = None if source.folder is None else file_bytes(source.folder)
+    filed = str(source.config.get("dtype") or source.config.get("torch_dtype") or "")
+    if found is None or source.dtype == "auto" or filed not in BITS:
+        return found
+    return int(found * BITS[source.dtype] / BITS[filed])
+
+
+def _planned(source: Source) -> ModelShape | None:
+    """The model's layers from its config alone; None where the planner cannot read it."""
+    from quire.plan.shape import read_shape
+
+    dtype = None if source.dtype == "auto" else source.dtype
+    try:
+        return read_shape(source.config, source.name, dtype=dtype)
+    except ConfigError:
+        return None
+
+
+def _fit_as_run(
+    source: Source,
+    options: Options,
+    config: KVConfig,
+    total_bytes: int,
+    lengths: Sequence[tuple[str, int]],
+) -> None:
+    """The same for a config that only transformers can read: seconds, so only where a choice could fail."""
     if not ("memory" in options.given or options.keep != "full" or depends_on_shape(options.kv)):
         return
-    from quire.models.memory import arena_bytes
     from quire.store.store import BlockStore
 
-    spec = check_shape(source, KVConfig(options.kv, options.keep, options.block_tokens))
+    spec = check_shape(source, config)
     if spec is None:
         return
-    store = BlockStore(spec, arena_bytes(options.memory, source.chosen_device))
+    store = BlockStore(spec, total_bytes)
     for where, n_tokens in lengths:
         if not store.fits(n_tokens):
             raise CapacityError(
