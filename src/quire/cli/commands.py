@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quire import __version__
-from quire.cli import bench, evaluate, plan
+from quire.cli import bench, claims, evaluate, plan
 from quire.cli.console import interruptible
 from quire.codecs.recipe import available
 from quire.spec import DEFAULT_BLOCK_TOKENS
@@ -314,3 +314,4 @@ def tour(
 app.command("eval")(evaluate.command)
 app.command("bench")(bench.command)
 app.command("plan")(plan.command)
+app.command("claims")(claims.command)

@@ -1,0 +1,111 @@
+"""`quire claims`: the field's headline statements, run here. --help needs no torch."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quire.cli.console import INTERRUPTED, err, out, quiet_transformers, say, spinner, write
+from quire.errors import ConfigError
+
+__all__ = ["command"]
+
+
+def command(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", show_default=False, help="Only this claim; may be repeated."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", metavar=" ", help="Shorter runs, within two minutes.")
+    ] = False,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.csv",
+            show_default=False,
+            help="Tokens of recorded requests, for the claims about paging.",
+        ),
+    ] = None,
+    page: Annotated[
+        str | None,
+        typer.Option(
+            "--write", metavar="FILE.md", show_default=False, help="Write the results page."
+        ),
+    ] = None,
+    json: Annotated[
+        bool,
+        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
+    ] = False,
+) -> None:
+    """Run the field's headline claims about KV caches: our figure and a verdict for each.
+
+    Reproduced, contradicted (with the figure), arithmetic (nothing to run), or not here (why).
+
+    [dim]quire claims --quick[/dim]
+    """
+    from quire.bench.machine import commit, hardware
+    from quire.evaluate.claims import arithmetic, later, measured, run_claims
+    from quire.evaluate.claims.slips import slips
+
+    claims = [*arithmetic.CLAIMS, *measured.CLAIMS, *later.CLAIMS]
+    names = [c.name for c in claims]
+    unknown = [n for n in only or () if n not in names]
+    if unknown:
+        raise ConfigError(f"unknown claim {unknown[0]!r}; known: {', '.join(names)}")
+    recorded: list[int] = []
+    if lengths is not None:
+        from quire.plan.lengths import read_lengths
+
+        recorded = read_lengths(Path(lengths))
+    chosen = [c for c in claims if not only or c.name in only]
+    quiet_transformers()
+    bench = measured.Bench(quick=quick, lengths=recorded)
+    try:
+        with spinner("running …") as status:
+            tell = (lambda _: None) if status is None else status.update
+            rows = run_claims(chosen, bench, tell=tell)
+    except KeyboardInterrupt:
+        say("interrupted; nothing is reported", "yellow")
+        raise typer.Exit(INTERRUPTED) from None
+    flags = " --quick" if quick else ""
+    document = {
+        "claims": rows,
+        "slips": slips(),
+        "quick": quick,
+        "command": f"quire claims{flags}" + (" --lengths FILE" if recorded else ""),
+        "hardware": hardware(),
+        "commit": commit(),
+    }
+    if page is not None:
+        from quire.evaluate.claims.page import page as text
+
+        try:
+            Path(page).write_text(text(document), encoding="utf-8")
+        except OSError as e:
+            raise ConfigError(f"--write {page}: {e.strerror or e}") from e
+    if json:
+        write(json_module.dumps(document, ensure_ascii=False) + "\n")
+    else:
+        _show(document)
+    if page is not None:
+        say(f"wrote {page}")
+
+
+_STYLES = {"reproduced": "green", "contradicted": "bold red", "arithmetic": "cyan"}
+
+
+def _show(document: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    console = out()
+    for r in document["claims"]:
+        console.print(Text(f"{r['name']}: ", "bold") + Text(r["claim"]))
+        verdict = Text(r["verdict"], _STYLES.get(r["verdict"], "yellow"))
+        ours = f": {r['ours']}" if r["ours"] else ""
+        why = f" ({r['why']})" if r["why"] else ""
+        console.print(Text("  ") + verdict + Text(ours) + Text(why, "dim"))
+    err().print(f"{document['hardware']}; commit {document['commit']}", style="dim")

@@ -1,0 +1,51 @@
+"""Claims that cannot be looked at yet, and why: a part that is not built, or a machine that this is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from quire.evaluate.claims.claim import Claim, Outcome
+
+__all__ = ["CLAIMS"]
+
+
+def _no(why: str) -> Callable[[Any], Outcome]:
+    return lambda _: Outcome("", "not here", why)
+
+
+_RETENTION = "retention policies are not built"
+
+CLAIMS = (
+    Claim("h2o", "H2O keeps quality with 20 % of the tokens", "arXiv 2306.14048", _no(_RETENTION)),
+    Claim(
+        "sinks",
+        "A long stream without attention sinks falls apart, with four of them it does not",
+        "StreamingLLM, arXiv 2309.17453",
+        _no(_RETENTION),
+    ),
+    Claim(
+        "offload",
+        "Offloading serves what would otherwise run out of memory",
+        "several systems",
+        _no("tiers are not built"),
+    ),
+    Claim(
+        "split",
+        "Splitting prefill from decode gives 1.5 to 2 times the throughput",
+        "Splitwise, DistServe",
+        _no("needs more than one machine and the cluster, which is not built"),
+    ),
+    Claim(
+        "mla-speed",
+        "MLA generates 5.76 times as fast as DeepSeek 67B",
+        "DeepSeek-V2, arXiv 2405.04434",
+        _no("compares two models of hundreds of gigabytes on eight accelerators"),
+    ),
+    Claim(
+        "paging-speed",
+        "Paging serves 2 to 4 times the tokens per second",
+        "vLLM, arXiv 2309.06180",
+        _no("the gain is larger batches on an accelerator; see paging-users for how many fit"),
+    ),
+)

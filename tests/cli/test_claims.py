@@ -1,0 +1,27 @@
+"""`quire claims` on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quire.evaluate.claims import VERDICTS
+from quire.evaluate.claims.page import page
+
+
+def test_the_command_and_its_page(quire: Any, tmp_path: Path) -> None:
+    file = tmp_path / "claims.md"
+    done = quire("claims", "--only", "mla", "--only", "h2o", "--json", "--write", file)
+    assert done.code == 0, done.err
+    found = done.json
+    assert [r["name"] for r in found["claims"]] == ["mla", "h2o"]
+    for r in found["claims"]:
+        assert set(r) >= {"name", "claim", "source", "ours", "verdict", "why"}
+        assert r["verdict"] in VERDICTS
+    assert file.read_text() == page(found)
+    shown = quire("claims", "--only", "mla").out
+    assert "arithmetic" in shown
+    assert "82.2%" in shown
+    refused = quire("claims", "--only", "nothing")
+    assert refused.code == 2
+    assert "known: projections" in refused.err
