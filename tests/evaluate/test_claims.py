@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,11 @@ def test_counts_on_the_packaged_model(name: str, verdict: str) -> None:
     if name == "projections-run":
         assert "2,544" in found.ours
         assert "95" in found.ours
+
+
+def test_the_published_page_lists_every_claim_and_slip() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "claims.md").read_text(encoding="utf-8")
+    for claim in ALL:
+        assert f"| {claim.claim} |" in text, claim.name
+    for slip in slips():
+        assert slip["right"] in text

@@ -179,6 +179,8 @@ def _attention(f: Fields, i: int, kept: str, hidden: int, dtype: str) -> KVLayer
     heads = _kv_heads(f, i, own)
     k = _head_dim(f, hidden, own)
     v = own.get("v_head_dim") or f.count("v_head_dim") or k
+    if kept == INDEXED:
+        f.assume("keys of the indexers, one short vector per token and layer, are not counted")
     return KVLayer(i, heads, (Field("k", (k,), dtype), Field("v", (int(v),), dtype)), span)
 
 

@@ -103,7 +103,7 @@ def _projections(bench: Bench) -> Outcome:
 
 
 def _faster(bench: Bench) -> Outcome:
-    prompt, output = (512, 24) if bench.quick else (1400, 350)
+    prompt, output = (512, 24) if bench.quick else (1400, 150)
     totals = {}
     for kv in ("auto", "none"):
         with bench.opened(kv) as runner:
