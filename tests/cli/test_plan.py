@@ -25,9 +25,10 @@ sys.exit(invoke(sys.argv[1:]))
 """
 
 
-def test_it_needs_neither_torch_nor_numpy_nor_the_other_commands() -> None:
+@pytest.mark.parametrize("model", [["llama-3.1-8b"], []])
+def test_it_needs_neither_torch_nor_numpy_nor_the_other_commands(model: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", BLOCK, "plan", "llama-3.1-8b", "--device", "h100", "--json"],
+        [sys.executable, "-c", BLOCK, "plan", *model, "--device", "h100", "--json"],
         capture_output=True,
         text=True,
         check=False,
@@ -36,8 +37,8 @@ def test_it_needs_neither_torch_nor_numpy_nor_the_other_commands() -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["bytes_per_token"] == 131_072
-    assert found["context"] == 131_072
+    assert found["bytes_per_token"] == (131_072 if model else 3072)
+    assert found["context"] == (131_072 if model else 4096)
     assert found["max_users"] > 0
 
 

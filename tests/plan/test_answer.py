@@ -221,6 +221,11 @@ def test_floors_by_hand() -> None:
     attention = 4 * 4096 * 32 * 128 * 32
     assert one.compute_s == pytest.approx((2 * 6.738e9 + attention) / 312e12, rel=1e-3)
     assert one.bound == "bandwidth"
+    assert one.seconds == one.read_s > one.compute_s
+    assert one.link_s == 0
+    two = Speed(demand("llama-2-7b", device="a100-80", ranks=2)).decode(1, 4096)
+    assert two.link_s == pytest.approx(2 * 32 * 4096 * 2 * 2 / 2 / 300e9)
+    assert two.seconds == two.read_s + two.link_s
     assert one.tokens_per_s == pytest.approx(130.5, rel=0.01)
     assert speed.prefill_s(4096) == pytest.approx(
         4096 * (2 * 6.738e9 + attention / 2) / 312e12, rel=1e-3

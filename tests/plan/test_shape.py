@@ -64,6 +64,44 @@ def test_gemma_3_keeps_five_windows_for_one_full_layer() -> None:
     assert d.sequence_bytes(131_072) == blocks * 32 * token
 
 
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        ({"model_type": "gemma2", "sliding_window": 64}, "wfwfwfwf"),
+        ({"model_type": "gemma3_text", "sliding_window": 64}, "wwwwwfww"),
+        ({"model_type": "cohere2", "sliding_window": 64, "sliding_window_pattern": 4}, "wwwfwwwf"),
+        (
+            {"model_type": "exaone4", "sliding_window": 64, "sliding_window_pattern": "LLG"},
+            "wwfwwfww",
+        ),
+        ({"model_type": "mistral", "sliding_window": 64}, "wwwwwwww"),
+        ({"model_type": "mistral", "sliding_window": None}, "ffffffff"),
+        ({"model_type": "qwen2", "sliding_window": 64}, "ffffffff"),
+        (
+            {
+                "model_type": "qwen2",
+                "sliding_window": 64,
+                "use_sliding_window": True,
+                "max_window_layers": 6,
+            },
+            "ffffffww",
+        ),
+        ({"model_type": "llama4_text", "attention_chunk_size": 64}, "cccfcccf"),
+        (
+            {
+                "model_type": "llama4_text",
+                "attention_chunk_size": 64,
+                "no_rope_layers": [0, 1, 1, 1, 1, 1, 1, 0],
+            },
+            "fccccccf",
+        ),
+    ],
+)
+def test_windows_where_no_layers_are_listed(config: dict[str, Any], want: str) -> None:
+    shape = read_shape(LLAMA | {"num_hidden_layers": 8, "head_dim": 128} | config)
+    assert "".join(kinds(shape)) == want
+
+
 def test_llama_4_has_chunks_of_8192_on_three_layers_of_four() -> None:
     shape = of("llama-4-scout-17b-16e")
     assert "".join(kinds(shape)[:8]) == "cccfcccf"
