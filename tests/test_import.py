@@ -38,6 +38,8 @@ TORCH_FREE = [
     "quire.store",
     "quire.codecs",
     "quire.plan",
+    "quire.plan.answer",
+    "quire.evaluate.claims.arithmetic",
     "quire.engine",
     "quire.cli",
 ]

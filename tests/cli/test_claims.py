@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.evaluate.claims import VERDICTS
+from quire.evaluate.claims.drawing import drawing
 from quire.evaluate.claims.page import page
 
 
@@ -18,7 +19,10 @@ def test_the_command_and_its_page(quire: Any, tmp_path: Path) -> None:
     for r in found["claims"]:
         assert set(r) >= {"name", "claim", "source", "ours", "verdict", "why"}
         assert r["verdict"] in VERDICTS
-    assert file.read_text() == page(found)
+    assert file.read_text() == page(found, "claims.svg")
+    assert (tmp_path / "claims.svg").read_text() == drawing(found["claims"])
+    assert ">5.63×<" in drawing(found["claims"])  # 389,120 over 69,120 bytes
+    assert drawing(found["claims"][1:]) == ""
     shown = quire("claims", "--only", "mla").out
     assert "arithmetic" in shown
     assert "82.2%" in shown

@@ -84,7 +84,10 @@ def test_without_a_model_it_is_the_packaged_one(quire: Run) -> None:
 
 
 def test_a_configuration_that_the_hub_names_with_its_owner(quire: Run) -> None:
-    assert quire("plan", "meta-llama/Llama-2-7b-hf", "--json").json["bytes_per_token"] == 524_288
+    found = quire("plan", "meta-llama/Llama-2-7b-hf", "--json").json
+    assert found["bytes_per_token"] == 524_288
+    assert any("the catalogue's row of that name" in note for note in found["assumed"])
+    assert quire("plan", "llama-2-7b", "--json").json["assumed"] == []
 
 
 @pytest.mark.parametrize(

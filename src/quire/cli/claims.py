@@ -81,18 +81,28 @@ def command(
         "commit": commit(),
     }
     if page is not None:
-        from quire.evaluate.claims.page import page as text
-
-        try:
-            Path(page).write_text(text(document), encoding="utf-8")
-        except OSError as e:
-            raise ConfigError(f"--write {page}: {e.strerror or e}") from e
+        _write(Path(page), document)
     if json:
         write(json_module.dumps(document, ensure_ascii=False) + "\n")
     else:
         _show(document)
     if page is not None:
         say(f"wrote {page}")
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """The page, and beside it the drawing where there is something to draw."""
+    from quire.evaluate.claims.drawing import drawing
+    from quire.evaluate.claims.page import page
+
+    svg = drawing(document["claims"])
+    picture = path.with_suffix(".svg")
+    try:
+        if svg:
+            picture.write_text(svg, encoding="utf-8")
+        path.write_text(page(document, picture.name if svg else ""), encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--write {path}: {e.strerror or e}") from e
 
 
 _STYLES = {"reproduced": "green", "contradicted": "bold red", "arithmetic": "cyan"}

@@ -116,7 +116,7 @@ def command(
             _OUTPUT,
             "--plot",
             "FILE",
-            "Memory over context as .png, .svg or .html; needs matplotlib (pip install 'quire[plot]').",
+            "Memory over context as .png, .svg or .html; needs matplotlib (the extra `plot`).",
         ),
     ] = None,
     json: Annotated[
@@ -183,13 +183,19 @@ def command(
 def _setup(
     model: str | None, config: KVConfig, device: str | None, weights: str | None, dtype: str | None
 ) -> Setup:
-    from quire.plan.catalogue import find_device
+    from dataclasses import replace
+
+    from quire.plan.catalogue import find_device, known_model
     from quire.plan.demand import Setup
     from quire.plan.shape import read_shape
     from quire.plan.weights import Parameters, count_parameters, embedding_of, file_bytes, form_of
 
     name, facts, folder, published = find_model(model)
     shape = read_shape(facts, name, dtype=_dtype(dtype))
+    owned = model is not None and "/" in model and not Path(model).expanduser().exists()
+    if owned and known_model(name) is not None:
+        note = f"{name} is planned as the catalogue's row of that name, whoever owns it"
+        shape = replace(shape, assumed=(*shape.assumed, note))
     try:
         counted: Parameters | None = count_parameters(shape)
     except ConfigError:

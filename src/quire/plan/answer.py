@@ -9,7 +9,6 @@ from typing import Any
 from quire.errors import ConfigError
 from quire.plan.demand import Demand, Setup
 from quire.plan.fit import remedies
-from quire.plan.lengths import mix
 from quire.plan.speed import Floor, Speed, price
 from quire.spec import CacheGroup
 
@@ -204,6 +203,8 @@ def _price(demand: Demand, per_hour: float, tokens: int, speed: Speed | None) ->
 
 
 def _mix(demand: Demand, users: int, lengths: Sequence[int]) -> dict[str, Any]:
+    from quire.plan.lengths import mix
+
     found = mix(demand, lengths)
     ranks = demand.setup.ranks
     out: dict[str, Any] = {

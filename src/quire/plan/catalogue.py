@@ -6,7 +6,6 @@ operations per second. Device rates are peaks of dense arithmetic; links count b
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -82,6 +81,8 @@ def known_model(name: str) -> Mapping[str, Any] | None:
 
 def near(name: str, names: tuple[str, ...]) -> str:
     """The catalogue's nearest names, for a message."""
+    import difflib
+
     short = name.lower().rpartition("/")[2]
     found = difflib.get_close_matches(short, names, 4, 0.5) or list(names[:4])
     return ", ".join(found)

@@ -35,8 +35,10 @@ def projections(prompt: int, output: int) -> tuple[int, int]:
     return without, prompt + output - 1
 
 
-def _sum(ours: str, *, holds: bool, why: str = "") -> Outcome:
-    return Outcome(ours, "arithmetic" if holds else "contradicted", why)
+def _sum(
+    ours: str, *, holds: bool, why: str = "", ratios: tuple[tuple[str, float, float], ...] = ()
+) -> Outcome:
+    return Outcome(ours, "arithmetic" if holds else "contradicted", why, ratios)
 
 
 def _quadratic(_: Any) -> Outcome:
@@ -108,6 +110,7 @@ def _latents(_: Any) -> Outcome:
         f"{heads[0]:.1%} to {heads[1]:.1%} against all heads of its own shape",
         holds=round(six, 3) == 0.933,
         why="the figure holds for the paper's comparison, which changes model and bits at once",
+        ratios=(("MLA at equal bits", 1 / (1 - 0.933), old / v2),),
     )
 
 
@@ -118,6 +121,7 @@ def _sixteen(_: Any) -> Outcome:
         f"{each[0]:.1f} times with a scale and minimum per 32 channels, {each[1]:.1f} with one per head",
         holds=False,
         why="16 forgets the scales",
+        ratios=(("GQA with INT4, a scale per head", 16, each[1]),),
     )
 
 
@@ -163,12 +167,18 @@ def _kivi(_: Any) -> Outcome:
         f"{each[0]:.2f} times at groups of 32 and {each[1]:.2f} at 128, scales and 128 raw tokens included, at 32k",
         holds=False,
         why=f"scales make {bits[0]:g} and {bits[1]:g} bits of 2",
+        ratios=tuple(
+            (f"KIVI-2, groups of {g}", 8, r) for g, r in zip((32, 128), each, strict=True)
+        ),
     )
 
 
 def _kvquant(_: Any) -> Outcome:
     return _sum(
-        f"{16 / 2.32:.1f} times at 2.32 bits", holds=False, why="1 % of outliers take 0.32 bits"
+        f"{16 / 2.32:.1f} times at 2.32 bits",
+        holds=False,
+        why="1 % of outliers take 0.32 bits",
+        ratios=(("KVQuant-2 with 1 % of outliers", 8, 16 / 2.32),),
     )
 
 
@@ -211,6 +221,7 @@ def _users(bench: Any) -> Outcome:
         f"{ratio:.1f} times as many",
         "reproduced" if 2 <= ratio <= 4 else "contradicted",
         f"{len(bench.lengths):,} recorded requests of Llama 3.1 8B in 40 GiB; users at a time, not tokens per second",
+        (("users by paging (2 to 4 claimed)", 4, ratio),),
     )
 
 

@@ -21,11 +21,13 @@ class Outcome:
         ours: our figure, in words.
         verdict: one of `VERDICTS`.
         why: what the verdict rests on, or what is missing.
+        ratios: where it is a number of times: a label, what is claimed, and ours; for the drawing.
     """
 
     ours: str
     verdict: str
     why: str = ""
+    ratios: tuple[tuple[str, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         assert self.verdict in VERDICTS, self.verdict
@@ -78,6 +80,7 @@ def run_claims(
                 "ours": found.ours,
                 "verdict": found.verdict,
                 "why": found.why,
+                "ratios": [list(r) for r in found.ratios],
                 "seconds": round(time.monotonic() - began, 2),
             }
         )

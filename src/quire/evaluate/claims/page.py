@@ -18,17 +18,20 @@ one machine and the packaged model.
 """
 
 
-def page(document: Mapping[str, Any]) -> str:
+def page(document: Mapping[str, Any], picture: str = "") -> str:
     """The whole page.
 
     Args:
         document: of `quire claims --json`.
+        picture: name of the drawing beside it, if there is one.
     """
     rows = document["claims"]
     counts = Counter(r["verdict"] for r in rows)
     summary = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
     where = f"Written by `{document['command']}` at commit {document['commit']}, {document['hardware']}."
     lines = [_HEAD, f"{where} {len(rows)} claims: {summary}.", ""]
+    if picture:
+        lines += [f"![Claimed and found, in times, on a scale of doublings]({picture})", ""]
     lines += ["| Claim | Source | Ours | Verdict | Why |", "| --- | --- | --- | --- | --- |"]
     for r in rows:
         cells = (r["claim"], r["source"], r["ours"] or "–", f"**{r['verdict']}**", r["why"] or "–")
