@@ -6,6 +6,7 @@
 #   make test-long   the slow tests, the laws with 5 times the examples and the sweep, within 45 minutes
 #   make matrix      docs/matrix.md: which choices compose
 #   make sweep       docs/models.md: which models run, and which way
+#   make claims      docs/claims.md: headline claims, run; LENGTHS=FILE.csv for those about paging
 #   make bench       every benchmark, one JSON document each, under out/bench/
 #   make docs        the documentation, under site/
 #   make clean       removes what these made, .venv included
@@ -29,7 +30,7 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install run test check test-long test-slow sweep-only matrix sweep bench docs clean
+.PHONY: help install run test check test-long test-slow sweep-only matrix sweep claims bench docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -85,6 +86,9 @@ matrix: $(KERNELS)
 
 sweep: $(KERNELS)
 	$(SWEEP)
+
+claims: $(KERNELS)
+	$(BIN)/quire claims --write docs/claims.md $(if $(LENGTHS),--lengths $(LENGTHS))
 
 bench: $(KERNELS)
 	@mkdir -p out/bench
