@@ -96,6 +96,8 @@ class Arena:
             )
         self.device = device
         self.pools: list[BlockPool] = []
+        self.clock = 0
+        """Counts the times that a block became idle, over all pools."""
         self._free = array("i", range(self.slabs - 1, -1, -1))
         self._free_count = self.slabs
         self._buffer: torch.Tensor | None = None
@@ -166,9 +168,20 @@ class Arena:
                 self._buffer[src_byte : src_byte + n_bytes]
             )
 
+    def cheaper(self, wanting: BlockPool, worth: float) -> bool:
+        """Whether another pool has a slab without held blocks whose cached ones are worth less than that."""
+        best = self._cheapest(wanting)
+        return best is not None and best[0] < (0, worth)
+
     def _reclaim(self, wanting: BlockPool) -> None:
         """Empties the slab of another pool whose cached blocks are worth least, moving what is held in it."""
-        best: tuple[tuple[int, int], BlockPool, int] | None = None
+        best = self._cheapest(wanting)
+        if best is not None:
+            best[1].clear(best[2])
+
+    def _cheapest(self, wanting: BlockPool) -> tuple[tuple[int, float], BlockPool, int] | None:
+        """(worth, pool, slab) of the slab of another pool that is cheapest to clear."""
+        best: tuple[tuple[int, float], BlockPool, int] | None = None
         for pool in self.pools:
             if pool is wanting:
                 continue
@@ -176,5 +189,4 @@ class Arena:
                 key = pool.worth(slab)
                 if best is None or key < best[0]:
                     best = (key, pool, slab)
-        if best is not None:
-            best[1].clear(best[2])
+        return best

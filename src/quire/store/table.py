@@ -28,6 +28,7 @@ from quire.store.chain import GONE, Chain
 from quire.store.pool import BlockPool
 
 if TYPE_CHECKING:
+    from quire.store.sharing import Path
     from quire.store.store import BlockStore
 
 Copy = tuple[BlockPool, int, int]
@@ -47,6 +48,8 @@ class BlockTable:
         """Tokens whose every query has been answered. committed <= accepted <= length."""
         self.chains = [Chain(g, store.pool_for(g)) for g in store.spec.groups]
         self.closed = False
+        self.path: Path | None = None
+        """Where it publishes its blocks (`Sharing.open`); None for a private sequence."""
         store.tables.add(self)
 
     # -- growing -------------------------------------------------------------------------------------------------
@@ -96,8 +99,21 @@ class BlockTable:
                 f"commit({n}) of {self.committed} committed, {self.accepted} accepted"
             )
         self.committed = n
-        sealed: list[tuple[int, int]] = []
+        sealed = self._seal(n)
+        path = self.path
+        if path is not None and n // path.sharing.grain > path.done:
+            path.publish(self)  # before a window lets go of what it names
         bodies = {c.group.raw: c for c in self.chains if c.group.raw is not None}
+        for chain in self.chains:
+            if not chain.group.recurrent:
+                body = bodies.get(chain.group.name)
+                unsealed = None if body is None else body.encoded * body.group.block_tokens
+                chain.drop_behind(n, unsealed)
+        return sealed
+
+    def _seal(self, n: int) -> list[tuple[int, int]]:
+        """(chain index, entry) of each block that tokens [0, n) being final has sealed."""
+        sealed: list[tuple[int, int]] = []
         for at, chain in enumerate(self.chains):
             size = chain.group.block_tokens
             if chain.group.recurrent:
@@ -111,8 +127,6 @@ class BlockTable:
                 there = chain.ids[chain.sealed : whole] != GONE
                 sealed.extend((at, chain.sealed + int(i)) for i in np.flatnonzero(there))
                 chain.sealed = whole
-            body = bodies.get(chain.group.name)
-            chain.drop_behind(n, None if body is None else body.encoded * size)
         return sealed
 
     # -- shrinking -----------------------------------------------------------------------------------------------
@@ -149,6 +163,8 @@ class BlockTable:
             whole = chain.slot(n_tokens) // chain.group.block_tokens
             chain.sealed, chain.encoded = min(chain.sealed, whole), min(chain.encoded, whole)
         self.store.copy_blocks(copies)
+        if self.path is not None:
+            self.path.back(n_tokens)
         self.length = n_tokens
         self.accepted = min(self.accepted, n_tokens)
         self.committed = min(self.committed, n_tokens)
@@ -160,11 +176,21 @@ class BlockTable:
                 chain.pop()
             chain.cursor = chain.sealed = chain.encoded = chain.cut = 0
             chain.kept = None
+        if self.path is not None:
+            self.path.back(0)
         self.length = self.accepted = self.committed = 0
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Says which live list holds the table's tokens from now on; a fork begins with a copy of its twin's."""
+        if self.path is not None:
+            self.path.tokens = tokens
 
     def release(self) -> None:
         """Gives every reference back, later blocks of a chain before earlier ones. Idempotent."""
         if not self.closed:
+            if self.path is not None:
+                self.path.settle(self)
+                self.path = None
             self.reset()
             self.closed = True
             self.store.tables.discard(self)
@@ -193,6 +219,8 @@ class BlockTable:
             twin.release()
             raise
         self.store.copy_blocks(copies)
+        if self.path is not None:
+            twin.path = self.path.twin()
         return twin
 
     def keep(self, chain_index: int, positions: Sequence[int] | np.ndarray) -> None:
@@ -209,6 +237,7 @@ class BlockTable:
             CapacityError: no blocks for the copies; nothing has changed.
         """
         chain = self.chains[chain_index]
+        self._leave()
         lossy = chain.group.raw is not None or any(
             c.group.raw == chain.group.name for c in self.chains
         )
@@ -250,6 +279,7 @@ class BlockTable:
             CapacityError: no blocks for the parts; nothing has changed.
         """
         chain = self.chains[chain_index]
+        self._leave()
         spec = replace(self.store.spec, groups=tuple(c.group for c in self.chains))
         parts = spec.split(chain.group.name, coords).groups
         fresh = []
@@ -299,6 +329,12 @@ class BlockTable:
         return used
 
     # -- within --------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        """From here on its blocks depend on more than its tokens: they are private."""
+        if self.path is not None:
+            self.path.withdraw()
+            self.path = None
 
     def _reserve(self, length: int, accepted: int) -> None:
         """Takes the blocks that are missing, or none at all."""

@@ -1,0 +1,493 @@
+"""Sharing prefixes: tables that begin with what is cached already, and leave behind what they computed.
+
+    open(tokens)    |== found ==|~ copied ~|                    blocks that are held; n tokens of one that differs later
+    commit          |===========|=====|=====|---|               whole chunks are named; a duplicate is merged
+    release         |===========|=====|=====|==|                the partial block, too: under (parent, tokens)
+
+A hit ends at the largest boundary whose needs every group still has: all blocks of full attention, the last ones of a
+window, the raw ones of a residual window. So whoever resumes there reads what it would have read after computing it.
+
+Namespaces decide who may find what. Everything is private to its namespace, except whole chunks of a prefix that the
+namespace has declared to be shared within a group:
+
+    root(shared, group) ── chunk ── chunk ─┬─ salt of A ── chunk ── …
+                                           └─ salt of B ── chunk ── …
+    root(salt of C) ── chunk ── …
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from quire.errors import CapacityError, RequestError
+from quire.store.chain import GONE, Chain
+from quire.store.evict import MAX_PRIORITY, make_eviction
+from quire.store.index import TOKEN_BYTES, PrefixIndex, chunk_name, packed
+from quire.store.store import BlockStore
+from quire.store.table import BlockTable
+
+__all__ = ["Hints", "Namespace", "Path", "Sharing", "SharingStats"]
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """Who may find a prefix.
+
+    Args:
+        salt: secret bytes; two namespaces of different salts never find each other's blocks.
+        shared: token sequences of which whole chunks may be found by all of the group that declare the same sequence.
+        group: of those who share them.
+    """
+
+    salt: bytes = b""
+    shared: tuple[tuple[int, ...], ...] = ()
+    group: str = ""
+
+    def public_chunks(self, tokens: Sequence[int], grain: int) -> int:
+        """How many chunks of these tokens lie within a declared prefix."""
+        longest = 0
+        for declared in self.shared:
+            n = len(declared)
+            if n > longest and len(tokens) >= n and tuple(tokens[:n]) == declared:
+                longest = n
+        return longest // grain
+
+    def root(self, base: bytes, *, public: bool) -> bytes:
+        """The name of the empty prefix."""
+        own = b"shared" + self.group.encode() if public else b"private" + self.salt
+        return sha256(base + own).digest()
+
+
+@dataclass(frozen=True)
+class Hints:
+    """Wishes about how long a request's blocks stay; never more than wishes.
+
+    Args:
+        priority: -3 to 3: each step is worth a doubling of the uses.
+        keep_for_s: seconds in which the blocks go only when no other block is idle.
+
+    Raises:
+        RequestError: out of range.
+    """
+
+    priority: int = 0
+    keep_for_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.priority not in range(-MAX_PRIORITY, MAX_PRIORITY + 1):
+            raise RequestError(
+                f"a cache priority lies within -{MAX_PRIORITY}..{MAX_PRIORITY}, not {self.priority!r}"
+            )
+        if not 0 <= self.keep_for_s < float("inf"):
+            raise RequestError(f"keep_for_s is 0 or more seconds, not {self.keep_for_s!r}")
+
+
+@dataclass(slots=True)
+class SharingStats:
+    """Counters since the start. Tokens are of look-ups: each is asked for once.
+
+    Args:
+        lookups: tables opened.
+        asked_tokens: that could have been found.
+        hit_tokens: that were, copied ones included.
+        copied_tokens: of those, copied out of a block that differs later.
+        stored_blocks: that got a name.
+        merged_blocks: computed although another had computed them meanwhile, and given back.
+        evicted_blocks: named ones given up.
+        waits: times that a request waited for another to compute its prefix.
+    """
+
+    lookups: int = 0
+    asked_tokens: int = 0
+    hit_tokens: int = 0
+    copied_tokens: int = 0
+    stored_blocks: int = 0
+    merged_blocks: int = 0
+    evicted_blocks: int = 0
+    waits: int = 0
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hit tokens over asked ones."""
+        return self.hit_tokens / self.asked_tokens if self.asked_tokens else 0.0
+
+
+class Path:
+    """Where one table stands in the index; made by `Sharing.open`.
+
+    names[i] is the name of the first i chunks. `tokens` is a live list: the table's tokens, appended to by its owner.
+    """
+
+    __slots__ = (
+        *("done", "found", "hints", "limit", "names", "nodes", "owner"),
+        *("promised", "public", "salt", "sharing", "tokens"),
+    )
+
+    def __init__(
+        self, sharing: Sharing, namespace: Namespace, base: bytes, tokens: Sequence[int]
+    ) -> None:
+        self.sharing = sharing
+        self.tokens = tokens
+        self.public = namespace.public_chunks(tokens, sharing.grain) if namespace.shared else 0
+        self.salt = namespace.salt
+        self.names = [namespace.root(base, public=self.public > 0)]
+        self.done = 0
+        """Chunks that were found or published."""
+        self.promised = 0
+        """Chunks that whoever follows may wait for."""
+        self.owner: Any = None
+        self.hints: Hints | None = None
+        self.limit = 0
+        """At most so many tokens were to be found."""
+        self.nodes: list[int] = []
+        """Between `look` and `take`: of the chunks that are there."""
+        self.found = 0
+        """How many of them can be resumed from."""
+
+    def parent(self, chunk: int) -> bytes:
+        """What the name of that chunk is made from, beside its tokens."""
+        name = self.names[chunk]
+        return sha256(name + self.salt).digest() if chunk == self.public > 0 else name
+
+    def extend(self, chunk: bytes) -> bytes:
+        """The name of one more chunk."""
+        name = chunk_name(self.parent(len(self.names) - 1), chunk)
+        self.names.append(name)
+        return name
+
+    def twin(self) -> Path:
+        """The same place, for a fork; it promises nothing."""
+        twin = object.__new__(Path)
+        twin.sharing, twin.tokens, twin.public, twin.salt = (
+            self.sharing,
+            list(self.tokens),
+            self.public,
+            self.salt,
+        )
+        twin.names, twin.done = self.names[: self.done + 1], self.done
+        twin.promised, twin.owner, twin.hints = 0, None, self.hints
+        twin.limit, twin.nodes, twin.found = self.limit, [], 0
+        return twin
+
+    def back(self, n_tokens: int) -> None:
+        """The table was truncated to so many tokens."""
+        chunks = n_tokens // self.sharing.grain
+        if chunks < self.done:
+            self.withdraw()
+            self.done = chunks
+            del self.names[chunks + 1 :]
+
+    # -- promises ------------------------------------------------------------------------------------------------
+
+    def promise(self, n_tokens: int, owner: Any) -> None:
+        """Says that the chunks of the first `n_tokens` will be published by `owner`, unless it is released before."""
+        self.owner = owner
+        grain = self.sharing.grain
+        blob = packed(self.tokens[self.done * grain : n_tokens // grain * grain])
+        for at in range(0, len(blob), grain * TOKEN_BYTES):
+            self.sharing.promised.setdefault(self.extend(blob[at : at + grain * TOKEN_BYTES]), self)
+        self.promised = len(self.names) - 1
+
+    def withdraw(self) -> None:
+        """Takes back what is promised and not published."""
+        promised = self.sharing.promised
+        for name in self.names[self.done + 1 : self.promised + 1]:
+            if promised.get(name) is self:
+                del promised[name]
+        self.promised = 0
+
+    # -- publishing ----------------------------------------------------------------------------------------------
+
+    def publish(self, table: BlockTable) -> None:
+        """Names the table's chunks that became whole; a block that exists already takes the place of its duplicate."""
+        sharing, grain = self.sharing, self.sharing.grain
+        sealed = min(c.sealed * c.group.block_tokens for c in table.chains)
+        last = min(table.committed, sealed) // grain
+        while self.done < last:
+            first = self.done * grain
+            chunk = packed(self.tokens[first : first + grain])
+            known = len(self.names) > self.done + 1
+            name = self.names[self.done + 1] if known else self.extend(chunk)
+            node = sharing.index.add(name, self.parent(self.done), chunk)
+            if node < 0 or len(chunk) < grain * TOKEN_BYTES:
+                self.withdraw()
+                table.path = None  # another prefix has the name, or tokens are not told: all behind it is private
+                return
+            self._attach(table, node, self.done)
+            if sharing.promised.get(name) is self:
+                del sharing.promised[name]
+            self.done += 1
+
+    def settle(self, table: BlockTable) -> None:
+        """The table is about to be released: its partial block stays under (parent, tokens)."""
+        self.withdraw()
+        del self.names[self.done + 1 :]
+        index, first = self.sharing.index, self.done * self.sharing.grain
+        rest = packed(self.tokens[first : table.committed])
+        n_tokens = len(rest) // TOKEN_BYTES
+        if (
+            not index.plain
+            or not 0 < n_tokens < self.sharing.grain
+            or n_tokens < table.committed - first
+        ):
+            return
+        parent = self.parent(self.done)
+        near, same = index.nearest(parent, rest)
+        if same == n_tokens:
+            return  # what is there begins like this
+        if near >= 0 and same == len(index.tokens(near)):
+            index.drop(near)  # it is the beginning of what comes now
+        node = index.add(chunk_name(parent, rest), parent, rest)
+        if node >= 0:
+            self._attach(table, node, self.done)
+
+    def _attach(self, table: BlockTable, node: int, chunk: int) -> None:
+        sharing, index = self.sharing, self.sharing.index
+        for column, (group, j) in enumerate(index.columns):
+            chain = table.chains[group]
+            entry = chunk * (sharing.grain // chain.group.block_tokens) + j
+            block = int(chain.ids[entry]) if entry < chain.count else GONE
+            if block == GONE:
+                continue
+            have = index.block(column, node)
+            if have < 0:
+                index.attach(column, node, block)
+                sharing.stats.stored_blocks += 1
+                have = block
+            elif have != block:
+                chain.pool.hold(have)
+                chain.pool.found(have)
+                chain.ids[entry] = have
+                chain.pool.release(block)
+                sharing.stats.merged_blocks += 1
+            if self.hints is not None:
+                sharing.hint(column, have, self.hints)
+        index.settle(node)
+
+
+class Sharing:
+    """The prefix cache of one store.
+
+    Args:
+        store: its groups are shared, without recurrent state.
+        base: digest of everything else that a block's bytes depend on: weights, dtype, configuration.
+        evict: "cost" or "lru", see `store/evict.py`.
+        clock: seconds.
+
+    Raises:
+        ConfigError: a store that cannot be shared, or an unknown policy.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        base: bytes = b"",
+        *,
+        evict: str = "cost",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self.base = sha256(b"quire prefix 1" + base).digest()
+        self.evict = evict
+        self.index = PrefixIndex(store.spec, store.pool_for, self._evicted)
+        self.grain = self.index.grain
+        self.stats = SharingStats()
+        self.promised: dict[bytes, Path] = {}
+        """Names of chunks that somebody is computing."""
+        for group in store.spec.groups:
+            store.pool_for(group).adopt(make_eviction(evict, group.block_tokens, clock))
+        far = 1 << 40
+        full = [g for g, group in enumerate(store.spec) if group.span.needs(far) == ((0, far),)]
+        self._full = [c for c, (g, _) in enumerate(self.index.columns) if g in full]
+        self._full_only = len(self._full) == len(self.index.columns)
+
+    # -- opening -------------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        tokens: Sequence[int],
+        namespace: Namespace | None = None,
+        *,
+        limit: int | None = None,
+        adapter: bytes = b"",
+        hints: Hints | None = None,
+    ) -> BlockTable:
+        """A table over the longest prefix of `tokens` that is cached: `take` what `look` finds."""
+        return self.take(self.look(tokens, namespace, limit=limit, adapter=adapter, hints=hints))
+
+    def look(
+        self,
+        tokens: Sequence[int],
+        namespace: Namespace | None = None,
+        *,
+        limit: int | None = None,
+        adapter: bytes = b"",
+        hints: Hints | None = None,
+    ) -> Path:
+        """Finds a prefix without taking it; nothing may happen to the store before `take`.
+
+        Args:
+            tokens: a live list: what the table will hold is published under what it says then.
+            namespace: whose; one without salt when None.
+            limit: at most so many tokens are found; all but the last when None, which must be computed for its logits.
+            adapter: digest of what is added to the weights.
+            hints: for the blocks that it finds and makes.
+
+        Raises:
+            RequestError: hints for a policy that has none.
+
+        Cost: a hash and a look-up per chunk of the prefix.
+        """
+        if hints is not None:
+            self.check_hints()
+        path = Path(self, namespace or Namespace(), self.base + adapter, tokens)
+        path.hints = hints
+        path.limit = max(0, len(tokens) - 1 if limit is None else limit)
+        path.nodes = self._walk(path, packed(tokens[: path.limit]))
+        path.found = len(path.nodes) if self._full_only else self._boundary(path.nodes)
+        return path
+
+    def take(self, path: Path) -> BlockTable:
+        """A table over what was found."""
+        nodes, path.nodes = path.nodes[: path.found], []
+        path.done = path.found
+        del path.names[path.done + 1 :]
+        table = self.store.open()
+        if nodes:
+            self._fill(table, nodes, path)
+        if self.index.plain and path.limit > table.length:
+            self._copy_part(table, path)
+        table.path = path
+        stats = self.stats
+        stats.lookups += 1
+        stats.asked_tokens += path.limit
+        stats.hit_tokens += table.length
+        return table
+
+    def awaited(self, path: Path, owner: Any) -> bytes | None:
+        """After `look`: the name of the first chunk that is missing, if somebody before `owner` is computing it."""
+        at = len(path.nodes) if self._full else path.found
+        first = at * self.grain
+        if not self.promised or first + self.grain > path.limit:
+            return None
+        chunk = packed(path.tokens[first : first + self.grain])
+        name = chunk_name(path.parent(at), chunk)
+        if not self.computing(name, owner):
+            return None
+        self.stats.waits += 1
+        return name
+
+    def computing(self, name: bytes, owner: Any) -> bool:
+        """Whether somebody before `owner` still promises that chunk."""
+        path = self.promised.get(name)
+        return path is not None and path.owner < owner
+
+    def check_hints(self) -> None:
+        """Raises RequestError where the policy takes no hints."""
+        if not self.index.pools[0].policy.hints:
+            raise RequestError(f"evict={self.evict!r} takes no hints; use evict='cost'")
+
+    def hint(self, column: int, block: int, hints: Hints) -> None:
+        """Passes a wish on to the pool's policy."""
+        self.index.pools[column].policy.hint(block, hints.priority, hints.keep_for_s)
+
+    # -- within --------------------------------------------------------------------------------------------------
+
+    def _walk(self, path: Path, blob: bytes) -> list[int]:
+        """The nodes of the prefix's chunks; -1 where one is missing that windows may do without."""
+        index, width = self.index, self.grain * TOKEN_BYTES
+        nodes: list[int] = []
+        for at in range(0, len(blob) - width + 1, width):
+            chunk = blob[at : at + width]
+            node = index.find(path.extend(chunk), chunk)
+            if self._full and (node < 0 or any(index.block(c, node) < 0 for c in self._full)):
+                path.names.pop()
+                break
+            nodes.append(node)
+        return nodes
+
+    def _boundary(self, nodes: list[int]) -> int:
+        """The largest number of chunks behind which every group still has what it needs."""
+        return next((n for n in range(len(nodes), 0, -1) if self._resumable(nodes, n)), 0)
+
+    def _resumable(self, nodes: list[int], chunks: int) -> bool:
+        for column, (g, j) in enumerate(self.index.columns):
+            if column in self._full:
+                continue
+            per = self.grain // self.store.spec.groups[g].block_tokens
+            for entry in self._needed(g, chunks * self.grain):
+                if entry % per == j:
+                    node = nodes[entry // per]
+                    if node < 0 or self.index.block(column, node) < 0:
+                        return False
+        return True
+
+    def _needed(self, g: int, boundary: int) -> list[int]:
+        """Entries of a group's chain that queries from `boundary` on may read."""
+        group = self.store.spec.groups[g]
+        size = group.block_tokens
+        entries: set[int] = set()
+        for lo, hi in group.span.needs(boundary):
+            entries.update(range(lo // size, -(-hi // size)))
+        return sorted(entries)
+
+    def _fill(self, table: BlockTable, nodes: list[int], path: Path) -> None:
+        """Gives an empty table the blocks of these chunks."""
+        boundary = len(nodes) * self.grain
+        for g, chain in enumerate(table.chains):
+            size = chain.group.block_tokens
+            per, first = self.grain // size, self.index.columns.index((g, 0))
+            needed = set(self._needed(g, boundary))
+            for entry in range(boundary // size):
+                if entry in needed:
+                    column = first + entry % per
+                    block = self.index.block(column, nodes[entry // per])
+                    chain.pool.hold(block)
+                    chain.pool.found(block)
+                    chain.push(block)
+                    if path.hints is not None:
+                        self.hint(column, block, path.hints)
+                else:
+                    chain.push(GONE)
+                    chain.held -= 1
+            needs = chain.group.span.needs(boundary)
+            last = needs[-1][0] if needs and needs[-1][1] == boundary else boundary
+            chain.cursor = min(chain.count, last // size)
+            chain.sealed = chain.count
+            if chain.group.raw is not None:
+                chain.encoded = chain.count
+        table.length = table.accepted = table.committed = boundary
+
+    def _copy_part(self, table: BlockTable, path: Path) -> None:
+        """Copies the beginning of a block that agrees for a while: no codec here needs it whole."""
+        first = table.length
+        rest = packed(path.tokens[first : min(path.limit, first + self.grain)])
+        node, n_tokens = self.index.nearest(path.parent(path.done), rest)
+        if node < 0:
+            return
+        sources = [self.index.block(c, node) for c in range(len(self.index.columns))]
+        taken: list[tuple[Chain, int, int]] = []
+        for chain, block in zip(table.chains, sources, strict=True):
+            chain.pool.hold(block)
+        try:
+            for chain, block in zip(table.chains, sources, strict=True):
+                taken.append((chain, block, chain.pool.take()))
+        except CapacityError:
+            for chain, block in zip(table.chains, sources, strict=True):
+                chain.pool.release(block)
+            for chain, _, mine in taken:
+                chain.pool.release(mine)
+            return
+        for chain, block, mine in taken:
+            chain.pool.found(block)
+            chain.push(mine)
+        self.store.copy_blocks([(chain.pool, block, mine) for chain, block, mine in taken])
+        table.length = table.accepted = table.committed = table.length + n_tokens
+        self.stats.copied_tokens += n_tokens
+
+    def _evicted(self, node: int, column: int) -> None:
+        self.stats.evicted_blocks += 1
