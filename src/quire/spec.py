@@ -355,11 +355,13 @@ class KVConfig:
             each with options after `;`, as in `"int4;skip_layers=0,1,-1"`.
         keep: retention, `"full"` by default.
         block_tokens: tokens per block.
+        share: `"off"`, or `"prefix"`: prefixes that were computed before are found; `"prefix:evict=lru"`.
     """
 
     kv: str = "auto"
     keep: str = "full"
     block_tokens: int = DEFAULT_BLOCK_TOKENS
+    share: str = "off"
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1:

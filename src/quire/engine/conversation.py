@@ -160,6 +160,9 @@ class Conversation:
 class _Lender:
     """The runner as the engine of a conversation sees it: every request continues the one table."""
 
+    sharing = None
+    """The one table is its own; nothing is looked up for it."""
+
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
 

@@ -25,7 +25,9 @@ from quire.engine.request import Delta, Request, RequestOutput
 from quire.engine.runner import Runner
 from quire.engine.schedule import SchedulerConfig
 from quire.engine.scheduler import Scheduler
+from quire.engine.sharing import Opener
 from quire.errors import CapacityError, RequestError
+from quire.store.sharing import Hints, Namespace
 
 __all__ = ["Engine"]
 
@@ -66,6 +68,7 @@ class Engine:
             clock,
             cut=getattr(runner, "cut", None),
             restart_tokens=getattr(runner, "restart_tokens", None),
+            opener=Opener(runner, getattr(runner, "adapter_digest", None)),
         )
         self.intake = Intake(runner, runner.vocab_size, tokenizer, eos_token_ids, clock)
         self.core = Core(runner, self.scheduler, tokenizer, clock, self._deliver)
@@ -89,6 +92,9 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         adapter: str | None = None,
+        share: str | None = None,
+        namespace: Namespace | None = None,
+        hints: Hints | None = None,
         on_delta: Sink | None = None,
     ) -> str:
         """Submit a request; it runs when somebody steps.
@@ -99,6 +105,9 @@ class Engine:
             request_id: any name not in use; default: a number.
             priority: higher goes earlier, and `SchedulerConfig.priority_step_s` of waiting makes up for one level.
             adapter: given to the runner's forward; requests of one forward share it.
+            share: "off": find nothing and leave nothing; default: as the runner was opened.
+            namespace: who may find what it leaves, and whose it finds; default: those without one.
+            hints: how long its blocks should stay cached.
             on_delta: called with every delta, from the thread that steps; default: `step` returns them.
 
         Returns:
@@ -108,7 +117,16 @@ class Engine:
             RequestError: it is wrong: an empty prompt, one beyond the context, unknown ids, a name in use.
             CapacityError: it could never fit the cache.
         """
-        request = self._prepare(prompt, params, request_id, priority, adapter)
+        request = self._prepare(
+            prompt,
+            params,
+            request_id,
+            priority=priority,
+            adapter=adapter,
+            share=share,
+            namespace=namespace,
+            hints=hints,
+        )
         self._submit(request, on_delta)
         return request.request_id
 
@@ -129,8 +147,7 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None,
         request_id: str | None = None,
-        priority: int = 0,
-        adapter: str | None = None,
+        **wishes: Any,
     ) -> Request:
         """Check everything that can be known now; nothing is queued yet."""
         if self._closed:
@@ -139,7 +156,7 @@ class Engine:
             request_id = next(name for name in map(str, self._ids) if name not in self._requests)
         elif request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; choose another")
-        return self.intake.request(request_id, prompt, params, priority=priority, adapter=adapter)
+        return self.intake.request(request_id, prompt, params, **wishes)
 
     def _submit(self, request: Request, sink: Sink | None) -> None:
         request.sink = sink
@@ -230,6 +247,9 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | None = None,
+        share: str | None = None,
+        namespace: Namespace | None = None,
+        hints: Hints | None = None,
         on_delta: Sink | None = None,
     ) -> list[RequestOutput]:
         """Run prompts to their end as one continuous batch.
@@ -237,7 +257,7 @@ class Engine:
         Args:
             prompts: one prompt, or several: texts or lists of token ids.
             params: for all of them, or one each.
-            adapter: for all of them.
+            adapter, share, namespace, hints: for all of them, see `add_request`.
             on_delta: called with every delta, in the order of computation.
 
         Returns:
@@ -257,10 +277,16 @@ class Engine:
             raise RequestError(
                 f"{len(many)} prompts and {len(each)} params; give one for all, or one each"
             )
+        wishes: dict[str, Any] = {
+            "adapter": adapter,
+            "share": share,
+            "namespace": namespace,
+            "hints": hints,
+        }
         requests = []
         for number, (prompt, its_params) in enumerate(zip(many, each, strict=True)):
             try:
-                requests.append(self._prepare(prompt, its_params, adapter=adapter))
+                requests.append(self._prepare(prompt, its_params, **wishes))
             except (RequestError, CapacityError) as error:
                 if len(many) == 1:
                     raise
@@ -297,6 +323,9 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         adapter: str | None = None,
+        share: str | None = None,
+        namespace: Namespace | None = None,
+        hints: Hints | None = None,
     ) -> AsyncIterator[Delta]:
         """The deltas of one request as they come; the last one carries the output.
 
@@ -309,7 +338,16 @@ class Engine:
         """
         subscriber = Subscriber()
         sink = partial(self._courier.post, subscriber)
-        request = self._prepare(prompt, params, request_id, priority, adapter)
+        request = self._prepare(
+            prompt,
+            params,
+            request_id,
+            priority=priority,
+            adapter=adapter,
+            share=share,
+            namespace=namespace,
+            hints=hints,
+        )
         ended = False
         try:
             self._submit(request, sink)

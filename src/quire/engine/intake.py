@@ -12,7 +12,9 @@ from typing import Any
 from quire.engine.params import SamplingParams, check_integer
 from quire.engine.request import Request
 from quire.engine.runner import Room
+from quire.engine.sharing import check_share
 from quire.errors import CapacityError, RequestError
+from quire.store.sharing import Hints, Namespace
 
 __all__ = ["Intake", "Prompt", "as_list", "check_text", "output_limit"]
 
@@ -106,6 +108,9 @@ class Intake:
         *,
         priority: int = 0,
         adapter: str | None = None,
+        share: str | None = None,
+        namespace: Namespace | None = None,
+        hints: Hints | None = None,
     ) -> Request:
         """Check and make one.
 
@@ -132,6 +137,14 @@ class Intake:
         knows = getattr(self.room, "check_adapter", None)
         if adapter is not None and knows is not None:
             knows(adapter)
+        sharing = getattr(self.room, "sharing", None)
+        shares = check_share(share, sharing)
+        if hints is not None and (sharing is None or not shares):
+            raise RequestError(
+                "hints are about cached blocks and this request shares none; drop them"
+            )
+        if hints is not None and sharing is not None:
+            sharing.check_hints()
         stop_ids = frozenset(params.stop_token_ids)
         return Request(
             request_id=name,
@@ -143,6 +156,9 @@ class Intake:
             priority=priority,
             adapter=adapter,
             arrival_s=self.clock(),
+            share=shares,
+            namespace=namespace,
+            hints=hints,
             stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids,
         )
 

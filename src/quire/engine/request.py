@@ -18,6 +18,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from quire.engine.params import SamplingParams
+from quire.store.sharing import Hints, Namespace
 
 if TYPE_CHECKING:
     from quire.engine.runner import Item, Table
@@ -122,6 +123,7 @@ class Sample:
         seat: its place in the one total order of the scheduler: smaller goes first, is preempted last.
         rows: rows of a batch it takes; the first sample takes its siblings' until they fork from it.
         need_bytes: what it held when it was preempted: less than that free, and admitting it would only repeat it.
+        awaits: the name of a chunk of its prompt that a request before it is computing.
     """
 
     request: Request
@@ -137,6 +139,7 @@ class Sample:
     item: Item | None = None
     need_bytes: int = 0
     held_bytes: int = 0
+    awaits: bytes | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     token_times_s: list[float] = field(default_factory=list)
@@ -168,6 +171,9 @@ class Request:
         priority: higher goes earlier; waiting makes up for it (`SchedulerConfig.priority_step_s`).
         adapter: requests of one forward share it.
         arrival_s: reading of the clock at submission.
+        share: whether its prefix is looked up, and what it computes is left for others.
+        namespace: who may find it; None: everybody who names none either.
+        hints: how long its blocks should stay.
         prompt_logprobs: one per prompt position scored so far, the first always None; None when not asked for.
     """
 
@@ -181,6 +187,9 @@ class Request:
     adapter: str | None = None
     arrival_s: float = 0.0
     stop_ids: frozenset[int] = frozenset()
+    share: bool = False
+    namespace: Namespace | None = None
+    hints: Hints | None = None
     samples: list[Sample] = field(default_factory=list)
     unfinished: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None

@@ -13,7 +13,8 @@ outrank a seat, because priorities are bounded and time passes.
 
 **Why it does not thrash.** A sample that finds no room and has nobody behind it stalls with what it holds; it is
 preempted only when somebody before it needs the room. Nobody enters behind a stalled sample, nor below the watermark,
-nor a preempted one before as much is free as it held. The waiting are admitted in seat order; none is skipped.
+nor a preempted one before as much is free as it held. The waiting are admitted in seat order; none is skipped, but
+those who wait for one before them to compute the prefix that they share.
 
 A step, from its token budget: first one token for each decoding sample, then chunks of prompts, running and waiting
 ones merged in seat order, each as large as what is left.
@@ -48,6 +49,7 @@ class Scheduler:
         cut: `cut(start, stop, prompt_tokens) -> stop'` with start < stop' ≤ stop: where a chunk must end (recurrent
             checkpoints, compaction); default: anywhere.
         restart_tokens: a sequence that grows past so many is computed anew, at once up to there (LongRoPE).
+        opener: gives a waiting sample its table, or None while it must wait for another; default: an empty one.
 
     Cost: O(samples in the step) Python, about a microsecond each beside the table's own `append`; admission adds
     O(log waiting).
@@ -60,8 +62,10 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         cut: Callable[[int, int, int], int] | None = None,
         restart_tokens: int | None = None,
+        opener: Callable[[Sample], Table | None] | None = None,
     ) -> None:
         self.room = room
+        self.opener = opener or (lambda _: room.open())
         self.config = config or SchedulerConfig()
         self.clock = clock
         self.cut = cut
@@ -75,6 +79,7 @@ class Scheduler:
         self._running: list[Sample] = []  # sorted by seat
         self._waiting: list[tuple[Seat, Sample]] = []  # heap; stale entries are skipped
         self._n_waiting = 0
+        self._aside: list[Sample] = []  # of the waiting: who follows another, during a step
         self._rows = 0
         self._arrivals = 0
         self._grow_bytes = 0  # most that one more token was seen to take
@@ -128,6 +133,9 @@ class Scheduler:
                 except CapacityError:
                     pass
                 else:
+                    follow = getattr(sample.table, "follow", None)
+                    if follow is not None:
+                        follow(sample.tokens)
                     sample.computed = first.computed
                     self._enter(sample)
                     self._account(sample)
@@ -217,7 +225,12 @@ class Scheduler:
                 self._grow_bytes = max(self._grow_bytes, held - sample.held_bytes)
                 self._account(sample, held)
         if plan.budget > 0 and (prefills or self._n_waiting):
-            self._prefill(plan, prefills, stalled)
+            try:
+                self._prefill(plan, prefills, stalled)
+            finally:
+                for sample in self._aside:
+                    heappush(self._waiting, (sample.seat, sample))
+                self._aside.clear()
         if not placed:
             self._unstick(plan)
         return plan
@@ -233,7 +246,11 @@ class Scheduler:
             head = self._head() if admitting else None
             if head is not None and (sample is None or head.seat < sample.seat):
                 blocked = stalled is not None and stalled.seat < head.seat
-                admitting = not blocked and self._admit(head, plan)
+                admitted = not blocked and self._admit(head, plan)
+                if admitted is None:
+                    self._aside.append(heappop(self._waiting)[1])
+                else:
+                    admitting = admitted
             elif sample is not None:
                 next_one += 1
                 n_tokens = self._chunk(sample, plan)
@@ -291,12 +308,18 @@ class Scheduler:
             else:
                 return n_tokens
 
-    def _admit(self, sample: Sample, plan: Plan) -> bool:
-        """Let the first of the waiting in, if its next chunk fits without touching anyone before it."""
+    def _admit(self, sample: Sample, plan: Plan) -> bool | None:
+        """Let the first of the waiting in, if its next chunk fits without touching anyone before it.
+
+        Returns:
+            None when somebody before it computes what it shares: who comes behind may be let in.
+        """
         if self._rows + sample.rows > self.max_rows or not self._worth_trying(sample):
             return False
         while True:
-            table = self.room.open()
+            table = self.opener(sample)
+            if table is None:
+                return None
             try:
                 sample.computed = table.length
                 self._restart(sample, table)

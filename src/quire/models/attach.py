@@ -30,6 +30,7 @@ from quire.models.probe import (
 )
 from quire.models.rope import Regimes
 from quire.models.runner import ModelRunner
+from quire.models.sharing import open_sharing
 from quire.plan.layout import KVLayer, Layout, build_layout, check_config
 from quire.spec import Full, KVConfig
 from quire.store.store import BlockStore
@@ -105,13 +106,18 @@ def connect(
             layout = _layout(model, shape, candidate, config, dtype)
             store = BlockStore(layout.spec, total_bytes, device=str(model.device))
             bridge = Bridge(model, candidate, shape, layout, store, patches, adapters, attention)
-            bridge.prepack(weights)
         except BaseException:
             patches.undo()
             raise
         bridge.chunked_prefill = (
             chunked and Regimes(model).chunked_prefill and not restarts_scan(model)
         )
+        try:
+            bridge.sharing = open_sharing(bridge, config)
+            bridge.prepack(weights)
+        except BaseException:
+            patches.undo()
+            raise
         log.info(
             "%s: attached as %s%s",
             type(model).__name__,

@@ -22,6 +22,7 @@ from quire.models.prepack import Prepacked, prepack
 from quire.models.probe import Shape
 from quire.plan.layout import Layout
 from quire.spec import CacheGroup
+from quire.store.sharing import Sharing
 from quire.store.store import BlockStore
 from quire.store.table import BlockTable
 
@@ -70,6 +71,8 @@ class Bridge:
         self.backend = make_backend(backend, self.device.type)
         self.weights: Prepacked | None = None
         self.chunked_prefill = True
+        self.sharing: Sharing | None = None
+        """Finds prefixes that were computed before; None where nothing is shared."""
         self.key_offsets: Mapping[int, torch.Tensor] = {}
         """Layer to `[H_kv, D]`, added to its keys where they enter the cache (`quire.evaluate.inject`)."""
         self.layer_kinds = shape.kinds

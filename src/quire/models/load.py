@@ -142,7 +142,7 @@ class Loaded:
 
         Tells models, fine-tunes and dtypes apart in milliseconds. It is no proof against a forger.
         """
-        return _fingerprint(self.model.named_parameters())
+        return fingerprint(self.model.named_parameters())
 
 
 # -- looking -----------------------------------------------------------------------------------------------------
@@ -378,7 +378,8 @@ def _eos(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _fingerprint(parameters: Iterable[tuple[str, Any]]) -> str:
+def fingerprint(parameters: Iterable[tuple[str, Any]]) -> str:
+    """SHA-256 over names, shapes, dtypes and a sample of the elements."""
     import torch
 
     found = hashlib.sha256()

@@ -18,6 +18,7 @@ from quire.models.forward import CURRENT
 from quire.models.hf_cache import KVCache
 from quire.models.prepack import Prepacked
 from quire.models.rope import Regimes
+from quire.models.sharing import AdapterDigests
 from quire.spec import Usage
 from quire.store.table import BlockTable
 
@@ -62,6 +63,8 @@ class ModelRunner:
         self.max_rows: int | None = None
         self.cache = KVCache(bridge)
         self.adapters = bridge.adapters
+        self.sharing = bridge.sharing
+        self.adapter_digest = AdapterDigests(bridge.adapters.model)
         self.weights = bridge.weights
 
     # -- sequences -----------------------------------------------------------------------------------------------
@@ -255,6 +258,7 @@ class NoCacheRunner:
     """`--kv none`: recomputes every token of every sequence at every step, the baseline that a cache exists to beat."""
 
     chunked_prefill = False
+    sharing = None
     max_rows: int | None = None
     bytes_per_token = 0.0
 

@@ -26,6 +26,7 @@ from quire.spec import (
     Span,
     State,
 )
+from quire.store.share import parse_share
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def build_layout(
 def check_config(config: KVConfig) -> None:
     """Refuses a configuration that no model can have. Raises ConfigError."""
     _check_keep(config)
+    parse_share(config.share)
     recipe = parse_recipe(config.kv)
     recipe.check_options()
     block_tokens_for(recipe.loaded(), config.block_tokens)

@@ -1,0 +1,70 @@
+"""How a request comes to its table: over what is cached, or after whoever computes it. No torch.
+
+A new prefix that several requests bring at once is computed by the first of them. The others wait, without a row and
+without memory, for as long as the next chunk that they lack is promised by a request before them; each is let in when
+what they have in common lies in the cache. A promise ends with the request that gave it, so nobody waits for the dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from quire.errors import RequestError
+from quire.store.sharing import Sharing
+
+if TYPE_CHECKING:
+    from quire.engine.request import Sample
+    from quire.engine.runner import Room, Table
+
+__all__ = ["Opener", "check_share"]
+
+
+def check_share(share: str | None, sharing: Sharing | None) -> bool:
+    """Whether a request that asks for `share` (None: what the runner does) looks its prefix up.
+
+    Raises:
+        RequestError: unknown, or asked of a runner that shares nothing.
+    """
+    if share not in (None, "off", "prefix"):
+        raise RequestError(f"unknown share {share!r}; known: off, prefix")
+    if share == "prefix" and sharing is None:
+        raise RequestError("this runner shares nothing; open it with share='prefix'")
+    return sharing is not None and share != "off"
+
+
+class Opener:
+    """Opens tables for a scheduler.
+
+    Args:
+        room: the runner, whose `sharing` is used where it has one.
+        adapter_digest: what an adapter adds to the weights, as bytes.
+    """
+
+    def __init__(self, room: Room, adapter_digest: Callable[[str], bytes] | None = None) -> None:
+        self.room = room
+        self.sharing: Sharing | None = getattr(room, "sharing", None)
+        self.adapter_digest = adapter_digest or (lambda name: name.encode())
+
+    def __call__(self, sample: Sample) -> Table | None:
+        """A table that may hold a beginning of the sample's tokens; None while somebody before it computes them."""
+        sharing, request = self.sharing, sample.request
+        if sharing is None or not request.share:
+            return self.room.open()
+        if sample.awaits is not None and sharing.computing(sample.awaits, sample.seat):
+            return None
+        adapter = b"" if request.adapter is None else self.adapter_digest(request.adapter)
+        limit = (sample.unscored or len(sample.tokens)) - 1  # logits from there on are wanted
+        path = sharing.look(
+            sample.tokens,
+            request.namespace,
+            limit=limit,
+            adapter=adapter,
+            hints=request.hints,
+        )
+        sample.awaits = sharing.awaited(path, sample.seat)
+        if sample.awaits is not None:
+            return None
+        table = sharing.take(path)
+        path.promise(sample.prompt_tokens, sample.seat)
+        return table
