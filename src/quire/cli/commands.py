@@ -81,6 +81,15 @@ BlockTokens = Annotated[
     int | None,
     _option(_CACHE, "--block-tokens", "N", f"Tokens per block; default: {DEFAULT_BLOCK_TOKENS}."),
 ]
+Share = Annotated[
+    str | None,
+    _option(
+        _CACHE,
+        "--share",
+        "MODE",
+        "off (default), or prefix: what prompts have in common is computed once; prefix:evict=lru|cost.",
+    ),
+]
 Attention = Annotated[
     str | None,
     _option(
@@ -179,6 +188,7 @@ def run(
     block_tokens: BlockTokens = None,
     attention: Attention = None,
     weights: Weights = None,
+    share: Share = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,

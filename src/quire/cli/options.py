@@ -145,6 +145,7 @@ class RunOptions(Options):
     """What `quire run` does."""
 
     prompts: str | None = None
+    share: str = "off"
     ignore_eos: bool = False
     json: bool = False
     compare: str | None = None
@@ -153,7 +154,15 @@ class RunOptions(Options):
     def check(self) -> None:
         """See `Options.check`."""
         super().check()
+        if self.share != "off" and self.kv == NO_CACHE:
+            raise ConfigError(
+                "--share finds cached prefixes and --kv none caches nothing; drop one of them"
+            )
         if self.compare is not None:
+            if self.share != "off":
+                raise ConfigError(
+                    "--compare runs one prompt, which finds nothing of another's; drop --share"
+                )
             if self.compare != NO_CACHE:
                 raise ConfigError(f"unknown --compare {self.compare!r}; known: none")
             if self.kv == NO_CACHE:

@@ -24,7 +24,7 @@ def look(options: Options) -> Source:
         ConfigError: an unknown codec, policy or backend; a model that cannot run here.
     """
     if options.kv != NO_CACHE:
-        check_config(KVConfig(options.kv, options.keep, options.block_tokens))
+        check_config(KVConfig(options.kv, options.keep, options.block_tokens, share_of(options)))
     with spinner("looking at the model …", shown=not options.quiet):
         source = check_source(options.model, dtype=options.dtype, device=options.device)
         quiet_transformers()
@@ -36,6 +36,11 @@ def look(options: Options) -> Source:
         check_weights(options.weights)
         arena_bytes(options.memory, source.chosen_device)
     return source
+
+
+def share_of(options: Options) -> str:
+    """Whether prefixes are shared; commands without the option share none."""
+    return str(getattr(options, "share", "off"))
 
 
 def vocabulary(source: Source) -> int:
@@ -76,6 +81,7 @@ def open_cache(loaded: Loaded, options: Options) -> Any:
             block_tokens=options.block_tokens,
             attention=options.attention,
             weights=options.weights,
+            share=share_of(options),
         )
 
 

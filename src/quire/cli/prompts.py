@@ -33,6 +33,7 @@ KEYS = (
     "stop",
     "stop_token_ids",
     "ignore_eos",
+    "share",
 )
 """What a JSON line may hold."""
 
@@ -45,6 +46,7 @@ class Ask:
     params: SamplingParams
     where: str = ""
     token_ids: tuple[int, ...] = ()
+    share: str | None = None
 
 
 def read_prompts(arguments: Sequence[str], options: RunOptions) -> list[Ask]:
@@ -118,7 +120,11 @@ def _json_line(line: str, where: str, options: RunOptions) -> Ask:
     unknown = sorted(set(found) - set(KEYS))
     if unknown:
         raise ConfigError(f"{where}unknown key {unknown[0]!r}; known: {', '.join(KEYS)}")
-    prompt = found.pop("prompt")
+    prompt, share = found.pop("prompt"), found.pop("share", None)
+    if share not in (None, "off", "prefix") or (share == "prefix" and options.share == "off"):
+        raise ConfigError(
+            f"{where}share must be off, or prefix where --share prefix is given, not {share!r}"
+        )
     if not isinstance(prompt, str) and not (
         isinstance(prompt, list) and all(type(x) is int for x in prompt)
     ):
@@ -126,7 +132,7 @@ def _json_line(line: str, where: str, options: RunOptions) -> Ask:
     if found.get("max_tokens", 1) == 0:
         raise ConfigError(f"{where}max_tokens must be at least 1, not 0")
     try:
-        return _ask(prompt, options.sampling(**found), where)
+        return replace(_ask(prompt, options.sampling(**found), where), share=share)
     except ConfigError as e:
         message = str(e)
         raise ConfigError(message if message.startswith(where) else where + message) from e

@@ -37,6 +37,7 @@ def result(loaded: Loaded, runner: Any, options: RunOptions, outcome: Outcome) -
         "way": way_of(runner),
         "kv": options.kv,
         "keep": options.keep,
+        "share": options.share,
         "requests": [_request(o, outcome, at) for at, o in enumerate(outcome.outputs)],
         "tokens_per_s": outcome.tokens_per_s,
         "kv_bytes_per_token": runner.bytes_per_token,
@@ -208,12 +209,17 @@ def _batch_rows(outcome: Outcome) -> list[tuple[str, str]]:
     again = sum(o.figures.preemptions for o in outputs)
     rows = [
         ("requests", f"{len(outputs):,} in {outcome.books.steps:,} steps"),
-        ("prompts", f"{sum(o.figures.prompt_tokens for o in outputs):,} tokens"),
+        ("prompts", f"{sum(o.figures.prompt_tokens for o in outputs):,} tokens{_cached(outputs)}"),
         ("outputs", f"{outcome.output_tokens:,} tokens"),
         ("time to first token", f"{ttft[len(ttft) // 2]:.3f} s median, {ttft[-1]:.3f} s worst"),
         ("tokens per second", f"{outcome.tokens_per_s:,.1f}, all requests together"),
     ]
     return [*rows, ("preemptions", f"{again:,}")] if again else rows
+
+
+def _cached(outputs: Sequence[RequestOutput]) -> str:
+    found = sum(o.figures.cached_tokens for o in outputs)
+    return f", {found:,} of them cached" if found else ""
 
 
 def _cache_rows(runner: Any, options: RunOptions, outcome: Outcome) -> list[tuple[str, str]]:

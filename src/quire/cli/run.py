@@ -118,7 +118,10 @@ def generate(
 
     engine = Engine(cast("Any", runner), loaded.tokenizer, eos_token_ids=loaded.eos_token_ids)
     began = time.monotonic()
-    places = {engine.add_request(list(a.token_ids), a.params): at for at, a in enumerate(asks)}
+    places = {
+        engine.add_request(list(a.token_ids), a.params, share=a.share): at
+        for at, a in enumerate(asks)
+    }
     done: dict[int, RequestOutput] = {}
     outcome = Outcome([], getattr(runner, "books", Books()), 0.0)
     last = "\n"
