@@ -22,8 +22,19 @@ __all__ = ["command"]
 def command(
     case: Annotated[
         str,
-        typer.Argument(metavar="CASE", help="decode, prefill, concurrent or shared-prefix."),
+        typer.Argument(
+            metavar="CASE",
+            help="decode, prefill, concurrent, shared-prefix, or prefix-trace TRACE.jsonl.",
+        ),
     ],
+    trace: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TRACE",
+            show_default=False,
+            help="Of prefix-trace: requests in Mooncake's format, replayed through the index without a model.",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -72,6 +83,22 @@ def command(
     block_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens per block.")
     ] = DEFAULT_BLOCK_TOKENS,
+    capacity_blocks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|unlimited",
+            show_default=False,
+            help="Of prefix-trace: blocks of 512 tokens that stay; default: unlimited.",
+        ),
+    ] = None,
+    evict: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POLICY",
+            show_default=False,
+            help="Of prefix-trace: lru or cost (default).",
+        ),
+    ] = None,
     json: Annotated[
         bool,
         typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
@@ -83,6 +110,16 @@ def command(
 
     [dim]quire bench decode --random 1.1b --ctx 512 --out 64[/dim]
     """
+    if case == "prefix-trace":
+        _replay(trace, capacity_blocks or "unlimited", evict or "cost", json=json)
+        return
+    for name, value in (
+        ("TRACE", trace),
+        ("--capacity-blocks", capacity_blocks),
+        ("--evict", evict),
+    ):
+        if value is not None:
+            raise ConfigError(f"{name} {value} is of prefix-trace, not of {case}; drop it")
     from quire.bench.cases import Case
     from quire.bench.models import check_size
     from quire.models.bridge import make_backend
@@ -120,6 +157,27 @@ def command(
         write(json_module.dumps(whole) + "\n")
     else:
         _show(documents)
+
+
+def _replay(trace: str | None, capacity: str, evict: str, *, json: bool) -> None:
+    from quire.bench.replay import capacity_of, document, read_trace, replay
+    from quire.store.evict import make_eviction
+
+    if trace is None:
+        raise ConfigError("prefix-trace needs a file: quire bench prefix-trace TRACE.jsonl")
+    make_eviction(evict)
+    asks = read_trace(trace)
+    blocks = capacity_of(capacity, asks)
+    with spinner("replaying …"):
+        found = document(trace, capacity, evict, replay(asks, blocks, evict))
+    if json:
+        write(json_module.dumps(found) + "\n")
+        return
+    write(
+        f"{found['trace']}, {found['capacity_blocks']} blocks, {evict}: {found['hit_tokens']:,} of "
+        f"{found['total_tokens']:,} tokens found ({found['hit_ratio']:.1%}), {found['hit_blocks']:,} of "
+        f"{found['total_blocks']:,} blocks, {found['resident_blocks']:,} resident at the end\n"
+    )
 
 
 def _load(
