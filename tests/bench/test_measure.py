@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,21 +51,22 @@ def quick(case: Case, sides: list[Side], said: list[str], repeats: int = 1) -> l
 )
 def test_a_case_counts_its_tokens(model: Any, name: str, texts: list[int], tokens: int) -> None:
     runner = opened(model)
-    done = run(Case(name, ctx=20, batch=3, out=5), runner)
+    own = 6 if name == "shared-prefix" else 0
+    done = run(Case(name, ctx=20, batch=3, out=5, own=own), runner)
     assert [len(t) for t in done.texts] == texts
     assert done.tokens == tokens
     assert done.seconds > 0
     assert runner.usage().held_bytes == 0
     distinct = {tuple(t) for t in done.texts}
     assert len(distinct) > 1
-    again = run(Case(name, ctx=20, batch=3, out=5), runner)
+    again = run(Case(name, ctx=20, batch=3, out=5, own=own), runner)
     assert again.texts == done.texts
     runner.close()
 
 
 def test_a_shared_prefix_is_computed_once(model: Any) -> None:
     lengths: list[int] = []
-    runner = opened(model)
+    runner = opened(model, share="prefix")
     forward = runner.forward
 
     def watched(items: Any, adapter: str | None = None) -> torch.Tensor:
@@ -72,9 +74,34 @@ def test_a_shared_prefix_is_computed_once(model: Any) -> None:
         return forward(items, adapter)
 
     runner.forward = watched
-    run(Case("shared-prefix", ctx=30, batch=3, out=4), runner)
-    assert lengths == [30, 3, 3, 3]
+    done = run(Case("shared-prefix", ctx=32, batch=3, out=4, own=5), runner)
+    assert lengths[0] == 37  # the others wait for it
+    assert sum(lengths) == done.computed == 32 + 3 * (5 + 3)
     runner.close()
+
+
+def test_with_and_without_sharing_side_by_side(model: Any) -> None:
+    case = Case("shared-prefix", ctx=32, batch=3, out=4, own=5)
+
+    def side(share: str, without: Side | None = None) -> Side:
+        return Side("auto", lambda a: opened(model, attention=a, share=share), without)
+
+    (found,) = quick(case, [side("prefix", side("off"))], [])
+    assert found["computed_tokens"] == found["least_computed_tokens"] == 32 + 3 * 8
+    assert found["without_sharing"]["computed_tokens"] == 3 * (32 + 8)
+    assert found["times_faster"]["median"] > 0
+
+
+def test_a_prefix_that_is_computed_again_is_not_reported(model: Any) -> None:
+    def open_one(share: str, attention: str) -> Any:
+        runner = opened(model, attention=attention, share=share)
+        if runner.sharing is not None:
+            runner.sharing.awaited = lambda *_: None  # nobody waits for anybody
+        return runner
+
+    side = Side("auto", partial(open_one, "prefix"), Side("auto", partial(open_one, "off")))
+    with pytest.raises(InvariantError, match="120 positions were computed and 56 suffice"):
+        quick(Case("shared-prefix", ctx=32, batch=3, out=4, own=5), [side], [])
 
 
 def test_sides_are_verified_then_take_turns(model: Any) -> None:

@@ -3,7 +3,7 @@
 decode          ctx tokens of prompt each, then the steps after the first token
 prefill         the prompts alone
 concurrent      prompts and outputs, all submitted at once
-shared-prefix   one prompt of ctx tokens, prefilled once, forked into `batch` texts
+shared-prefix   prompts that begin with the same ctx tokens and go on with `own` of their own, all submitted at once
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class Case:
 
     Args:
         name: one of `CASES`.
-        ctx: tokens of each prompt.
-        batch: requests, or texts of one request.
+        ctx: tokens of each prompt, or of the prefix that all share.
+        batch: requests.
         out: output tokens of each; a prefill has one.
+        own: tokens of each prompt behind a shared prefix.
         seed: of prompts and of what is drawn.
     """
 
@@ -39,6 +40,7 @@ class Case:
     batch: int
     out: int
     seed: int = 0
+    own: int = 0
 
     def __post_init__(self) -> None:
         if self.name not in CASES:
@@ -46,6 +48,10 @@ class Case:
         for name in ("ctx", "batch", "out"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.shared and self.own < 1:
+            raise ConfigError(f"--own must be at least 1, not {self.own}")
+        if self.own and not self.shared:
+            raise ConfigError(f"--own is of shared-prefix, not of {self.name}; drop it")
         if self.name == "decode" and self.out < 2:
             raise ConfigError("a decode is timed after the first token: --out must be at least 2")
 
@@ -54,34 +60,43 @@ class Case:
         """Output tokens of each text."""
         return 1 if self.name == "prefill" else self.out
 
+    @property
+    def shared(self) -> bool:
+        """Whether the prompts have a beginning in common."""
+        return self.name == "shared-prefix"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of one text, prompt and output."""
+        return self.ctx + self.own + self.outputs
+
+    @property
+    def least_computed(self) -> int:
+        """Token positions that must pass through the model when what is shared is computed once."""
+        return self.ctx + self.batch * (self.own + self.outputs - 1)
+
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a case: the texts, the tokens that count and their seconds."""
+    """One run of a case: the texts, the tokens that count, their seconds, and the positions that were computed."""
 
     texts: list[list[int]]
     tokens: int
     seconds: float
+    computed: int = 0
 
 
 def run(case: Case, runner: Any, clock: Callable[[], float] = time.perf_counter) -> Run:
-    """Runs a case once, on an engine of its own; the runner is left open."""
-    draw = random.Random(case.seed)
-    forked = case.name == "shared-prefix"
-    prompts = [
-        [draw.randrange(runner.vocab_size) for _ in range(case.ctx)]
-        for _ in range(1 if forked else case.batch)
-    ]
-    params = SamplingParams(
-        max_tokens=case.outputs,
-        ignore_eos=True,
-        n=case.batch if forked else 1,
-        temperature=1.0 if forked else 0.0,
-        seed=case.seed,
-    )
+    """Runs a case once, on an engine of its own and over an empty cache; the runner is left open."""
+    prompts = _prompts(case, runner.vocab_size)
+    sharing = getattr(runner, "sharing", None)
+    if sharing is not None:
+        sharing.index.clear()
+    params = SamplingParams(max_tokens=case.outputs, ignore_eos=True, seed=case.seed)
     engine = Engine(runner, eos_token_ids=())
     done: dict[str, list[list[int]]] = {}
     started: set[tuple[str, int]] = set()
+    computed = 0
     before, waiting, began = 0, case.name == "decode", clock()
     try:
         ids = [engine.add_request(p, params) for p in prompts]
@@ -92,6 +107,7 @@ def run(case: Case, runner: Any, clock: Callable[[], float] = time.perf_counter)
                 started.add((delta.request_id, delta.index))
                 if delta.output is not None:
                     done[delta.request_id] = [o.token_ids for o in delta.output.outputs]
+                    computed += delta.output.figures.computed_tokens
             if waiting and len(started) == case.batch:
                 before, waiting, began = engine.core.output_tokens, False, clock()
         seconds = clock() - began
@@ -99,15 +115,30 @@ def run(case: Case, runner: Any, clock: Callable[[], float] = time.perf_counter)
     finally:
         engine.close()
     texts = [text for i in ids for text in done[i]]
-    return Run(texts, case.batch * case.ctx if case.name == "prefill" else tokens, seconds)
+    counted = case.batch * case.ctx if case.name == "prefill" else tokens
+    return Run(texts, counted, seconds, computed)
+
+
+def _prompts(case: Case, vocab_size: int) -> list[list[int]]:
+    draw = random.Random(case.seed)
+
+    def some(n: int) -> list[int]:
+        return [draw.randrange(vocab_size) for _ in range(n)]
+
+    if not case.shared:
+        return [some(case.ctx) for _ in range(case.batch)]
+    prefix = some(case.ctx)
+    # each goes on with a token of its own, so that what is in common is the prefix and no more
+    return [[*prefix, i % vocab_size, *some(case.own - 1)] for i in range(case.batch)]
 
 
 def check_fits(case: Case, runner: Any) -> None:
     """Raises ConfigError, CapacityError: the context or the cache is too small for the case."""
-    last = case.ctx + case.outputs
+    last = case.longest
     if last > runner.max_context_tokens:
+        own = f", --own {case.own}" if case.own else ""
         raise ConfigError(
-            f"--ctx {case.ctx} and --out {case.outputs} make {last} tokens and the model's context ends at "
+            f"--ctx {case.ctx}{own} and --out {case.outputs} make {last} tokens and the model's context ends at "
             f"{runner.max_context_tokens}; ask for fewer"
         )
     bridge = getattr(runner, "bridge", None)
@@ -135,5 +166,5 @@ def step_bytes(case: Case, runner: Any) -> tuple[int, int]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not shared:
         weights -= table.numel() * table.element_size()
-    middle = case.ctx + case.outputs // 2
+    middle = case.ctx + case.own + case.outputs // 2
     return weights, round(case.batch * middle * runner.bytes_per_token)

@@ -28,10 +28,12 @@ class Side:
     Args:
         kv: its recipe.
         open: `open(attention)` makes a runner over the model, or over a twin of it: two are open at a time.
+        without: of a shared prefix: the same without sharing, which takes turns with it.
     """
 
     kv: str
     open: Callable[[str], Any]
+    without: Side | None = None
     runner: Any = None
     runs: list[Run] = field(default_factory=list)
 
@@ -48,7 +50,7 @@ def verify(case: Case, side: Side, dtype: str) -> float:
     out = case.out if case.name == "prefill" else min(case.out, VERIFIED_TOKENS)
     short = replace(case, ctx=min(case.ctx, VERIFIED_CTX), out=out, batch=min(case.batch, 4))
     got = run(short, side.runner).texts
-    reference = side.open("reference")
+    reference = (side.without or side).open("reference")
     try:
         want = run(short, reference).texts
     finally:
@@ -89,36 +91,70 @@ def measure(
         InvariantError: a side is wrong.
     """
     shares = []
+    all_sides = [s for side in sides for s in (side, side.without) if s is not None]
     try:
-        for side in sides:
+        for side in all_sides:
             side.runner = side.open(attention)
             check_fits(case, side.runner)
-        for side in sides:
+        for side in all_sides:
             say(f"verifying kv={side.kv} against the reference")
             shares.append(verify(case, side, dtype))
             run(replace(case, out=min(case.out, 2 + (case.name == "decode"))), side.runner)
         stream = Stream(stream_bytes)
         reads = [stream.gb_per_s()]
         for turn in range(repeats):
-            for side in sides:
+            for side in all_sides:
                 say(f"turn {turn + 1} of {repeats}, kv={side.kv}")
                 side.runs.append(run(case, side.runner))
             reads.append(stream.gb_per_s())
+        verified = dict(zip(map(id, all_sides), shares, strict=True))
         return [
-            _document(case, side, keep, share, Spread.of(reads))
-            for side, share in zip(sides, shares, strict=True)
+            _document(case, side, keep, verified[id(side)], Spread.of(reads))
+            | (_beside(case, side) if side.without is not None else {})
+            for side in sides
         ]
     finally:
-        for side in sides:
+        for side in all_sides:
             if side.runner is not None:
                 side.runner.close()
+
+
+def _beside(case: Case, side: Side) -> dict[str, Any]:
+    """With and without sharing, side by side.
+
+    Raises:
+        InvariantError: the shared prefix was computed more than once.
+    """
+    assert side.without is not None
+    sharing = side.runner.sharing
+    spare = (case.batch - 1) * (case.ctx % sharing.grain)  # behind the last whole block
+    computed = max(r.computed for r in side.runs)
+    if computed > case.least_computed + spare:
+        raise InvariantError(
+            f"kv={side.kv}: {computed} positions were computed and {case.least_computed + spare} suffice"
+        )
+    other = side.without.runs
+    return {
+        "own": case.own,
+        "share": "prefix",
+        "computed_tokens": computed,
+        "least_computed_tokens": case.least_computed,
+        "without_sharing": {
+            "tokens_per_s": Spread.of(r.tokens / r.seconds for r in other).median,
+            "seconds": Spread.of(r.seconds for r in other).median,
+            "computed_tokens": max(r.computed for r in other),
+        },
+        "times_faster": Spread.of(
+            b.seconds / a.seconds for a, b in zip(side.runs, other, strict=True)
+        ).json(digits=2),
+    }
 
 
 def _document(case: Case, side: Side, keep: str, share: float, reads: Spread) -> dict[str, Any]:
     rates = Spread.of(r.tokens / r.seconds for r in side.runs)
     weights, cache = step_bytes(case, side.runner)
     floor = None
-    if case.name != "prefill":  # which computes: how fast memory reads says nothing about it
+    if case.name != "prefill" and not case.shared:  # they compute: memory says nothing of that
         floor = case.batch * reads.median * 1e9 / (weights + cache)
     return {
         "case": case.name,

@@ -52,6 +52,14 @@ def command(
         ),
     ] = None,
     ctx: Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")] = 512,
+    own: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            show_default=False,
+            help="Of shared-prefix: tokens of each prompt behind the prefix of --ctx tokens; default: 64.",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Texts at a time.")] = 1,
     out: Annotated[int, typer.Option(metavar="N", help="Output tokens of each text.")] = 64,
     kv: Annotated[
@@ -127,7 +135,8 @@ def command(
     from quire.models.prepack import check_weights
     from quire.plan.layout import check_config
 
-    asked = Case(case, ctx, batch, out, seed)
+    shared = case == "shared-prefix"
+    asked = Case(case, ctx, batch, out, seed, (64 if own is None else own) if shared else own or 0)
     recipes = kv or ["auto"]
     for recipe in recipes:
         parse_recipe(recipe)
@@ -136,12 +145,12 @@ def command(
         raise ConfigError(f"--repeats must be at least 1, not {repeats}")
     make_backend(attention)
     check_weights(weights)
-    share = arena_bytes(memory, "cpu") // len(recipes)
+    share = arena_bytes(memory, "cpu") // (len(recipes) * (2 if shared else 1))
     if random is not None:
         if model is not None:
             raise ConfigError("--random makes a model and --model names one; drop one of them")
         check_size(random)
-    loaded = _load(model, random, asked.ctx + asked.outputs, dtype, seed)
+    loaded = _load(model, random, asked.longest, dtype, seed)
     options = {
         "keep": keep,
         "memory": share,
@@ -231,15 +240,27 @@ def _measure(
 
     packed = prepack(loaded.model, weights)  # once: the twins below share them
 
-    def opened(recipe: str, backend: str) -> Any:
+    def opened(recipe: str, share: str, backend: str) -> Any:
         runner = open_runner(
-            twin(loaded.model), kv=recipe, attention=backend, weights="plain", **options
+            twin(loaded.model),
+            kv=recipe,
+            attention=backend,
+            weights="plain",
+            share=share,
+            **options,
         )
         runner.weights = packed
         return runner
 
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    sides = [Side(recipe, partial(opened, recipe)) for recipe in recipes]
+    sides = [
+        Side(
+            recipe,
+            partial(opened, recipe, "prefix" if case.shared else "off"),
+            Side(recipe, partial(opened, recipe, "off")) if case.shared else None,
+        )
+        for recipe in recipes
+    ]
     with spinner("measuring …") as status:
         tell = say if status is None else status.update
         return measure(
@@ -266,6 +287,13 @@ def _show(documents: list[dict[str, Any]]) -> None:
             f"({spread['min']:,.1f} to {spread['max']:,.1f}){share}; "
             f"{d['kv_bytes_per_token']:,.0f} B a token, {d['verified']:.0%} as the reference\n"
         )
+        if "without_sharing" in d:
+            beside = d["without_sharing"]
+            write(
+                f"  {d['computed_tokens']:,} tokens computed in {d['seconds']:,.2f} s, without sharing "
+                f"{beside['computed_tokens']:,} in {beside['seconds']:,.2f} s: {d['times_faster']['median']:.2f} times "
+                "as fast\n"
+            )
     first = documents[0]
     err().print(
         f"memory reads {first['stream_gb_per_s']} GB/s; weights {first['weights']}; {first['hardware']}; "
