@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from quire.engine import Engine, RequestOutput, SamplingParams, SchedulerConfig
+from quire.engine.isolation import check_isolation
 from quire.engine.params import SamplingParams as Params
-from quire.errors import ConfigError, RequestError
+from quire.errors import ConfigError, InvariantError, RequestError
 from quire.models.open import open_runner
-from quire.store.sharing import Hints, Namespace
+from quire.store.namespace import Hints, Namespace, Tenants
 
 RECIPES = [
     "fp32",
@@ -201,3 +202,28 @@ def test_what_cannot_be_shared_is_refused(opened: Any) -> None:
         opened(kv="none", share="prefix")
     with pytest.raises(ConfigError, match="known: off, prefix"):
         opened(kv="fp32", share="all")
+
+
+def test_an_engine_proves_that_tenants_are_apart(opened: Any) -> None:
+    runner = opened(kv="fp32", share="prefix")
+    tenants = Tenants()
+    a, b = tenants.of("a"), tenants.of("b")
+    with Engine(runner) as engine:
+        seen = check_isolation(engine, a, b)
+        assert seen.cached_tokens == 0
+        assert len(seen.steps) == 2
+        with pytest.raises(InvariantError, match="can tell what another has asked"):
+            check_isolation(engine, a, a)
+        runner.sharing.index.clear()
+        runner.sharing.look = _blind(runner.sharing.look)
+        with pytest.raises(InvariantError, match="shows nothing"):
+            check_isolation(engine, a, b)
+    with Engine(opened(kv="fp32")) as engine, pytest.raises(ConfigError, match="share='prefix'"):
+        check_isolation(engine, a, b)
+
+
+def _blind(look: Any) -> Any:
+    def nothing(*args: Any, **options: Any) -> Any:
+        return look(*args, **{**options, "limit": 0})
+
+    return nothing

@@ -10,6 +10,7 @@ from quire.errors import ConfigError, RequestError
 from quire.spans import Full, Sinks, Span, Window
 from quire.spec import KVCodec
 from quire.store import BlockStore, BlockTable
+from quire.store import path as writing
 from quire.store import sharing as module
 from quire.store.share import ShareConfig, parse_share
 from quire.store.sharing import Hints, Namespace, Sharing
@@ -203,7 +204,8 @@ def test_a_table_whose_tokens_are_dropped_leaves_nothing() -> None:
 
 def test_a_name_alone_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a hash that always says the same, every other prefix is a miss and what comes behind stays private."""
-    monkeypatch.setattr(module, "chunk_name", lambda parent, chunk: bytes(32))
+    for part in (module, writing):
+        monkeypatch.setattr(part, "chunk_name", lambda parent, chunk: bytes(32))
     sharing = made()
     leave(sharing, IDS)
     assert leave(sharing, [5, 6, 7, 8, 9]) == 0

@@ -27,7 +27,7 @@ from quire.engine.schedule import SchedulerConfig
 from quire.engine.scheduler import Scheduler
 from quire.engine.sharing import Opener
 from quire.errors import CapacityError, RequestError
-from quire.store.sharing import Hints, Namespace
+from quire.store.namespace import Hints, Namespace
 
 __all__ = ["Engine"]
 

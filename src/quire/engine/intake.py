@@ -14,7 +14,7 @@ from quire.engine.request import Request
 from quire.engine.runner import Room
 from quire.engine.sharing import check_share
 from quire.errors import CapacityError, RequestError
-from quire.store.sharing import Hints, Namespace
+from quire.store.namespace import Hints, Namespace
 
 __all__ = ["Intake", "Prompt", "as_list", "check_text", "output_limit"]
 

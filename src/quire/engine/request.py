@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from quire.engine.params import SamplingParams
-from quire.store.sharing import Hints, Namespace
+from quire.store.namespace import Hints, Namespace
 
 if TYPE_CHECKING:
     from quire.engine.runner import Item, Table

@@ -6,13 +6,6 @@
 
 A hit ends at the largest boundary whose needs every group still has: all blocks of full attention, the last ones of a
 window, the raw ones of a residual window. So whoever resumes there reads what it would have read after computing it.
-
-Namespaces decide who may find what. Everything is private to its namespace, except whole chunks of a prefix that the
-namespace has declared to be shared within a group:
-
-    root(shared, group) ── chunk ── chunk ─┬─ salt of A ── chunk ── …
-                                           └─ salt of B ── chunk ── …
-    root(salt of C) ── chunk ── …
 """
 
 from __future__ import annotations
@@ -25,65 +18,14 @@ from typing import Any
 
 from quire.errors import CapacityError, RequestError
 from quire.store.chain import GONE, Chain
-from quire.store.evict import MAX_PRIORITY, make_eviction
+from quire.store.evict import make_eviction
 from quire.store.index import TOKEN_BYTES, PrefixIndex, chunk_name, packed
+from quire.store.namespace import Hints, Namespace, Tenants
+from quire.store.path import Path
 from quire.store.store import BlockStore
 from quire.store.table import BlockTable
 
-__all__ = ["Hints", "Namespace", "Path", "Sharing", "SharingStats"]
-
-
-@dataclass(frozen=True)
-class Namespace:
-    """Who may find a prefix.
-
-    Args:
-        salt: secret bytes; two namespaces of different salts never find each other's blocks.
-        shared: token sequences of which whole chunks may be found by all of the group that declare the same sequence.
-        group: of those who share them.
-    """
-
-    salt: bytes = b""
-    shared: tuple[tuple[int, ...], ...] = ()
-    group: str = ""
-
-    def public_chunks(self, tokens: Sequence[int], grain: int) -> int:
-        """How many chunks of these tokens lie within a declared prefix."""
-        longest = 0
-        for declared in self.shared:
-            n = len(declared)
-            if n > longest and len(tokens) >= n and tuple(tokens[:n]) == declared:
-                longest = n
-        return longest // grain
-
-    def root(self, base: bytes, *, public: bool) -> bytes:
-        """The name of the empty prefix."""
-        own = b"shared" + self.group.encode() if public else b"private" + self.salt
-        return sha256(base + own).digest()
-
-
-@dataclass(frozen=True)
-class Hints:
-    """Wishes about how long a request's blocks stay; never more than wishes.
-
-    Args:
-        priority: -3 to 3: each step is worth a doubling of the uses.
-        keep_for_s: seconds in which the blocks go only when no other block is idle.
-
-    Raises:
-        RequestError: out of range.
-    """
-
-    priority: int = 0
-    keep_for_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.priority not in range(-MAX_PRIORITY, MAX_PRIORITY + 1):
-            raise RequestError(
-                f"a cache priority lies within -{MAX_PRIORITY}..{MAX_PRIORITY}, not {self.priority!r}"
-            )
-        if not 0 <= self.keep_for_s < float("inf"):
-            raise RequestError(f"keep_for_s is 0 or more seconds, not {self.keep_for_s!r}")
+__all__ = ["Hints", "Namespace", "Path", "Sharing", "SharingStats", "Tenants"]
 
 
 @dataclass(slots=True)
@@ -114,159 +56,6 @@ class SharingStats:
     def hit_ratio(self) -> float:
         """Hit tokens over asked ones."""
         return self.hit_tokens / self.asked_tokens if self.asked_tokens else 0.0
-
-
-class Path:
-    """Where one table stands in the index; made by `Sharing.open`.
-
-    names[i] is the name of the first i chunks. `tokens` is a live list: the table's tokens, appended to by its owner.
-    """
-
-    __slots__ = (
-        *("done", "found", "hints", "limit", "names", "nodes", "owner"),
-        *("promised", "public", "salt", "sharing", "tokens"),
-    )
-
-    def __init__(
-        self, sharing: Sharing, namespace: Namespace, base: bytes, tokens: Sequence[int]
-    ) -> None:
-        self.sharing = sharing
-        self.tokens = tokens
-        self.public = namespace.public_chunks(tokens, sharing.grain) if namespace.shared else 0
-        self.salt = namespace.salt
-        self.names = [namespace.root(base, public=self.public > 0)]
-        self.done = 0
-        """Chunks that were found or published."""
-        self.promised = 0
-        """Chunks that whoever follows may wait for."""
-        self.owner: Any = None
-        self.hints: Hints | None = None
-        self.limit = 0
-        """At most so many tokens were to be found."""
-        self.nodes: list[int] = []
-        """Between `look` and `take`: of the chunks that are there."""
-        self.found = 0
-        """How many of them can be resumed from."""
-
-    def parent(self, chunk: int) -> bytes:
-        """What the name of that chunk is made from, beside its tokens."""
-        name = self.names[chunk]
-        return sha256(name + self.salt).digest() if chunk == self.public > 0 else name
-
-    def extend(self, chunk: bytes) -> bytes:
-        """The name of one more chunk."""
-        name = chunk_name(self.parent(len(self.names) - 1), chunk)
-        self.names.append(name)
-        return name
-
-    def twin(self) -> Path:
-        """The same place, for a fork; it promises nothing."""
-        twin = object.__new__(Path)
-        twin.sharing, twin.tokens, twin.public, twin.salt = (
-            self.sharing,
-            list(self.tokens),
-            self.public,
-            self.salt,
-        )
-        twin.names, twin.done = self.names[: self.done + 1], self.done
-        twin.promised, twin.owner, twin.hints = 0, None, self.hints
-        twin.limit, twin.nodes, twin.found = self.limit, [], 0
-        return twin
-
-    def back(self, n_tokens: int) -> None:
-        """The table was truncated to so many tokens."""
-        chunks = n_tokens // self.sharing.grain
-        if chunks < self.done:
-            self.withdraw()
-            self.done = chunks
-            del self.names[chunks + 1 :]
-
-    # -- promises ------------------------------------------------------------------------------------------------
-
-    def promise(self, n_tokens: int, owner: Any) -> None:
-        """Says that the chunks of the first `n_tokens` will be published by `owner`, unless it is released before."""
-        self.owner = owner
-        grain = self.sharing.grain
-        blob = packed(self.tokens[self.done * grain : n_tokens // grain * grain])
-        for at in range(0, len(blob), grain * TOKEN_BYTES):
-            self.sharing.promised.setdefault(self.extend(blob[at : at + grain * TOKEN_BYTES]), self)
-        self.promised = len(self.names) - 1
-
-    def withdraw(self) -> None:
-        """Takes back what is promised and not published."""
-        promised = self.sharing.promised
-        for name in self.names[self.done + 1 : self.promised + 1]:
-            if promised.get(name) is self:
-                del promised[name]
-        self.promised = 0
-
-    # -- publishing ----------------------------------------------------------------------------------------------
-
-    def publish(self, table: BlockTable) -> None:
-        """Names the table's chunks that became whole; a block that exists already takes the place of its duplicate."""
-        sharing, grain = self.sharing, self.sharing.grain
-        sealed = min(c.sealed * c.group.block_tokens for c in table.chains)
-        last = min(table.committed, sealed) // grain
-        while self.done < last:
-            first = self.done * grain
-            chunk = packed(self.tokens[first : first + grain])
-            known = len(self.names) > self.done + 1
-            name = self.names[self.done + 1] if known else self.extend(chunk)
-            node = sharing.index.add(name, self.parent(self.done), chunk)
-            if node < 0 or len(chunk) < grain * TOKEN_BYTES:
-                self.withdraw()
-                table.path = None  # another prefix has the name, or tokens are not told: all behind it is private
-                return
-            self._attach(table, node, self.done)
-            if sharing.promised.get(name) is self:
-                del sharing.promised[name]
-            self.done += 1
-
-    def settle(self, table: BlockTable) -> None:
-        """The table is about to be released: its partial block stays under (parent, tokens)."""
-        self.withdraw()
-        del self.names[self.done + 1 :]
-        index, first = self.sharing.index, self.done * self.sharing.grain
-        rest = packed(self.tokens[first : table.committed])
-        n_tokens = len(rest) // TOKEN_BYTES
-        if (
-            not index.plain
-            or not 0 < n_tokens < self.sharing.grain
-            or n_tokens < table.committed - first
-        ):
-            return
-        parent = self.parent(self.done)
-        near, same = index.nearest(parent, rest)
-        if same == n_tokens:
-            return  # what is there begins like this
-        if near >= 0 and same == len(index.tokens(near)):
-            index.drop(near)  # it is the beginning of what comes now
-        node = index.add(chunk_name(parent, rest), parent, rest)
-        if node >= 0:
-            self._attach(table, node, self.done)
-
-    def _attach(self, table: BlockTable, node: int, chunk: int) -> None:
-        sharing, index = self.sharing, self.sharing.index
-        for column, (group, j) in enumerate(index.columns):
-            chain = table.chains[group]
-            entry = chunk * (sharing.grain // chain.group.block_tokens) + j
-            block = int(chain.ids[entry]) if entry < chain.count else GONE
-            if block == GONE:
-                continue
-            have = index.block(column, node)
-            if have < 0:
-                index.attach(column, node, block)
-                sharing.stats.stored_blocks += 1
-                have = block
-            elif have != block:
-                chain.pool.hold(have)
-                chain.pool.found(have)
-                chain.ids[entry] = have
-                chain.pool.release(block)
-                sharing.stats.merged_blocks += 1
-            if self.hints is not None:
-                sharing.hint(column, have, self.hints)
-        index.settle(node)
 
 
 class Sharing:

@@ -28,7 +28,7 @@ from quire.store.chain import GONE, Chain
 from quire.store.pool import BlockPool
 
 if TYPE_CHECKING:
-    from quire.store.sharing import Path
+    from quire.store.path import Path
     from quire.store.store import BlockStore
 
 Copy = tuple[BlockPool, int, int]
