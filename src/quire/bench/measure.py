@@ -99,7 +99,8 @@ def measure(
         for side in all_sides:
             say(f"verifying kv={side.kv} against the reference")
             shares.append(verify(case, side, dtype))
-            run(replace(case, out=min(case.out, 2 + (case.name == "decode"))), side.runner)
+            short = {"ctx": min(case.ctx, VERIFIED_CTX)} if case.shared else {}
+            run(replace(case, out=min(case.out, 2 + (case.name == "decode")), **short), side.runner)
         stream = Stream(stream_bytes)
         reads = [stream.gb_per_s()]
         for turn in range(repeats):
