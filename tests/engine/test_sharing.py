@@ -11,6 +11,7 @@ import torch
 from quire.engine import Engine, RequestOutput, SamplingParams, SchedulerConfig
 from quire.engine.isolation import check_isolation
 from quire.engine.params import SamplingParams as Params
+from quire.engine.sharing import sharing_report
 from quire.errors import ConfigError, InvariantError, RequestError
 from quire.models.open import open_runner
 from quire.store.namespace import Hints, Namespace, Tenants
@@ -227,3 +228,68 @@ def _blind(look: Any) -> Any:
         return look(*args, **{**options, "limit": 0})
 
     return nothing
+
+
+@pytest.mark.parametrize("kv", ["fp32", "int8", "kivi:bits=2,group=16,residual=16"])
+def test_the_audit_finds_nothing_until_a_block_is_spoiled(opened: Any, kv: str) -> None:
+    runner = opened(kv=kv, share="prefix:audit=1,explain=on")
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    with Engine(runner, config=SchedulerConfig(step_tokens=60)) as engine:
+        outputs = [*engine.generate(prompts(), params), *engine.generate(prompts(), params)]
+        report = sharing_report(engine)
+        assert report is not None
+        hits = [o for o in outputs if o.figures.cached_tokens]
+        audit = report["audit"]
+        assert (audit["audited"], audit["diverged"], audit["skipped"]) == (len(hits), 0, 0)
+        assert audit["tokens"] == sum(o.figures.cached_tokens for o in hits)
+        assert audit["worst"] < 1e-2
+        sharing = runner.sharing
+        path = sharing.look(prompts()[0])
+        pool = sharing.index.pools[0]
+        one, other = (pool.byte_offset(sharing.index.block(0, path.nodes[i])) for i in (2, 3))
+        with torch.inference_mode():
+            buffer, n = runner.bridge.store.arena.buffer, pool.block_bytes
+            buffer[one : one + n] = buffer[other : other + n]  # another chunk's content
+        [found] = engine.generate([prompts()[0]], params)
+        assert found.figures.cached_tokens >= 64
+        report = sharing_report(engine)
+        assert report is not None
+        [divergence] = report["audit"]["divergences"]
+    assert report["audit"]["diverged"] == 1
+    assert divergence["position"] == 32
+    assert divergence["request_id"] == found.request_id
+    assert runner.usage().held_bytes == 0
+
+
+def test_an_audit_without_room_is_skipped(opened: Any) -> None:
+    roomy = opened(kv="fp32")
+    memory = int(1.3 * roomy.bridge.layout.spec.bytes_for(120, chunk_tokens=120))
+    runner = opened(kv="fp32", share="prefix:audit=1", memory=memory)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    with Engine(runner) as engine:
+        for _ in range(3):
+            engine.generate([prompts()[0], prompts()[1]], params)
+        report = sharing_report(engine)
+    assert report is not None
+    assert report["audit"]["diverged"] == 0
+    assert report["audit"]["audited"] + report["audit"]["skipped"] >= 2
+    assert runner.usage().held_bytes == 0
+
+
+def test_a_request_says_why_it_missed(opened: Any) -> None:
+    runner = opened(kv="fp32", share="prefix:explain=on,ghost=1")
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    with Engine(runner) as engine:
+        [first] = engine.generate([prompts()[0]], params)
+        changed = list(prompts()[0])
+        changed[50] = (changed[50] + 1) % 97
+        [second] = engine.generate([changed], params)
+        report = sharing_report(engine)
+    assert first.figures.miss is not None
+    assert first.figures.miss.reason == "never stored"
+    assert second.figures.miss is not None
+    assert second.figures.miss.reason == "differs"
+    assert second.figures.miss.position == 50
+    assert report is not None
+    assert [g["factor"] for g in report["ghost"]] == [0.5, 1.0, 2.0]
+    assert report["hit_tokens"] == second.figures.cached_tokens

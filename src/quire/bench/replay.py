@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import ConfigError
-from quire.spec import CacheGroup, CacheSpec, Field
+from quire.store.insight import counting_store
 from quire.store.sharing import Sharing
-from quire.store.store import BlockStore
 
-__all__ = ["BLOCK_TOKENS", "Ask", "Replay", "counting_store", "read_trace", "replay"]
+__all__ = ["BLOCK_TOKENS", "Ask", "Replay", "read_trace", "replay"]
 
 BLOCK_TOKENS = 512
 """Tokens that an id of the trace stands for."""
@@ -88,13 +87,6 @@ def _line(line: str, where: str) -> Ask:
     if not all(type(i) is int and 0 <= i < 1 << 31 for i in (tokens, *ids)):
         raise ConfigError(f"{where}input_length and hash_ids are integers from 0 to 2^31 - 1")
     return Ask(tokens, ids)
-
-
-def counting_store(blocks: int) -> BlockStore:
-    """Room for that many blocks of one token, which only counts."""
-    group = CacheGroup("trace", ((0, 0),), (Field("id", (16,), "float32"),), block_tokens=1)
-    total = blocks * group.block_bytes
-    return BlockStore(CacheSpec((group,)), total, slab_bytes=total)
 
 
 def capacity_of(text: str, asks: Iterable[Ask]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -64,6 +65,8 @@ def document(
 ) -> str:
     """One line of JSON."""
     found = result(loaded, runner, options, outcome)
+    if outcome.sharing is not None:
+        found["sharing"] = outcome.sharing
     if trace is not None:
         found["trace"] = trace
     return json.dumps(found, ensure_ascii=False) + "\n"
@@ -85,6 +88,8 @@ def _request(output: RequestOutput, outcome: Outcome, at: int) -> dict[str, Any]
         "preemptions": figures.preemptions,
         "seed": output.seed,
     }
+    if figures.miss is not None:
+        found["miss"] = asdict(figures.miss) | {"text": figures.miss.text()}
     if at in outcome.errors:
         found["error"] = str(outcome.errors[at])
     return found

@@ -31,6 +31,7 @@ class Outcome:
         errors: of those that failed, by place.
         seconds: from submission to the last token.
         step_s: of each step, the forward and the draw.
+        sharing: what the prefix cache did, where there is one.
     """
 
     outputs: list[RequestOutput]
@@ -38,6 +39,7 @@ class Outcome:
     seconds: float
     errors: dict[int, Exception] = field(default_factory=dict)
     step_s: list[float] = field(default_factory=list)
+    sharing: dict[str, Any] | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -115,6 +117,7 @@ def generate(
         KeyboardInterrupt: what was written stays; its argument says how much that was.
     """
     from quire.engine import Engine
+    from quire.engine.sharing import sharing_report
 
     engine = Engine(cast("Any", runner), loaded.tokenizer, eos_token_ids=loaded.eos_token_ids)
     began = time.monotonic()
@@ -146,6 +149,7 @@ def generate(
             write("" if last == "\n" else "\n")
         raise KeyboardInterrupt(f"after {engine.core.output_tokens} tokens") from None
     outcome.seconds = time.monotonic() - began
+    outcome.sharing = sharing_report(engine)
     if stream:
         write("" if last == "\n" and engine.core.output_tokens else "\n")
     if len(asks) == 1 and outcome.errors:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.engine.audit import Auditor
 from quire.engine.request import (
     Completion,
     Delta,
@@ -65,6 +66,7 @@ class Core:
         tokenizer: None: no text.
         clock: seconds.
         deliver: called with every delta, in order of computation.
+        auditor: computes a share of the hits again before they are used.
     """
 
     def __init__(
@@ -74,12 +76,14 @@ class Core:
         tokenizer: Any,
         clock: Callable[[], float],
         deliver: Callable[[Request, Delta], None],
+        auditor: Auditor | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.clock = clock
         self.deliver = deliver
+        self.auditor = auditor
         self.live: dict[str, Request] = {}
         self.steps = self.forwards = self.output_tokens = 0
         self.finished: Counter[str] = Counter()
@@ -110,6 +114,8 @@ class Core:
         if not plan.samples:
             return
         self.steps += 1
+        if self.auditor is not None:
+            self.auditor.run()
         for adapter, samples in plan.batches():
             items = [sample.item for sample in samples if sample.item is not None]
             logits = self.runner.forward(items, adapter)

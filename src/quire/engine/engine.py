@@ -17,6 +17,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from quire.engine.audit import Auditor
 from quire.engine.core import Core, EngineStats
 from quire.engine.intake import Intake, Prompt, as_list
 from quire.engine.loop import Courier, Driver, Subscriber
@@ -62,16 +63,19 @@ class Engine:
         self.runner = runner
         self.tokenizer = tokenizer
         self.clock = clock
+        rate = getattr(runner, "audit", 0.0)
+        auditor = Auditor(runner, rate) if rate else None
+        self.opener = Opener(runner, getattr(runner, "adapter_digest", None), auditor)
         self.scheduler = Scheduler(
             runner,
             config,
             clock,
             cut=getattr(runner, "cut", None),
             restart_tokens=getattr(runner, "restart_tokens", None),
-            opener=Opener(runner, getattr(runner, "adapter_digest", None)),
+            opener=self.opener,
         )
         self.intake = Intake(runner, runner.vocab_size, tokenizer, eos_token_ids, clock)
-        self.core = Core(runner, self.scheduler, tokenizer, clock, self._deliver)
+        self.core = Core(runner, self.scheduler, tokenizer, clock, self._deliver, auditor)
         self._requests: dict[str, Request] = {}  # submitted and unfinished
         self._inbox: deque[Request | str] = deque()  # new requests, and ids to cancel
         self._out: list[Delta] = []

@@ -1,8 +1,9 @@
 """Does one tenant learn what another has asked? A test that an operator can run on the engine that serves.
 
-Three random prompts of one length go through the engine: A's, the same one as B, and one that nobody has seen as B. What
-B can observe must not tell the second from the third: tokens found, tokens computed, steps until each token. The same
-holds beside a request of A's that is still running. Then A asks again, and must find its own, or nothing is proved.
+Three random prompts of one length go through the engine: A's, the same one as B, and one that nobody has seen as B.
+What B can observe must not tell the second from the third: tokens found, tokens computed, steps until each token. The
+same holds beside a request of A's that is still running. Then A asks again, and must find its own: a test of nothing
+proves nothing.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from quire.engine.params import SamplingParams
+from quire.store.insight import Miss
 from quire.store.namespace import Hints, Namespace
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class RequestFigures:
         prompt_tokens: tokens of the prompt.
         output_tokens: tokens sampled, all samples together.
         cached_tokens: prompt tokens found in the cache when it was first admitted; a recomputation never counts here.
+        miss: why no more of the prompt was found; with share="prefix:explain=on".
         computed_tokens: token positions pushed through the model, recomputed ones included.
         recomputed_tokens: of those, positions that had been computed before a preemption took them.
         preemptions: times that a sample lost its cache to another request.
@@ -75,6 +77,7 @@ class RequestFigures:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    miss: Miss | None = None
     computed_tokens: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0

@@ -349,6 +349,7 @@ class Scheduler:
         if figures.admitted_s is None:
             figures.admitted_s = self.clock()
             figures.cached_tokens = sample.computed
+            figures.miss = getattr(getattr(table, "path", None), "miss", None)
         self.counters.admissions += 1
         self._place(sample, n_tokens, plan)
 

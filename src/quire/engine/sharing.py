@@ -8,16 +8,19 @@ what they have in common lies in the cache. A promise ends with the request that
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from quire.errors import RequestError
 from quire.store.sharing import Sharing
 
 if TYPE_CHECKING:
+    from quire.engine.audit import Auditor
+    from quire.engine.engine import Engine
     from quire.engine.request import Sample
     from quire.engine.runner import Room, Table
 
-__all__ = ["Opener", "check_share"]
+__all__ = ["Opener", "check_share", "sharing_report"]
 
 
 def check_share(share: str | None, sharing: Sharing | None) -> bool:
@@ -39,10 +42,17 @@ class Opener:
     Args:
         room: the runner, whose `sharing` is used where it has one.
         adapter_digest: what an adapter adds to the weights, as bytes.
+        auditor: told of every hit.
     """
 
-    def __init__(self, room: Room, adapter_digest: Callable[[str], bytes] | None = None) -> None:
+    def __init__(
+        self,
+        room: Room,
+        adapter_digest: Callable[[str], bytes] | None = None,
+        auditor: Auditor | None = None,
+    ) -> None:
         self.room = room
+        self.auditor = auditor
         self.sharing: Sharing | None = getattr(room, "sharing", None)
         self.adapter_digest = adapter_digest or (lambda name: name.encode())
 
@@ -61,10 +71,30 @@ class Opener:
             limit=limit,
             adapter=adapter,
             hints=request.hints,
+            label=request.request_id,
         )
         sample.awaits = sharing.awaited(path, sample.seat)
         if sample.awaits is not None:
             return None
         table = sharing.take(path)
         path.promise(sample.prompt_tokens, sample.seat)
+        if self.auditor is not None:
+            self.auditor.found(sample, table.length)
         return table
+
+
+def sharing_report(engine: Engine) -> dict[str, Any] | None:
+    """What an engine's prefix cache has done and found out about itself, as plain data; None where there is none."""
+    opener = engine.opener
+    if opener.sharing is None:
+        return None
+    stats = opener.sharing.stats
+    found: dict[str, Any] = {**asdict(stats), "hit_ratio": round(stats.hit_ratio, 6)}
+    if opener.sharing.ghost is not None:
+        found["ghost"] = [
+            {**asdict(g), "hit_ratio": round(g.hit_ratio, 6)}
+            for g in opener.sharing.ghost.figures()
+        ]
+    if opener.auditor is not None:
+        found["audit"] = asdict(opener.auditor.stats)
+    return found

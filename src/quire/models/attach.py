@@ -33,6 +33,7 @@ from quire.models.runner import ModelRunner
 from quire.models.sharing import open_sharing
 from quire.plan.layout import KVLayer, Layout, build_layout, check_config
 from quire.spec import Full, KVConfig
+from quire.store.share import parse_share
 from quire.store.store import BlockStore
 
 log = logging.getLogger("quire")
@@ -114,6 +115,7 @@ def connect(
         )
         try:
             bridge.sharing = open_sharing(bridge, config)
+            bridge.audit = parse_share(config.share).audit
             bridge.prepack(weights)
         except BaseException:
             patches.undo()

@@ -73,6 +73,8 @@ class Bridge:
         self.chunked_prefill = True
         self.sharing: Sharing | None = None
         """Finds prefixes that were computed before; None where nothing is shared."""
+        self.audit = 0.0
+        """Share of the hits that an engine computes again and compares."""
         self.key_offsets: Mapping[int, torch.Tensor] = {}
         """Layer to `[H_kv, D]`, added to its keys where they enter the cache (`quire.evaluate.inject`)."""
         self.layer_kinds = shape.kinds
@@ -183,6 +185,17 @@ class Bridge:
                 out[h, at] = x[i, keep]
         assert out is not None
         return out
+
+    def layers(self) -> list[tuple[int, tuple[str, ...]]]:
+        """(layer, names of its fields) of all layers that cache tokens."""
+        return sorted(self._names.items())
+
+    def read_prefix(self, table: BlockTable, n_tokens: int, layer: int, name: str) -> torch.Tensor:
+        """`[heads, n_tokens, D]`: what the query behind the first `n_tokens` reads of one field; zeros where nothing.
+
+        The table has room for that query's token.
+        """
+        return self.read_all(Row(table, n_tokens, n_tokens + 1), layer, name)[:, :n_tokens]
 
     def prepack(self, weights: str) -> None:
         """Packs the model's linear layers until `close`, see `models.prepack`. Raises ConfigError."""

@@ -64,6 +64,7 @@ class ModelRunner:
         self.cache = KVCache(bridge)
         self.adapters = bridge.adapters
         self.sharing = bridge.sharing
+        self.audit = bridge.audit
         self.adapter_digest = AdapterDigests(bridge.adapters.model)
         self.weights = bridge.weights
 

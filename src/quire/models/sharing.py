@@ -48,7 +48,13 @@ def open_sharing(bridge: Bridge, config: KVConfig) -> Sharing | None:
         bridge.way,
         spec_digest(bridge.layout.spec),
     )
-    return Sharing(bridge.store, sha256(repr(about).encode()).digest(), evict=share.evict)
+    return Sharing(
+        bridge.store,
+        sha256(repr(about).encode()).digest(),
+        evict=share.evict,
+        explain=share.explain,
+        ghost=share.ghost,
+    )
 
 
 class AdapterDigests:

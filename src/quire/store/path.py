@@ -12,6 +12,7 @@ from quire.store.namespace import Hints, Namespace
 from quire.store.table import BlockTable
 
 if TYPE_CHECKING:
+    from quire.store.insight import Miss, Shadow
     from quire.store.sharing import Sharing
 
 __all__ = ["Path"]
@@ -24,8 +25,8 @@ class Path:
     """
 
     __slots__ = (
-        *("done", "found", "hints", "limit", "names", "nodes", "owner"),
-        *("promised", "public", "salt", "sharing", "tokens"),
+        *("adapter", "done", "found", "hints", "label", "limit", "miss", "names", "namespace"),
+        *("nodes", "owner", "promised", "public", "salt", "seen", "shadow", "sharing", "tokens"),
     )
 
     def __init__(
@@ -48,6 +49,13 @@ class Path:
         """Between `look` and `take`: of the chunks that are there."""
         self.found = 0
         """How many of them can be resumed from."""
+        self.label = ""
+        self.adapter = b""
+        self.namespace = namespace
+        self.seen: list[bytes] = []
+        """Names of chunks that are there and could not be resumed from; where misses are explained."""
+        self.miss: Miss | None = None
+        self.shadow: Shadow | None = None
 
     def parent(self, chunk: int) -> bytes:
         """What the name of that chunk is made from, beside its tokens."""
@@ -59,6 +67,15 @@ class Path:
         name = chunk_name(self.parent(len(self.names) - 1), chunk)
         self.names.append(name)
         return name
+
+    def ahead(self, n_tokens: int) -> list[bytes]:
+        """Names of all whole chunks of the first `n_tokens`, known or not; nothing changes."""
+        grain, known = self.sharing.grain, len(self.names)
+        for at in range(known - 1, n_tokens // grain):
+            self.extend(packed(self.tokens[at * grain : (at + 1) * grain]))
+        names = self.names[1 : n_tokens // grain + 1]
+        del self.names[known:]
+        return names
 
     def twin(self) -> Path:
         """The same place, for a fork; it promises nothing."""
@@ -72,6 +89,8 @@ class Path:
         twin.names, twin.done = self.names[: self.done + 1], self.done
         twin.promised, twin.owner, twin.hints = 0, None, self.hints
         twin.limit, twin.nodes, twin.found = self.limit, [], 0
+        twin.label, twin.adapter, twin.namespace = self.label, self.adapter, self.namespace
+        twin.seen, twin.miss, twin.shadow = [], None, None
         return twin
 
     def back(self, n_tokens: int) -> None:
@@ -101,6 +120,13 @@ class Path:
                 del promised[name]
         self.promised = 0
 
+    def leave(self) -> None:
+        """Nothing more is published."""
+        self.withdraw()
+        if self.shadow is not None:
+            self.shadow.leave()
+            self.shadow = None
+
     # -- publishing ----------------------------------------------------------------------------------------------
 
     def publish(self, table: BlockTable) -> None:
@@ -115,17 +141,21 @@ class Path:
             name = self.names[self.done + 1] if known else self.extend(chunk)
             node = sharing.index.add(name, self.parent(self.done), chunk)
             if node < 0 or len(chunk) < grain * TOKEN_BYTES:
-                self.withdraw()
+                self.leave()
                 table.path = None  # another prefix has the name, or tokens are not told: all behind it is private
                 return
             self._attach(table, node, self.done)
             if sharing.promised.get(name) is self:
                 del sharing.promised[name]
             self.done += 1
+        if self.shadow is not None:
+            self.shadow.grow(self.names[1 : self.done + 1])
 
     def settle(self, table: BlockTable) -> None:
         """The table is about to be released: its partial block stays under (parent, tokens)."""
-        self.withdraw()
+        if self.shadow is not None:
+            self.shadow.grow(self.names[1 : self.done + 1])
+        self.leave()
         del self.names[self.done + 1 :]
         index, first = self.sharing.index, self.done * self.sharing.grain
         rest = packed(self.tokens[first : table.committed])

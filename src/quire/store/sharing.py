@@ -20,6 +20,7 @@ from quire.errors import CapacityError, RequestError
 from quire.store.chain import GONE, Chain
 from quire.store.evict import make_eviction
 from quire.store.index import TOKEN_BYTES, PrefixIndex, chunk_name, packed
+from quire.store.insight import Explainer, Ghost
 from quire.store.namespace import Hints, Namespace, Tenants
 from quire.store.path import Path
 from quire.store.store import BlockStore
@@ -65,6 +66,8 @@ class Sharing:
         store: its groups are shared, without recurrent state.
         base: digest of everything else that a block's bytes depend on: weights, dtype, configuration.
         evict: "cost" or "lru", see `store/evict.py`.
+        explain: find the reason of each miss.
+        ghost: share of the prefixes that are followed at other sizes of memory; 0: none.
         clock: seconds.
 
     Raises:
@@ -77,6 +80,8 @@ class Sharing:
         base: bytes = b"",
         *,
         evict: str = "cost",
+        explain: bool = False,
+        ghost: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
@@ -85,6 +90,10 @@ class Sharing:
         self.index = PrefixIndex(store.spec, store.pool_for, self._evicted)
         self.grain = self.index.grain
         self.stats = SharingStats()
+        self.explainer = Explainer(self, clock) if explain else None
+        self.ghost = Ghost(self, ghost) if ghost else None
+        self.actor = ""
+        """Which request took memory last."""
         self.promised: dict[bytes, Path] = {}
         """Names of chunks that somebody is computing."""
         for group in store.spec.groups:
@@ -116,6 +125,7 @@ class Sharing:
         limit: int | None = None,
         adapter: bytes = b"",
         hints: Hints | None = None,
+        label: str = "",
     ) -> Path:
         """Finds a prefix without taking it; nothing may happen to the store before `take`.
 
@@ -125,6 +135,7 @@ class Sharing:
             limit: at most so many tokens are found; all but the last when None, which must be computed for its logits.
             adapter: digest of what is added to the weights.
             hints: for the blocks that it finds and makes.
+            label: names the request where another's miss is explained.
 
         Raises:
             RequestError: hints for a policy that has none.
@@ -133,11 +144,15 @@ class Sharing:
         """
         if hints is not None:
             self.check_hints()
-        path = Path(self, namespace or Namespace(), self.base + adapter, tokens)
-        path.hints = hints
+        own = namespace or Namespace()
+        path = Path(self, own, self.base + adapter, tokens)
+        path.hints, path.label, path.adapter = hints, label, adapter
         path.limit = max(0, len(tokens) - 1 if limit is None else limit)
         path.nodes = self._walk(path, packed(tokens[: path.limit]))
         path.found = len(path.nodes) if self._full_only else self._boundary(path.nodes)
+        if self.explainer is not None:
+            path.seen = path.names[path.found + 1 :]
+            path.namespace = own
         return path
 
     def take(self, path: Path) -> BlockTable:
@@ -151,6 +166,12 @@ class Sharing:
         if self.index.plain and path.limit > table.length:
             self._copy_part(table, path)
         table.path = path
+        if self.explainer is not None:
+            path.miss = self.explainer.explain(
+                path, table, path.namespace, self.base + path.adapter
+            )
+        if self.ghost is not None:
+            path.shadow = self.ghost.enter(path.ahead(path.limit))
         stats = self.stats
         stats.lookups += 1
         stats.asked_tokens += path.limit
@@ -280,3 +301,5 @@ class Sharing:
 
     def _evicted(self, node: int, column: int) -> None:
         self.stats.evicted_blocks += 1
+        if self.explainer is not None:
+            self.explainer.evicted(self.index.name(node), self.actor)

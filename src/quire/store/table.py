@@ -333,13 +333,17 @@ class BlockTable:
     def _leave(self) -> None:
         """From here on its blocks depend on more than its tokens: they are private."""
         if self.path is not None:
-            self.path.withdraw()
+            self.path.leave()
             self.path = None
 
     def _reserve(self, length: int, accepted: int) -> None:
         """Takes the blocks that are missing, or none at all."""
         short = [(c, c.entries_for(length, accepted) - c.count) for c in self.chains]
         done: list[Chain] = []
+        if self.path is not None:
+            self.path.sharing.actor = (
+                self.path.label
+            )  # whoever loses a block now can be told to whom
         try:
             for chain, n in short:
                 for _ in range(n):
