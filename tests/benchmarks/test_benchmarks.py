@@ -28,6 +28,7 @@ KEYS = {
     "sealing": {"cases"},
     "peak": {"cases", "verdicts"},
     "latents": {"cases"},
+    "sharing": {"index", "copies", "policies"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
 
