@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from transformers.cache_utils import (
@@ -37,9 +38,19 @@ class BlockLayer(CacheLayerMixin):
     def __init__(self, layer: int, cache: KVCache) -> None:
         super().__init__()
         self.layer = layer
-        self.cache = cache
+        self._cache = ref(
+            cache
+        )  # no circle: blocks go back when the cache does, not when garbage is collected
         self.is_initialized = True
         self.is_sliding = False
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache that the layer is part of."""
+        found = self._cache()
+        if found is None:
+            raise InvariantError("a layer outlived its cache")
+        return found
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: blocks are taken when a forward begins."""
@@ -117,6 +128,10 @@ class KVCache(Cache):
         self.columns = 0
         """Columns that generation has fed, padding included: what it takes for the cache's length."""
         self._recording = False
+        self.shares = False
+        """Whether it finds what others have computed and leaves what it computes; `generate()` decides that."""
+        self.tokens: list[list[int]] = []
+        """Where it shares: the tokens of each row, live lists that its tables follow."""
         self._starts: list[int] = []
         self._token: Any = None
 
@@ -249,9 +264,23 @@ class KVCache(Cache):
     def is_croppable(self) -> bool:
         return not self.bridge.has_state
 
+    @property
+    def recording(self) -> bool:
+        """Whether tokens are drafts until the next `crop`."""
+        return self._recording
+
     def activate_past_recording(self) -> None:
-        """From here on tokens are drafts until the next `crop`."""
+        """From here on tokens are drafts until the next `crop`; nothing is shared any more."""
         self._recording = True
+        self.shares, self.tokens = False, []
+        for t in self.tables:
+            t.leave()
+
+    def follow(self, tokens: list[list[int]]) -> None:
+        """Says which live lists hold the rows' tokens."""
+        self.tokens = tokens
+        for table, row in zip(self.tables, tokens, strict=True):
+            table.follow(row)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens of every row; what stays is accepted.
@@ -265,6 +294,8 @@ class KVCache(Cache):
             t.truncate(max(0, t.length + tokens_to_remove))
             t.accept(t.length)
             t.commit()
+        for table, row in zip(self.tables, self.tokens, strict=False):
+            del row[table.length :]
         self.columns = max(0, self.columns + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -287,6 +318,8 @@ class KVCache(Cache):
             if i not in used:
                 t.release()
         self.tables = fresh
+        if self.tokens:
+            self.follow([list(self.tokens[i]) for i in order])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.reorder_cache(indices)
@@ -302,7 +335,7 @@ class KVCache(Cache):
         """Gives every block back; the cache is as new."""
         for t in self.tables:
             t.release()
-        self.tables, self.columns = [], 0
+        self.tables, self.tokens, self.columns = [], [], 0
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -351,7 +384,9 @@ class KVCache(Cache):
         """A fork: shares full blocks, copies the partly filled ones."""
         twin = KVCache(self.bridge)
         twin.tables = [t.fork() for t in self.tables]
-        twin.columns, twin._recording = self.columns, self._recording
+        twin.columns, twin._recording, twin.shares = self.columns, self._recording, self.shares
+        if self.tokens:
+            twin.follow([list(row) for row in self.tokens])
         return twin
 
     def __del__(self) -> None:
