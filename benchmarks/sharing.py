@@ -86,7 +86,7 @@ class Filled:
         return statistics.median(took_s)
 
     def request_s(self, n: int) -> float:
-        """CPU seconds per block of new prompts in a full cache: look-up, take, publish, release, and an eviction each."""
+        """CPU seconds per block of new prompts in a full cache: look-up, take, publish, release, evict."""
         some = [self.tokens(64) for _ in range(n)]
         began = time.process_time()
         for ids in some:

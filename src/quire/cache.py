@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quire.errors import ConfigError
 from quire.models.attach import Attachment, connect
 from quire.models.hf_cache import KVCache
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
@@ -27,6 +28,7 @@ def attach(
     attention: str = "auto",
     way: str | None = None,
     weights: str = "plain",
+    share: str = "off",
 ) -> Attachment:
     """Makes a causal transformers model keep its keys and values in Quire's blocks.
 
@@ -41,12 +43,20 @@ def attach(
         block_tokens: tokens per block.
         attention: backend, `"auto"`, `"cpu"` (the compiled kernels), `"torch"` or `"reference"`.
         way: forces packed, rows, patched or dense.
+        share: "prefix": `generate()` begins with what earlier calls have computed and leaves what it computes. A cache
+            that is handed in (`attached.cache()`) shares nothing, and neither does assisted decoding.
         weights: "plain" leaves the linear layers alone; others as for an engine, until `detach()`.
 
     Raises:
         ConfigError: the model or the configuration cannot be served, with the reason.
         CapacityError: the memory is too small.
     """
-    config = KVConfig(kv, keep, block_tokens)
+    config = KVConfig(kv, keep, block_tokens, share)
     bridge = connect(model, config, memory=memory, attention=attention, way=way, weights=weights)
+    if bridge.sharing is not None and bridge.adapters.names:
+        bridge.close()
+        raise ConfigError(
+            f"share={share!r}: generate() does not say which adapter it runs with; serve adapters through "
+            "quire.Engine, which does, or use share='off'"
+        )
     return Attachment(bridge)

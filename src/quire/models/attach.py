@@ -30,7 +30,7 @@ from quire.models.probe import (
 )
 from quire.models.rope import Regimes
 from quire.models.runner import ModelRunner
-from quire.models.sharing import open_sharing
+from quire.models.sharing import open_sharing, shorten
 from quire.plan.layout import KVLayer, Layout, build_layout, check_config
 from quire.spec import Full, KVConfig
 from quire.store.share import parse_share
@@ -318,14 +318,16 @@ class Attachment:
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         cache = kwargs.get(self.bridge.shape.cache_name)
         if (
             not isinstance(cache, KVCache)
             or cache._token is not None
             or cache is not _own(cache, self.bridge)
         ):
-            return
+            return None
         ids = (
             kwargs.get("input_ids")
             if kwargs.get("input_ids") is not None
@@ -333,11 +335,16 @@ class Attachment:
         )
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         if ids is None:
-            return
+            return None
+        changed = None
+        if cache.shares and kwargs.get("input_ids") is not None:
+            kwargs = changed = shorten(cache, kwargs)
+            ids = kwargs["input_ids"]
         cache.begin(
             ids.shape[0], ids.shape[1], kwargs.get("attention_mask"), kwargs.get("position_ids")
         )
         self._running.append((cache, ids.shape[1]))
+        return None if changed is None else (args, changed)
 
     def _after(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -382,6 +389,7 @@ def _prepare_for(bridge: Bridge) -> Any:
         cache = bridge.cache()
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
+        cache.shares = bridge.sharing is not None and not cache.recording
         model_kwargs[name] = cache
         return None
 

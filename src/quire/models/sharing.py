@@ -7,6 +7,7 @@ from typing import Any
 
 from quire.errors import ConfigError
 from quire.models.bridge import Bridge
+from quire.models.hf_cache import KVCache
 from quire.models.load import fingerprint
 from quire.models.rope import Regimes
 from quire.spec import KVConfig
@@ -14,7 +15,7 @@ from quire.store.share import parse_share
 from quire.store.sharing import Sharing
 from quire.store.snapshot import spec_digest
 
-__all__ = ["AdapterDigests", "open_sharing"]
+__all__ = ["AdapterDigests", "open_sharing", "shorten"]
 
 
 def open_sharing(bridge: Bridge, config: KVConfig) -> Sharing | None:
@@ -55,6 +56,72 @@ def open_sharing(bridge: Bridge, config: KVConfig) -> Sharing | None:
         explain=share.explain,
         ghost=share.ghost,
     )
+
+
+def shorten(cache: KVCache, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments without the columns that every row of an empty cache finds; later ones are only noted.
+
+    Args:
+        cache: one that `generate()` made.
+        kwargs: of the model's forward, with `input_ids: [B, T]`; a padded batch is padded on the left.
+
+    Returns:
+        The same, or with shorter `input_ids` and positions; the mask stays, it covers what is cached, too.
+    """
+    ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+    columns = ids.shape[1]
+    rows = ids.tolist()
+    if mask is not None and mask.ndim == 2:
+        valid = mask[:, -columns:].bool().tolist()
+        rows = [
+            [t for t, v in zip(r, m, strict=True) if v] for r, m in zip(rows, valid, strict=True)
+        ]
+        if not cache.tables and any(
+            any(m[: columns - len(r)]) for r, m in zip(rows, valid, strict=True)
+        ):
+            cache.shares = (
+                False  # padding elsewhere than on the left: rows have no columns in common
+            )
+            return kwargs
+    if cache.tables:
+        for known, more in zip(cache.tokens, rows, strict=True):
+            known.extend(more)
+        return kwargs
+    found = _open_alike(cache, rows, columns)
+    cache.follow(rows)
+    if not any(t.length for t in cache.tables):
+        return kwargs
+    cache.columns = found
+    short = {**kwargs, "input_ids": ids[:, found:]}
+    for name in ("position_ids", "cache_position", "token_type_ids"):
+        given = kwargs.get(name)
+        if given is not None and given.shape[-1] == columns:
+            short[name] = given[..., found:]
+    return short
+
+
+def _open_alike(cache: KVCache, rows: list[list[int]], columns: int) -> int:
+    """Opens a table for each row so that all of them end at the same column, the furthest; returns that column.
+
+    row 0   ....|== found ==|           columns, with padding on the left
+    row 1   |=== found =====|
+    """
+    sharing = cache.bridge.sharing
+    assert sharing is not None
+    pads = [columns - len(row) for row in rows]
+    found = columns - 1
+    while True:
+        wanted = [max(0, found - pad) for pad in pads]
+        tables = [sharing.open(row, limit=n) for row, n in zip(rows, wanted, strict=True)]
+        ends = [
+            pad + t.length if n else found for pad, n, t in zip(pads, wanted, tables, strict=True)
+        ]
+        if min(ends) == found:
+            cache.tables = tables
+            return found
+        for t in tables:
+            t.release()
+        found = min(ends)
 
 
 class AdapterDigests:

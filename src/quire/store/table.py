@@ -237,7 +237,7 @@ class BlockTable:
             CapacityError: no blocks for the copies; nothing has changed.
         """
         chain = self.chains[chain_index]
-        self._leave()
+        self.leave()
         lossy = chain.group.raw is not None or any(
             c.group.raw == chain.group.name for c in self.chains
         )
@@ -279,7 +279,7 @@ class BlockTable:
             CapacityError: no blocks for the parts; nothing has changed.
         """
         chain = self.chains[chain_index]
-        self._leave()
+        self.leave()
         spec = replace(self.store.spec, groups=tuple(c.group for c in self.chains))
         parts = spec.split(chain.group.name, coords).groups
         fresh = []
@@ -328,13 +328,13 @@ class BlockTable:
             used += rows * c.group.block_bytes // c.group.block_tokens
         return used
 
-    # -- within --------------------------------------------------------------------------------------------------
-
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """From here on its blocks depend on more than its tokens: they are private."""
         if self.path is not None:
             self.path.leave()
             self.path = None
+
+    # -- within --------------------------------------------------------------------------------------------------
 
     def _reserve(self, length: int, accepted: int) -> None:
         """Takes the blocks that are missing, or none at all."""

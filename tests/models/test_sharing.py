@@ -1,0 +1,122 @@
+"""`generate()` with prefixes found: the same text, and less computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import quire
+import zoo
+from quire.errors import ConfigError
+from quire.models.sharing import AdapterDigests
+
+G = torch.Generator().manual_seed(11)
+LONG = torch.randint(3, 90, (1, 70), generator=G)
+
+
+class Watched:
+    """A model with `share`, counting the columns that its embedding sees."""
+
+    def __init__(self, name: str, share: str, kv: str) -> None:
+        self.model = zoo.build(name)
+        self.model.generation_config.pad_token_id = 0
+        self.columns: list[int] = []
+        self.attached = quire.attach(
+            self.model, kv=kv, share=share, memory="32MiB", block_tokens=16, attention="reference"
+        )
+        embedding = self.model.get_input_embeddings()
+        embedding.register_forward_hook(lambda m, a, o: self.columns.append(a[0].shape[1]))
+
+    def text(self, ids: torch.Tensor, **options: Any) -> list[list[int]]:
+        torch.manual_seed(2)
+        self.columns.clear()
+        given = {"max_new_tokens": 12, "do_sample": False, **options}
+        out: list[list[int]] = self.model.generate(ids, **given).tolist()
+        return out
+
+
+@pytest.fixture(params=["fp32", "int8"])
+def both(request: pytest.FixtureRequest) -> Iterator[tuple[Watched, Watched]]:
+    pair = Watched("llama", "off", request.param), Watched("llama", "prefix", request.param)
+    yield pair
+    for side in pair:
+        side.attached.detach()
+
+
+def test_a_second_call_computes_what_is_new(both: tuple[Watched, Watched]) -> None:
+    off, on = both
+    assert on.text(LONG) == off.text(LONG)
+    assert on.columns[0] == 70
+    again = on.text(LONG)
+    assert again == off.text(LONG)
+    assert on.columns[0] <= 6  # 64 in whole blocks; with a plain codec all but the last
+    assert off.columns[0] == 70
+    turn = torch.cat([torch.tensor(again), LONG[:, :9]], 1)
+    assert on.text(turn) == off.text(turn)
+    assert on.columns[0] <= 9 + 12 + 4  # generated text is found, too
+    assert on.attached.bridge.store.usage().held_bytes == 0
+
+
+def test_batches_padded_on_the_left(both: tuple[Watched, Watched]) -> None:
+    off, on = both
+    on.text(LONG)
+    short = torch.cat([torch.zeros(1, 20, dtype=torch.int64), LONG[:, :50]], 1)
+    ids = torch.cat([LONG, short])
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    for _ in range(2):
+        assert on.text(ids, attention_mask=mask) == off.text(ids, attention_mask=mask)
+    assert on.columns[0] < 70
+    swapped, turned = ids.flip(0), mask.flip(0)
+    assert on.text(swapped, attention_mask=turned) == off.text(swapped, attention_mask=turned)
+
+
+def test_beams_and_samples(both: tuple[Watched, Watched]) -> None:
+    off, on = both
+    for _ in range(2):
+        assert on.text(LONG, num_beams=3) == off.text(LONG, num_beams=3)
+        options = {"do_sample": True, "num_return_sequences": 3, "temperature": 1.2}
+        assert on.text(LONG, **options) == off.text(LONG, **options)
+    assert on.columns[0] < 70
+    assert on.attached.bridge.store.usage().held_bytes == 0
+
+
+def test_what_shares_nothing(both: tuple[Watched, Watched]) -> None:
+    """A cache that is handed in is private; so is assisted decoding, and a prompt padded on the right is whole."""
+    off, on = both
+    assert on.text(LONG, past_key_values=on.attached.cache()) == off.text(LONG)
+    assert on.attached.bridge.store.usage().cached_bytes == 0
+    on.text(LONG)
+    assert on.text(LONG, prompt_lookup_num_tokens=3) == off.text(LONG, prompt_lookup_num_tokens=3)
+    mask = torch.ones_like(LONG)
+    mask[0, 40:45] = 0
+    assert on.text(LONG, attention_mask=mask) == off.text(LONG, attention_mask=mask)
+    assert on.columns[0] == 70
+
+
+@pytest.mark.parametrize("name", ["mamba", "llama_dynamic", "phi3_longrope"])
+def test_models_that_cannot_share_say_so(name: str) -> None:
+    model = zoo.build(name)
+    with pytest.raises(ConfigError, match="share='off'"):
+        quire.attach(model, share="prefix", memory="32MiB")
+    quire.attach(model, memory="32MiB").detach()
+
+
+def test_an_adapter_of_other_weights_has_another_digest() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A = torch.nn.ModuleDict(
+                {"one": torch.nn.Linear(3, 2), "two": torch.nn.Linear(3, 2)}
+            )
+
+    digests = AdapterDigests(layer := Layer())
+    first = digests("one")
+    assert first == digests("one")
+    assert first != digests("two")
+    with torch.no_grad():
+        layer.lora_A["one"].weight.add_(1)
+    assert digests("one") != first
