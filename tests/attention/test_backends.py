@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laws.dense import plain_spans
-from quire.attention import ReferenceBackend, Row, Step
+from quire.attention import ReferenceBackend, Row, Step, fused
 from quire.attention import reference as module
 from quire.attention.reference import TorchBackend
 from quire.plan import KVLayer, build_layout
@@ -60,6 +60,25 @@ def test_the_reference_backend_is_dense_attention(case: Case) -> None:
 @many
 def test_the_torch_backend_is_dense_attention(case: Case) -> None:
     check(case, TorchBackend())
+
+
+@given(case=cases, rows=st.sampled_from([1, 2, 3]))
+@many
+def test_chunks_in_pieces_are_dense_attention(case: Case, rows: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "CHUNK_ROWS", rows)
+        check(case, TorchBackend())
+
+
+def test_a_piece_asks_for_the_keys_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A causal chunk of 12 behind 8: the scores of each 4 queries, not of all 12 with all 20 keys."""
+    monkeypatch.setattr(fused, "CHUNK_ROWS", 4)
+    (read,) = Bench(Case(((8, 12),))).step.of_layer(0)[2]
+    causal = [(p.start, p.stop, p.low, p.high) for p in fused.pieces([read], None)]
+    assert causal == [(0, 4, 0, 12), (4, 8, 0, 16), (8, 12, 0, 20)]
+    assert fused.pieces([read], None) is fused.pieces([read], None), "made once for all layers"
+    narrow = [(p.start, p.stop, p.low, p.high) for p in fused.pieces([read], 3)]
+    assert narrow == [(0, 4, 6, 12), (4, 8, 10, 16), (8, 12, 14, 20)]
 
 
 @given(case=splits)

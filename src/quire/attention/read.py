@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,8 @@ class Read:
         self.rows, self.firsts, self.extents, self.device = rows, firsts, extents, device
         self.blocks = Places(units, device)
         self.queries = rows[0].stop - rows[0].start
+        self.pieces: dict[object, Any] = {}
+        """What `attention.fused` makes of the read once for all layers."""
         self._masks: dict[int | None, torch.Tensor | None] = {}
         self._biases: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from quire.attention.fused import attend_pieces, pieces
 from quire.attention.observe import Attended, observe
 from quire.attention.read import Read
 from quire.attention.step import Step
@@ -335,15 +336,7 @@ class TorchBackend(ReferenceBackend):
             kv = self._keys_and_values(step, layer, r, keys, value, q.dtype)
             fields.append(kv if r is parts[-1] else tuple(x.clone() for x in kv))  # see gather_both
         k, v = (torch.cat(x, 2) if len(x) > 1 else x[0] for x in zip(*fields, strict=True))
-        done = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k,
-            v,
-            attn_mask=_joined_mask(parts, window),
-            scale=scale,
-            enable_gqa=q.shape[2] != k.shape[1],
-        )
-        return done.transpose(1, 2)
+        return attend_pieces(q.transpose(1, 2), k, v, pieces(parts, window), scale).transpose(1, 2)
 
     def _segment(
         self,
@@ -369,15 +362,7 @@ class TorchBackend(ReferenceBackend):
             return Partial(out.reshape(*q.shape[:3], v.shape[3]), _NO_LSE)
         if not plain:
             return super()._segment(q, k, v, r, window, scale, softcap, want_lse=want_lse)
-        mask = r.mask(window)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if mask is None else mask.unsqueeze(1),
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        out = attend_pieces(q, k, v, pieces([r], window), scale)
         return Partial(out, _NO_LSE)
 
     @staticmethod
@@ -411,19 +396,3 @@ class TorchBackend(ReferenceBackend):
 def _kv_heads(reads: list[Read], layer: int) -> int:
     """KV heads of the layer: each group counts once, a lossy body and its raw companion together."""
     return len({h for r in reads for h in r.group.heads(layer)})
-
-
-def _joined_mask(parts: list[Read], window: int | None) -> torch.Tensor | None:
-    """`[R, 1, T, N]`: the masks of segments that stand side by side; None where all is read."""
-    masks = [r.mask(window) for r in parts]
-    if all(m is None for m in masks):
-        return None
-    whole = [
-        torch.ones(1, 1, r.kpos.shape[1], dtype=torch.bool, device=r.kpos.device).expand(
-            *r.tokens.shape, -1
-        )
-        if m is None
-        else m.expand(*r.tokens.shape, -1)
-        for r, m in zip(parts, masks, strict=True)
-    ]
-    return torch.cat(whole, -1).unsqueeze(1)
