@@ -19,7 +19,7 @@ from lossy import Lossy
 from quire.codecs import recipe
 from quire.codecs.coded import Coded
 from quire.codecs.kivi import Codec as Kivi
-from quire.spec import Field, Site
+from quire.spec import Field, Packing, Site
 
 if TYPE_CHECKING:
     import pytest
@@ -93,6 +93,10 @@ class PerToken(Kivi):
     def stored(self, site: Site) -> tuple[Field, ...]:
         made = super().stored(self._as_values(site))
         return tuple(replace(f, name=f"{site.name}.{f.name.partition('.')[2]}") for f in made)
+
+    def packing(self, site: Site) -> Packing | None:
+        """Keys that lie as values do are read by no kernel."""
+        return super().packing(site) if site.values else None
 
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         return super().encode(self._as_values(site), x, pos)
