@@ -72,7 +72,6 @@ def near(kv: str) -> float:
     return 3e-4 if any(name in kv for name in ("int8", "int4", "kivi")) else 2e-6
 
 
-
 @given(case=cases, isa=levels)
 @settings(max_examples=max(50, settings.default.max_examples))
 def test_the_kernel_is_dense_attention(case: Case, isa: int) -> None:
