@@ -70,14 +70,14 @@ class Filled:
 
     def look_s(self, chunks: int, n: int) -> float:
         """CPU seconds of one look-up that finds `chunks` chunks, the median: only looking, nothing is taken."""
-        if chunks <= 64:
-            some = [self.draw.choice(self.prompts)[: 32 * chunks] for _ in range(n)]
-        else:
-            some = [self.tokens(chunks) for _ in range(n)]
-            for ids in some:
-                self.leave(ids)
-        took_s = []
+        some = [
+            self.tokens(chunks) for _ in range(max(1, min(20, self.pool.capacity // (4 * chunks))))
+        ]
         for ids in some:
+            self.leave(ids)
+        took_s = []
+        for i in range(n):
+            ids = some[i % len(some)]
             began = time.process_time()
             found = self.sharing.look(ids, limit=len(ids)).found
             took_s.append(time.process_time() - began)
