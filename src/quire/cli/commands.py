@@ -108,6 +108,15 @@ Weights = Annotated[
         "auto (default), plain, prepacked or int8: how linear layers hold their weights on a CPU.",
     ),
 ]
+Compile = Annotated[
+    bool,
+    _option(
+        _MODEL,
+        "--compile",
+        " ",
+        "Decode steps as code made by torch.compile: minutes at the first start, needs a C++ compiler.",
+    ),
+]
 MaxTokens = Annotated[
     int | None, _option(_SAMPLING, "--max-tokens", "N", "Most output tokens; default: 128.")
 ]
@@ -189,6 +198,7 @@ def run(
     attention: Attention = None,
     weights: Weights = None,
     share: Share = None,
+    compile: Compile = False,  # noqa: A002 - the option's name
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -257,6 +267,7 @@ def chat(
     block_tokens: BlockTokens = None,
     attention: Attention = None,
     weights: Weights = None,
+    compile: Compile = False,  # noqa: A002 - the option's name
     max_tokens: Annotated[
         int | None, _option(_SAMPLING, "--max-tokens", "N", "Most tokens of a reply; default: 256.")
     ] = None,

@@ -58,6 +58,7 @@ class Options:
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     attention: str = "auto"
     weights: str = "auto"
+    compile: bool = False
     quiet: bool = False
     given: frozenset[str] = frozenset()
 

@@ -29,11 +29,14 @@ def look(options: Options) -> Source:
         source = check_source(options.model, dtype=options.dtype, device=options.device)
         quiet_transformers()
         from quire.models.bridge import make_backend
+        from quire.models.compiled import check_compile
         from quire.models.memory import arena_bytes
         from quire.models.prepack import check_weights
 
         make_backend(options.attention, source.chosen_device)
         check_weights(options.weights)
+        if options.compile:
+            check_compile()
         arena_bytes(options.memory, source.chosen_device)
     return source
 
@@ -82,6 +85,7 @@ def open_cache(loaded: Loaded, options: Options) -> Any:
             attention=options.attention,
             weights=options.weights,
             share=share_of(options),
+            compile=options.compile,
         )
 
 

@@ -15,6 +15,7 @@ from quire.attention.step import Step
 from quire.errors import ConfigError
 from quire.kernels import native
 from quire.models.adapters import Adapters
+from quire.models.compiled import Compiled
 from quire.models.forward import Forward, windows_of
 from quire.models.hf_cache import KVCache
 from quire.models.patches import Patches
@@ -70,6 +71,7 @@ class Bridge:
         self.device = torch.device(model.device)
         self.backend = make_backend(backend, self.device.type)
         self.weights: Prepacked | None = None
+        self.compiled: Compiled | None = None
         self.chunked_prefill = True
         self.sharing: Sharing | None = None
         """Finds prefixes that were computed before; None where nothing is shared."""
@@ -111,7 +113,10 @@ class Bridge:
         packed: bool = False,
     ) -> Forward:
         """A `Forward` over a planned step."""
-        return Forward(step, self.backend, batch, queries, valid, self._windows, packed)
+        now = Forward(step, self.backend, batch, queries, valid, self._windows, packed)
+        if self.compiled is not None:
+            now.names, now.linears = self._names, self.compiled.linears
+        return now
 
     def cache(self) -> KVCache:
         """An empty cache for the model's own `generate()`."""

@@ -9,7 +9,7 @@ plain attention with transformers' own masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
@@ -68,6 +68,8 @@ class Forward:
         batch, queries: B and T of the model's tensors.
         valid: flat indices of the positions that are tokens, ascending; None when all are (no padding).
         packed: one row of the model's tensors holds tokens of several sequences, at positions of their own.
+        names: layer to what its two cached tensors are called, for compiled code.
+        linears: packed linear layers by their place, for compiled code.
     """
 
     step: Step
@@ -77,6 +79,8 @@ class Forward:
     valid: torch.Tensor | None = None
     windows: Mapping[int, int | None] = field(default_factory=dict)
     packed: bool = False
+    names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    linears: Sequence[Callable[[torch.Tensor], torch.Tensor]] = ()
     owner: dict[int, int] = field(default_factory=dict)
     pending: int | None = None
     _alive: list[torch.Tensor] = field(default_factory=list)
@@ -176,6 +180,11 @@ def quire_attention(
             f"{type(module).__name__} passes {', '.join(odd)} to its attention, which the cache cannot honour"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if torch.compiler.is_compiling() and "quire_compiled" in vars(module):  # see `models.compiled`
+        out = torch.ops.quire.attend(
+            query, key, value, module.layer_idx, scale, softcap, s_aux, sliding_window
+        )
+        return out, None
     now = CURRENT.get()
     if now is None:
         return _plain(query, key, value, attention_mask, scale, softcap, s_aux), None

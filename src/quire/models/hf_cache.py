@@ -58,6 +58,9 @@ class BlockLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling() and self.cache.bridge.compiled is not None:
+            # `quire::attend` writes them, see `models.compiled`
+            return key_states, value_states
         now = CURRENT.get()
         if now is None:
             raise InvariantError("a KVCache is used only by the model that it was attached to")

@@ -6,6 +6,7 @@ from typing import Any
 
 from quire.errors import ConfigError
 from quire.models.attach import connect
+from quire.models.compiled import check_compile, compile_runner
 from quire.models.prepack import prepack
 from quire.models.runner import ModelRunner, NoCacheRunner
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
@@ -23,6 +24,7 @@ def open_runner(
     way: str | None = None,
     weights: str = "auto",
     share: str = "off",
+    compile: bool = False,  # noqa: A002 - torch's own name for it
 ) -> ModelRunner | NoCacheRunner:
     """A runner over a new store, or over none at all for `kv="none"`.
 
@@ -33,18 +35,30 @@ def open_runner(
         attention: backend; way: forces a way into the model.
         weights: "plain", "prepacked", "int8" or "auto": what the linear layers read, see `quire.models.prepack`.
         share: "off", or "prefix": requests find what others computed before them, see `quire.store.sharing`.
+        compile: decode steps run as code that torch.compile made, see `quire.models.compiled`.
 
     Raises:
-        ConfigError, CapacityError: see `connect` and `prepack`.
+        ConfigError, CapacityError: see `connect`, `prepack` and `compile_runner`.
     """
+    if compile:
+        check_compile()
     if kv == "none":
         if parse_share(share).on:
             raise ConfigError(
                 f"share={share!r} finds cached prefixes and kv='none' caches nothing; drop one of them"
             )
+        if compile:
+            raise ConfigError("compile is for decode steps over a cache, and kv='none' has none")
         plain = NoCacheRunner(model)
         plain.weights = prepack(plain.model, weights)
         return plain
     config = KVConfig(kv, keep, block_tokens, share)
     bridge = connect(model, config, memory=memory, attention=attention, way=way, weights=weights)
-    return ModelRunner(bridge)
+    runner = ModelRunner(bridge)
+    if compile:
+        try:
+            compile_runner(runner)
+        except BaseException:
+            runner.close()
+            raise
+    return runner

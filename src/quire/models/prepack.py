@@ -44,9 +44,9 @@ WEIGHTS = ("auto", "plain", "prepacked", "int8")
 """auto: prepacked where it pays, that is in bfloat16 on a CPU; int8: packed, rounded to 8 bits, a scale per output."""
 
 _INT8_TOLERANCE = 1.0
-"""As `_TOLERANCE`, for weights that are rounded: far above what rounding does, far below what a mistake does."""
+"""As `TOLERANCE`, for weights that are rounded: far above what rounding does, far below what a mistake does."""
 
-_TOLERANCE = {torch.bfloat16: 0.2, torch.float32: 2e-3}
+TOLERANCE = {torch.bfloat16: 0.2, torch.float32: 2e-3}
 """Largest difference of logits after packing, in their standard deviations: the model's own rounding."""
 
 
@@ -104,7 +104,7 @@ def _unserved(model: Any) -> str | None:
     """Why oneDNN has nothing for this model here."""
     if model.device.type != "cpu":
         return f"they are for CPUs, and the model is on {model.device}"
-    if model.dtype not in _TOLERANCE:
+    if model.dtype not in TOLERANCE:
         name = str(model.dtype).removeprefix("torch.")
         return f"they are for bfloat16 and float32, and the model computes in {name}"
     if model.dtype != torch.bfloat16 and not torch.backends.mkldnn.is_available():
@@ -150,6 +150,10 @@ class Prepacked:
         """Layers that are packed now."""
         return len(self._packed)
 
+    def layers(self) -> list[nn.Linear]:
+        """Those that are packed now."""
+        return [m for m, _ in self._packed]
+
     @property
     def n_bytes(self) -> int:
         """Of their weights."""
@@ -174,7 +178,7 @@ class Prepacked:
         except Exception as e:  # noqa: BLE001 - a model whose code reads the weight itself may raise anything
             self.restore()
             return f"the model's own code does not take them ({' '.join(str(e).split())[:120]})"
-        if not worst <= (_INT8_TOLERANCE if int8 else _TOLERANCE[self.model.dtype]):
+        if not worst <= (_INT8_TOLERANCE if int8 else TOLERANCE[self.model.dtype]):
             self.restore()
             return f"logits differ by {worst:.2g} standard deviations"
         return None
@@ -267,7 +271,7 @@ def _packable(model: nn.Module) -> list[nn.Linear]:
                 type(m) is nn.Linear
                 and id(m) not in adapted
                 and "forward" not in m.__dict__
-                and m.weight.dtype in _TOLERANCE
+                and m.weight.dtype in TOLERANCE
                 and m.weight.numel()
                 and held[m.weight.data_ptr()] == 1
                 and not (name == "kv_b_proj" and getattr(parent, "quire_absorbed", False))

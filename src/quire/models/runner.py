@@ -205,6 +205,9 @@ class ModelRunner:
             kwargs["position_ids"] = pos
         if self.bridge.way == "patched":
             kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
+        model = self._model_for(rows, index)
+        if model is not self.model and self.bridge.compiled is not None:
+            kwargs["attention_mask"] = self.bridge.compiled.mask
         flat_index = not batched or ids.shape[0] == 1
         trimmed = index is not None and "logits_to_keep" in accepts and flat_index
         if trimmed:
@@ -218,7 +221,7 @@ class ModelRunner:
         self.cache.bind(tables)
         token = CURRENT.set(now)
         try:
-            logits = self.model(input_ids=ids, **kwargs).logits
+            logits = model(input_ids=ids, **kwargs).logits
         finally:
             CURRENT.reset(token)
         self.cache.unbind(tables)
@@ -226,6 +229,13 @@ class ModelRunner:
         if index is None:
             return flat.float()
         return (flat[: len(index)] if trimmed else flat[index]).float()
+
+    def _model_for(self, rows: list[Row], index: torch.Tensor | None) -> Any:
+        """The compiled model for a step of single tokens whose logits are all wanted, where there is one."""
+        compiled = self.bridge.compiled
+        if compiled is None or index is not None or self.bridge.key_offsets:
+            return self.model
+        return compiled.model if all(r.stop - r.start == 1 for r in rows) else self.model
 
 
 class NoCacheTable:
