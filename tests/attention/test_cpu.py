@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laws.dense import plain_spans
-from quire.attention import ReferenceBackend, Row, Step
+from quire.attention import ReferenceBackend, Row, Step, reference
 from quire.attention.cpu import CpuBackend, _lay_out
 from quire.codecs import fp8, int4, int8
 from quire.errors import ConfigError
@@ -348,6 +348,33 @@ def test_codes_are_decoded_as_the_codec_decodes_them(
             torch.testing.assert_close(got, want, rtol=2e-6, atol=4e-6)
             half = CpuBackend()._gather(case.step, 0, r, name, torch.bfloat16)
             assert torch.equal(half, got.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kv", ["int8", "k=int4,v=bf16", "kivi:bits=2,residual=32"])
+def test_a_chunk_decodes_a_few_heads_at_a_time(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies side by side at once is bounded, and every head still reads its own."""
+    fields = (Field("k", (32,), "float32"), Field("v", (32,), "float32"))
+    layout = build_layout([KVLayer(0, 3, fields)], KVConfig(kv), dtype="float32")
+    store = BlockStore(layout.spec, 4 << 20, device="cpu")
+    g, table = torch.Generator().manual_seed(5), store.open()
+    for at, stop in ((0, 150), (150, 160)):
+        table.append(stop - at)
+        step = Step(store, layout, [Row(table, at, stop)])
+        x = torch.randn(2, stop - at, 3, 32, generator=g)
+        CpuBackend().write(step, 0, {"k": x[0], "v": x[1]})
+        table.commit()
+    q = torch.randn(10, 6, 32, generator=g)
+    want = CpuBackend().run(step, 0, q, scale=0.2)
+    exact = ReferenceBackend().run(step, 0, q.double(), scale=0.2)
+    assert float((want - exact).norm()) <= 3e-6 * float(exact.norm())
+    backend, heads = CpuBackend(), []
+    gather = backend.library.gather
+    backend.library = SimpleNamespace(  # type: ignore[assignment]
+        gather=lambda a: (heads.append(a.n_heads), gather(a))
+    )
+    monkeypatch.setattr(reference, "DENSE_BYTES", 1)
+    torch.testing.assert_close(backend.run(step, 0, q, scale=0.2), want, rtol=1e-6, atol=1e-6)
+    assert set(heads) == {1}
 
 
 @pytest.mark.parametrize(

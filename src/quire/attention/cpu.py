@@ -22,7 +22,7 @@ from quire.attention.latents import Latents, lay_out_latents, run_latents
 from quire.attention.observe import Attended
 from quire.attention.paid import Paid, plan_paid
 from quire.attention.read import Read, Seal, Write
-from quire.attention.reference import TorchBackend
+from quire.attention.reference import ALL, TorchBackend
 from quire.attention.step import Step
 from quire.errors import ConfigError
 from quire.kernels import native
@@ -81,6 +81,7 @@ class CpuBackend(TorchBackend):
     """Decode attention by the compiled kernel. Raises ConfigError where the library was not built."""
 
     name = "cpu"
+    by_head = True
 
     def __init__(self, library: Library | None = None, isa: int = 0) -> None:
         found = library or native.load()
@@ -285,21 +286,28 @@ class CpuBackend(TorchBackend):
         return out
 
     def _gather(
-        self, step: Step, layer: int, r: Read, name: str, dtype: torch.dtype
+        self,
+        step: Step,
+        layer: int,
+        r: Read,
+        name: str,
+        dtype: torch.dtype,
+        heads: slice = ALL,
     ) -> torch.Tensor:
         """Codes decoded by the kernel, where it serves the codec."""
         group, code = r.source, _DTYPES.get(dtype)
         site = next((s for s in step.layout.sites_of(group) if s.name == name), None)
         if r.mode != "body" or code is None or site is None or len(site.field.shape) != 1:
-            return super()._gather(step, layer, r, name, dtype)
-        heads, (rows, blocks) = group.heads(layer), r.blocks.units.shape
+            return super()._gather(step, layer, r, name, dtype, heads)
+        rows, blocks = r.blocks.units.shape
+        first, stop, _ = heads.indices(len(group.heads(layer)))
         args = GatherArgs(
             arena=step.store.arena.buffer.data_ptr(),
             units=r.blocks.units.ctypes.data,
-            first=group.tile_index(layer) * group.tile_bytes,
+            first=(group.tile_index(layer) + first) * group.tile_bytes,
             tile_bytes=group.tile_bytes,
             n_rows=rows,
-            n_heads=len(heads),
+            n_heads=stop - first,
             n_blocks=blocks,
             block_tokens=group.block_tokens,
             d=site.width,
@@ -309,8 +317,8 @@ class CpuBackend(TorchBackend):
         )
         codec = step.layout.codecs_of(group)[name]
         if site.width not in native.HEAD_DIMS or not place(args.field, group, codec, site):
-            return super()._gather(step, layer, r, name, dtype)
-        out = torch.empty(rows, len(heads), blocks, group.block_tokens, site.width, dtype=dtype)
+            return super()._gather(step, layer, r, name, dtype, heads)
+        out = torch.empty(rows, stop - first, blocks, group.block_tokens, site.width, dtype=dtype)
         args.out = out.data_ptr()
         self.library.gather(args)
         return step.valid(r, out)

@@ -23,6 +23,10 @@ FUSED_ELEMENTS = 1 << 18
 """In 16 bits torch's fused attention of single queries is faster than two products up to so many elements of keys
 (benchmarks/overhead.py); in float32 always."""
 
+DENSE_BYTES = 32 << 20
+"""Of a chunk's decoded keys and values at a time, where a backend decodes the heads that it is asked for."""
+
+ALL = slice(None)
 _NO_LSE = torch.empty(0)
 
 
@@ -219,20 +223,28 @@ class ReferenceBackend:
         keys: tuple[str, ...],
         value: str,
         dtype: torch.dtype,
+        heads: slice = ALL,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What a batch reads, `[R, heads, N, D]` each, in scratch memory that is good until the next call."""
         if len(keys) == 1 and keys[0] != value and r.mode == "raw":
-            return step.gather_both(layer, r, (keys[0], value), dtype)
+            one, two = step.gather_both(layer, r, (keys[0], value), dtype)
+            return one[:, heads], two[:, heads]
         names = dict.fromkeys((*keys, value))
-        fields = {n: self._gather(step, layer, r, n, dtype) for n in names}
+        fields = {n: self._gather(step, layer, r, n, dtype, heads) for n in names}
         k = fields[keys[0]] if len(keys) == 1 else torch.cat([fields[n] for n in keys], -1)
         return k, fields[value]
 
     def _gather(
-        self, step: Step, layer: int, r: Read, name: str, dtype: torch.dtype
+        self,
+        step: Step,
+        layer: int,
+        r: Read,
+        name: str,
+        dtype: torch.dtype,
+        heads: slice = ALL,
     ) -> torch.Tensor:
         """One field of a batch, decoded: `[R, heads, N, *shape]`."""
-        return step.gather(layer, r, name, dtype)
+        return step.gather(layer, r, name, dtype)[:, heads]
 
     def _segment(
         self,
@@ -269,6 +281,8 @@ class TorchBackend(ReferenceBackend):
     """The fast twin."""
 
     name = "torch"
+    by_head = False
+    """Whether `_gather` decodes no more than the heads that it is asked for."""
 
     def run_reads(
         self,
@@ -331,12 +345,23 @@ class TorchBackend(ReferenceBackend):
         window: int | None,
     ) -> torch.Tensor:
         """Segments of the same rows and heads in one call: `q: [R, T, heads, D]` to `[R, T, heads, D_v]`."""
-        fields = []
-        for r in parts:
-            kv = self._keys_and_values(step, layer, r, keys, value, q.dtype)
-            fields.append(kv if r is parts[-1] else tuple(x.clone() for x in kv))  # see gather_both
-        k, v = (torch.cat(x, 2) if len(x) > 1 else x[0] for x in zip(*fields, strict=True))
-        return attend_pieces(q.transpose(1, 2), k, v, pieces(parts, window), scale).transpose(1, 2)
+        kept, n_heads = pieces(parts, window), len(parts[0].group.heads(layer))
+        share, at_once = q.shape[2] // n_heads, n_heads
+        if self.by_head and any(r.mode == "body" for r in parts):
+            n_slots = sum(r.kpos.numel() for r in parts)
+            at_once = max(1, DENSE_BYTES // (2 * n_slots * q.shape[3] * q.element_size()))
+        out = []
+        for first in range(0, n_heads, at_once):
+            heads = slice(first, min(n_heads, first + at_once))
+            fields = []
+            for r in parts:
+                kv = self._keys_and_values(step, layer, r, keys, value, q.dtype, heads)
+                fields.append(kv if r is parts[-1] else tuple(x.clone() for x in kv))  # scratch
+            k, v = (torch.cat(x, 2) if len(x) > 1 else x[0] for x in zip(*fields, strict=True))
+            part = q[:, :, heads.start * share : heads.stop * share].transpose(1, 2)
+            done = attend_pieces(part, k, v, kept, scale)
+            out.append(done.transpose(1, 2))
+        return out[0] if len(out) == 1 else torch.cat(out, 2)
 
     def _segment(
         self,
