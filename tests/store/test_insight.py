@@ -12,7 +12,7 @@ from quire.errors import ConfigError
 from quire.spans import Full, Window
 from quire.store.insight import Ghost, Miss
 from quire.store.namespace import Namespace
-from quire.store.share import ShareConfig, parse_share
+from quire.share import ShareConfig, parse_share
 from quire.store.sharing import Sharing
 from store.test_sharing import IDS, fill, leave
 

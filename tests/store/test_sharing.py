@@ -12,7 +12,7 @@ from quire.spec import KVCodec
 from quire.store import BlockStore, BlockTable
 from quire.store import path as writing
 from quire.store import sharing as module
-from quire.store.share import ShareConfig, parse_share
+from quire.share import ShareConfig, parse_share
 from quire.store.sharing import Hints, Namespace, Sharing
 
 

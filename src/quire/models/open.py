@@ -10,7 +10,7 @@ from quire.models.compiled import check_compile, compile_runner
 from quire.models.prepack import prepack
 from quire.models.runner import ModelRunner, NoCacheRunner
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
-from quire.store.share import parse_share
+from quire.share import parse_share
 
 
 def open_runner(

@@ -11,7 +11,7 @@ from quire.models.hf_cache import KVCache
 from quire.models.load import fingerprint
 from quire.models.rope import Regimes
 from quire.spec import KVConfig
-from quire.store.share import parse_share
+from quire.share import parse_share
 from quire.store.sharing import Sharing
 from quire.store.snapshot import spec_digest
 

@@ -26,7 +26,7 @@ from quire.spec import (
     Span,
     State,
 )
-from quire.store.share import parse_share
+from quire.share import parse_share
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from quire.errors import ConfigError
+from quire.share import EVICTIONS
 
 if TYPE_CHECKING:
     from quire.store.pool import BlockPool
 
-__all__ = ["EVICTIONS", "LRU", "CostAware", "Eviction", "make_eviction"]
+__all__ = ["LRU", "CostAware", "Eviction", "make_eviction"]
 
 MAX_PRIORITY = 3
 """Hints lie within -3..3; a step is worth a doubling of the uses."""
@@ -155,9 +156,6 @@ class CostAware(Eviction):
     def slab_worth(self, pool: BlockPool, uses: int, since: int) -> float:
         """See `Eviction.slab_worth`."""
         return self.block_tokens * uses / (pool.arena.clock + 1 - since)
-
-
-EVICTIONS = ("cost", "lru")
 
 
 def make_eviction(

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.errors import ConfigError
-from quire.store.evict import EVICTIONS
 
 __all__ = ["ShareConfig", "parse_share"]
 
-MODES = ("off", "prefix")
+MODES, EVICTIONS = ("off", "prefix"), ("cost", "lru")
 
 
 @dataclass(frozen=True)
