@@ -9,10 +9,10 @@ import pytest
 from engine.fake_runner import Clock
 from laws.small import layout_of, store_of
 from quire.errors import ConfigError
+from quire.share import ShareConfig, parse_share
 from quire.spans import Full, Window
 from quire.store.insight import Ghost, Miss
 from quire.store.namespace import Namespace
-from quire.share import ShareConfig, parse_share
 from quire.store.sharing import Sharing
 from store.test_sharing import IDS, fill, leave
 

@@ -7,12 +7,12 @@ import pytest
 from laws.small import layout_of, store_of
 from lossy import Lossy
 from quire.errors import ConfigError, RequestError
+from quire.share import ShareConfig, parse_share
 from quire.spans import Full, Sinks, Span, Window
 from quire.spec import KVCodec
 from quire.store import BlockStore, BlockTable
 from quire.store import path as writing
 from quire.store import sharing as module
-from quire.share import ShareConfig, parse_share
 from quire.store.sharing import Hints, Namespace, Sharing
 
 

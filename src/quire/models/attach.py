@@ -32,8 +32,8 @@ from quire.models.rope import Regimes
 from quire.models.runner import ModelRunner
 from quire.models.sharing import open_sharing, shorten
 from quire.plan.layout import KVLayer, Layout, build_layout, check_config
-from quire.spec import Full, KVConfig
 from quire.share import parse_share
+from quire.spec import Full, KVConfig
 from quire.store.store import BlockStore
 
 log = logging.getLogger("quire")

@@ -9,8 +9,8 @@ from quire.models.attach import connect
 from quire.models.compiled import check_compile, compile_runner
 from quire.models.prepack import prepack
 from quire.models.runner import ModelRunner, NoCacheRunner
-from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
 from quire.share import parse_share
+from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
 
 
 def open_runner(

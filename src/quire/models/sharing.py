@@ -10,8 +10,8 @@ from quire.models.bridge import Bridge
 from quire.models.hf_cache import KVCache
 from quire.models.load import fingerprint
 from quire.models.rope import Regimes
-from quire.spec import KVConfig
 from quire.share import parse_share
+from quire.spec import KVConfig
 from quire.store.sharing import Sharing
 from quire.store.snapshot import spec_digest
 

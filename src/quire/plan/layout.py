@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from quire.codecs.recipe import Recipe, block_tokens_for, codec_text, parse_recipe, plain_codec
 from quire.errors import ConfigError
+from quire.share import parse_share
 from quire.spec import (
     CacheGroup,
     CacheSpec,
@@ -26,7 +27,6 @@ from quire.spec import (
     Span,
     State,
 )
-from quire.share import parse_share
 
 
 @dataclass(frozen=True)
