@@ -40,7 +40,6 @@ class OpenVINO(Side):
 
     def open(self, kv: str, prompts: list[list[int]], room: int) -> Texts:
         if kv not in self.pipelines:
-            self.pipelines.clear()  # each has its own copy of the weights
             config = genai.SchedulerConfig()
             config.cache_size = self.args.cache_gib
             config.max_num_batched_tokens = self.args.batched_tokens

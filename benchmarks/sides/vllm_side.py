@@ -30,7 +30,6 @@ class VLLM(Side):
         from vllm import EngineArgs, LLMEngine
 
         if kv not in self.engines:
-            self.engines.clear()  # each has its own copy of the weights
             self.engines[kv] = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=str(self.args.model),
