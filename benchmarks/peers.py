@@ -90,7 +90,11 @@ class Process:
             )
         except OSError as e:
             raise SideError(str(e)) from None
-        self.about = self._answer()
+        try:
+            self.about = self._answer()
+        except SideError:
+            self.close()
+            raise
 
     def ask(self, op: str, **what: Any) -> dict[str, Any]:
         """Raises SideError."""
@@ -114,12 +118,15 @@ class Process:
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
 
 
 class Run:

@@ -46,7 +46,10 @@ def test_every_benchmark_is_here() -> None:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", sorted(KEYS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow) if x == "peers" else x for x in sorted(KEYS)],
+)
 def test_document(name: str, load: Any, capsys: pytest.CaptureFixture[str]) -> None:
     load(name).main(["--smoke", "--json", "--repeats", "2", "--threads", "1"])
     doc = json.loads(capsys.readouterr().out)
