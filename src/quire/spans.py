@@ -121,6 +121,16 @@ class Sinks(Span):
 
 
 @dataclass(frozen=True)
+class Streaming(Sinks):
+    """`Sinks` whose first positions are attended with the query turned back: never farther than the cache is long."""
+
+    def turned(self, q: Any) -> Any:
+        """By how many positions the query at `q` is turned back for the sinks (before clamping at zero for arrays)."""
+        back = q - (self.sinks + self.tokens - 1)
+        return max(0, back) if isinstance(back, int) else back
+
+
+@dataclass(frozen=True)
 class Residual(Span):
     """The raw window over a lossy body: positions from `s(i) = max(0, B*(i//B) - R)` on, within `inner`.
 

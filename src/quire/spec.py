@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from quire.errors import ConfigError
-from quire.spans import Chunked, Full, Interval, Residual, Sinks, Span, State, Window
+from quire.spans import Chunked, Full, Interval, Residual, Sinks, Span, State, Streaming, Window
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,9 @@ __all__ = [
     "Sinks",
     "Site",
     "Span",
+    "SpanPolicy",
     "State",
+    "Streaming",
     "Usage",
     "Window",
 ]
@@ -182,6 +184,10 @@ class CacheGroup:
     def block_bytes(self) -> int:
         """Bytes of one block: a tile per coordinate."""
         return self.tile_bytes * len(self.coords)
+
+    def reads(self, other: CacheGroup) -> bool:
+        """Whether `other` holds the tail and the residual window of this lossy body."""
+        return self.raw == other.name and self.coords == other.coords
 
     @property
     def bytes_per_token(self) -> float:
@@ -489,21 +495,39 @@ class KVCodec(Protocol):
 
 
 @runtime_checkable
+class SpanPolicy(Protocol):
+    """Which positions a query may read at all: a narrower span for heads that would read everything."""
+
+    name: str
+
+    def span(self, layer: int, head: int, inner: Span) -> Span:
+        """Of one KV head, whose model gives it `inner`."""
+        ...
+
+
+@runtime_checkable
 class RetentionPolicy(Protocol):
-    """Which tokens stay: a score and a budget; the store frees the blocks."""
+    """Which tokens stay: a score and a budget, at fixed lengths; the store frees the blocks.
+
+    Pure functions of what they are shown; `quire.retention.contract` holds the parameters and defaults that they share.
+
+    queries: whose attention they are shown: of the last N queries, of "all", or of none.
+    """
 
     name: str
     queries: int | Literal["all"] | None
 
-    def score(self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor | None) -> torch.Tensor:
-        """`k: [H_kv, T, D]`, `v: [H_kv, T, D_v]`, `q: [H_q, N, D]` or None; higher stays: `[H_kv, T]`."""
+    def score(self, seen: Any) -> torch.Tensor:
+        """`[H, T]` for the heads and tokens of a `contract.Seen`; higher stays."""
         ...
 
-    def allocate(self, scores: torch.Tensor, budget_tokens: int) -> torch.Tensor:
-        """How many tokens each head keeps, `[H_kv]`, in all at most `budget_tokens * H_kv`."""
+    def allocate(
+        self, scores: Mapping[Coord, torch.Tensor], tokens: int, length: int
+    ) -> Mapping[Coord, int]:
+        """How many of its unprotected tokens each head keeps, on average at most `tokens`."""
         ...
 
-    def protect(self, n_tokens: int) -> Sequence[Interval]:
+    def protect(self, length: int, prompt_tokens: int) -> Sequence[Interval]:
         """Positions that stay whatever their score."""
         ...
 

@@ -44,7 +44,7 @@ def changed(tiny: Path, to: Path, config: object = None, *, without: str = "") -
         (["--kv", "k=bf16,z=fp32"], "unknown field 'z'; fields are k, v"),
         (["--kv", "bf16:bits=2"], "unknown parameter 'bits=2'"),
         (["--kv", "bf16;skip_layers=9"], "skip_layers must lie within -2..1"),
-        (["--keep", "h3o"], "keep='h3o' is not known"),
+        (["--keep", "h3o"], "unknown policy 'h3o'; known: "),
         (["--attention", "flash"], "unknown attention backend 'flash'; known: auto"),
         (["--memory", "lots"], "for example 8GiB"),
         (["--memory", "1000TiB"], "is more than the"),

@@ -142,8 +142,8 @@ def test_whole_prompts_do_not_share_a_step_even_when_they_would_fit() -> None:
 
 
 def test_chunks_are_cut_where_the_runner_says() -> None:
-    def every_eight(start: int, stop: int, prompt_tokens: int) -> int:
-        edges = [e for e in (*range(8, 64, 8), prompt_tokens) if start < e <= stop]
+    def every_eight(table: Any, start: int, stop: int) -> int:
+        edges = [e for e in (*range(8, 64, 8), 19) if start < e <= stop]
         return min([stop, *edges])
 
     rig = Rig(FakeRunner(), SchedulerConfig(step_tokens=100), cut=every_eight)

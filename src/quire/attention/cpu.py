@@ -366,7 +366,7 @@ def _plan_write(
 def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
     """The single queries' segments, sorted by query; None where there are none, or drafts of a lossy group are read."""
     single = [r for r in reads if r.queries == 1]
-    if not single or any(r.mode == "through" for r in single):
+    if not single or any(r.mode == "through" or r.sinks for r in single):
         return None
     groups = tuple(dict.fromkeys(r.source for r in single))
     rows = []

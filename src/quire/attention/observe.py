@@ -11,7 +11,7 @@ The output does not change, and nothing is paid when nobody asks. The compiled k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +23,7 @@ from quire.spec import CacheGroup
 
 Fold = Literal["each", "mean", "max"]
 FOLDS: tuple[Fold, ...] = ("each", "mean", "max")
+Over = Literal["sum", "max"]
 SCORE_BYTES = 64 << 20
 """Scores materialised at once."""
 
@@ -53,12 +54,17 @@ class Attended:
     Args:
         fold: over the query heads of a KV head: their "mean", their "max", or "each" by itself.
         last: of how many of a row's queries, from its last one back; None for all.
+        over: a row's queries: their "sum" or their "max".
+        rows: of these rows only, and of each so many of its last queries; None for all rows alike. What else is
+            answered means nothing.
 
     Cost: by the kernel one pass over the scores of single queries; else two products of the asked queries and the keys.
     """
 
     fold: Fold = "mean"
     last: int | None = None
+    over: Over = "sum"
+    rows: Mapping[Row, int] | None = None
     lse: torch.Tensor = field(init=False, default_factory=lambda: torch.empty(0))
     """`[n_tokens, H_q]`; no number for queries that were not asked about."""
     parts: list[Mass] = field(init=False, default_factory=list)
@@ -75,9 +81,11 @@ class Attended:
         self.lse = torch.full(q.shape[:2], float("nan"), dtype=dtype, device=q.device)
         self.parts = []
 
-    def asks(self, queries: int) -> int:
-        """How many of a row's queries are asked about."""
-        return queries if self.last is None else min(self.last, queries)
+    def asks(self, read: Read) -> int:
+        """How many of each row's queries are asked about in a read."""
+        if self.rows is not None:
+            return min(read.queries, max(self.rows.get(r, 0) for r in read.rows))
+        return read.queries if self.last is None else min(self.last, read.queries)
 
     def total(self, row: Row) -> torch.Tensor:
         """`[heads, row.stop]`: a row's mass by position; KV heads, or query heads under "each"."""
@@ -94,6 +102,7 @@ class Attended:
 
 
 Keys = Callable[[Read], torch.Tensor]
+Turned = Callable[[Read, torch.Tensor, slice], torch.Tensor]
 
 
 def observe(
@@ -108,6 +117,7 @@ def observe(
     softcap: float | None,
     sinks: torch.Tensor | None,
     window: int | None,
+    turn: Turned | None = None,
 ) -> None:
     """Answers for these reads in plain torch, which must be all of their queries' reads.
 
@@ -117,6 +127,7 @@ def observe(
         layer: whose KV heads they are.
         share: query heads of a KV head.
         scale, softcap, sinks, window: as in `run`.
+        turn: some of a read's queries as it wants them, for the sinks of a streaming span.
     """
     dtype = attended.lse.dtype
     q_heads = {
@@ -125,14 +136,15 @@ def observe(
         )
         for r in reads
     }
+    reads = [r for r in reads if attended.asks(r)]
     for r in reads:
-        asked = r.tokens[:, r.queries - attended.asks(r.queries) :]
+        asked = r.tokens[:, r.queries - attended.asks(r) :]
         attended.lse[asked] = (
             float("-inf") if sinks is None else sinks.detach().to(dtype).expand(*asked.shape, -1)
         )
     for r in reads:
         heads = q_heads[r]
-        for tokens, s in _scores(attended, q, r, keys(r), heads, scale, softcap, window):
+        for tokens, s in _scores(attended, q, r, keys(r), heads, scale, softcap, window, turn):
             at = tokens.unsqueeze(-1), heads
             attended.lse[at] = torch.logaddexp(
                 attended.lse[at], torch.logsumexp(s, -1).transpose(1, 2)
@@ -141,13 +153,16 @@ def observe(
         heads, kv_heads, k = q_heads[r], r.group.heads(layer), keys(r)
         n_heads = len(heads) if attended.fold == "each" else len(kv_heads)
         mass = torch.zeros(k.shape[0], n_heads, k.shape[2], dtype=dtype, device=q.device)
-        for tokens, s in _scores(attended, q, r, k, heads, scale, softcap, window):
+        for tokens, s in _scores(attended, q, r, k, heads, scale, softcap, window, turn):
             lse = attended.lse[tokens.unsqueeze(-1), heads].transpose(1, 2).unsqueeze(-1)
             p = torch.exp(s - torch.where(torch.isinf(lse), 0.0, lse))
             if attended.fold != "each":
                 p = p.unflatten(1, (-1, share))
                 p = p.mean(2) if attended.fold == "mean" else p.amax(2)
-            mass += p.sum(2)
+            if attended.over == "sum":
+                mass += p.sum(2)
+            else:
+                torch.maximum(mass, p.amax(2), out=mass)
         attended.parts.append(Mass(r.group, r.rows, kv_heads, r.kpos, mass))
 
 
@@ -160,15 +175,19 @@ def _scores(
     scale: float,
     softcap: float | None,
     window: int | None,
+    turn: Turned | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens `[R, T]` and their scores `[R, heads, T, N]`, a few of a row's queries at a time."""
-    mask, first = r.mask(window), r.queries - attended.asks(r.queries)
+    mask, first = r.mask(window), r.queries - attended.asks(r)
     k = k.to(attended.lse.dtype).transpose(-1, -2)
     rows = max(1, SCORE_BYTES // (8 * k.shape[0] * len(heads) * max(1, k.shape[3])))
     for at in range(first, r.queries, rows):
         stop = min(r.queries, at + rows)
         tokens = r.tokens[:, at:stop]
-        mine = q[tokens][:, :, heads].to(k.dtype).transpose(1, 2)  # [R, heads, T, D]
+        mine = q[tokens][:, :, heads]
+        if r.sinks and turn is not None:
+            mine = turn(r, mine, slice(at, stop))
+        mine = mine.to(k.dtype).transpose(1, 2)  # [R, heads, T, D]
         grouped = mine.reshape(mine.shape[0], k.shape[1], -1, mine.shape[3])
         s = (torch.matmul(grouped, k) * scale).view(*mine.shape[:3], -1)
         if softcap is not None:

@@ -9,7 +9,7 @@ One plan serves all layers: tables are looked at once, and what differs between 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ from quire.plan.layout import Layout
 from quire.spec import CacheGroup, Residual
 from quire.store.chain import GONE, Chain, Extent
 from quire.store.store import BlockStore
+
+Turn = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""turn(layer, x, by): rotated `x: [..., D]` moved on by `by` positions, `[...]` broadcastable."""
 
 PAD_RATIO = 1.25
 """Decode rows are read together while the longest has at most this many times the blocks of the shortest."""
@@ -53,6 +56,8 @@ class Plan:
         self.reads: list[Read] = []
         self.prepared: dict[object, Any] = {}
         """What a backend makes of the plan once for all layers."""
+        self.turn: Turn | None = None
+        """Turns a layer's queries back, where a streaming span asks for it."""
         self._by_layer: dict[int, tuple[list[Write], list[Seal], list[Read]]] = {}
         self._by_groups: dict[tuple[int, ...], tuple[list[Write], list[Seal], list[Read]]] = {}
         firsts = np.cumsum([0] + [r.stop - r.start for r in rows])
@@ -64,7 +69,7 @@ class Plan:
         for group, chains in members.items():
             if group.recurrent:
                 continue
-            raw = next((g for g in members if g.name == group.raw), None)
+            raw = next((g for g in members if group.reads(g)), None)
             if raw is None:
                 self._plan_writes(group, chains, firsts)
             else:
@@ -118,13 +123,14 @@ class Plan:
         source, target, pos, done = [], [], [], []
         for at, chain in chains:
             row = self.rows[at]
-            last = min(chain.count, min(row.table.accepted, row.stop) // size)
+            last = min(chain.count, chain.slot(min(row.table.accepted, row.stop)) // size)
             entries = np.arange(chain.encoded, last)
             entries = entries[chain.ids[entries] != GONE]  # a window may have passed over some
             if len(entries):
-                source.append(raws[at].ids[entries])
+                blocks = entries + (chain.logical(chain.encoded) // size - chain.encoded)
+                source.append(raws[at].ids[blocks])
                 target.append(chain.ids[entries])
-                pos.append(entries[:, None] * size + np.arange(size))
+                pos.append(blocks[:, None] * size + np.arange(size))
             if last > chain.encoded:
                 done.append((chain, last))
         if source:
@@ -155,7 +161,9 @@ class Plan:
             row = self.rows[at]
             found += [(at, e) for e in chain.extents(row.start, row.stop) if len(e.blocks)]
         mode = "raw" if raw is None else "body"
-        self._batch(group, group, mode, limit, found, firsts)
+        for sinks in (True, False):
+            some = [(at, e) for at, e in found if e.sinks is sinks]
+            self._batch(group, group, mode, limit, some, firsts)
         if raw is not None:
             self._batch(
                 group, raw, "through", limit, self._unsealed(chains, dict(members[raw])), firsts
@@ -170,7 +178,7 @@ class Plan:
             row, raw = self.rows[at], raws[at]
             assert isinstance(raw.group.span, Residual)
             size = chain.group.block_tokens
-            low, high = chain.count * size, raw.group.span.start(row.stop - 1)
+            low, high = chain.logical(chain.count), raw.group.span.start(row.stop - 1)
             if low < high:
                 out.append((at, Extent(raw.ids[low // size : -(-high // size)], low, low, high)))
         return out

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quire.spec import CacheGroup, Residual
+from quire.spec import CacheGroup, Residual, Streaming
 from quire.store.chain import GONE, Chain, Extent
 from quire.store.table import BlockTable
 
@@ -88,6 +88,8 @@ class Read:
         self.rows, self.firsts, self.extents, self.device = rows, firsts, extents, device
         self.blocks = Places(units, device)
         self.queries = rows[0].stop - rows[0].start
+        self.sinks = extents[0].sinks
+        """Whether its keys are read with the queries turned back, see `spans.Streaming`."""
         self.pieces: dict[object, Any] = {}
         """What `attention.fused` makes of the read once for all layers."""
         self._masks: dict[int | None, torch.Tensor | None] = {}
@@ -108,6 +110,14 @@ class Read:
         """`[R, T]` position of each query."""
         starts = np.array([r.start for r in self.rows])
         return index(starts[:, None] + np.arange(self.queries), self.device)
+
+    @cached_property
+    def turned(self) -> torch.Tensor:
+        """`[R, T]` by how many positions each query is turned back."""
+        span = self.group.span.inner if isinstance(self.group.span, Residual) else self.group.span
+        assert isinstance(span, Streaming)
+        back: torch.Tensor = span.turned(self.qpos).clamp_min(0)
+        return back
 
     @cached_property
     def _positions(self) -> tuple[np.ndarray, tuple[int, int]]:

@@ -14,6 +14,7 @@ from quire.attention.fused import attend_pieces, pieces
 from quire.attention.observe import Attended, observe
 from quire.attention.read import Read
 from quire.attention.step import Step
+from quire.errors import InvariantError
 from quire.ops.attend import Partial, attend, empty_partial, merge, sink_partial
 
 SCORE_BYTES = 64 << 20
@@ -112,6 +113,7 @@ class ReferenceBackend:
             softcap=softcap,
             sinks=sinks,
             window=window,
+            turn=lambda r, some, part: turned_back(step, layer, r, some, part),
         )
 
     def run_reads(
@@ -130,7 +132,8 @@ class ReferenceBackend:
     ) -> torch.Tensor:
         """`run` over some of the layer's reads; what queries of other reads get means nothing."""
         r = reads[0]
-        if sinks is None and len(reads) == 1 and r.contiguous and r.tokens.numel() == len(q):
+        alone = len(reads) == 1 and not r.sinks
+        if sinks is None and alone and r.contiguous and r.tokens.numel() == len(q):
             part = self._read(
                 step,
                 layer,
@@ -171,7 +174,7 @@ class ReferenceBackend:
                 step,
                 layer,
                 r,
-                q[r.tokens][:, :, heads],
+                turned_back(step, layer, r, q[r.tokens][:, :, heads]),
                 scale,
                 keys,
                 value,
@@ -301,7 +304,8 @@ class TorchBackend(ReferenceBackend):
         """As the plain one; what a chunk reads in several segments is put side by side for one fused call."""
         chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Read]] = {}
         rest = reads
-        if sinks is None and softcap is None and (len(reads) > 1 or not reads[0].contiguous):
+        split = len(reads) > 1 or not reads[0].contiguous
+        if sinks is None and softcap is None and split and not any(r.sinks for r in reads):
             rest = [r for r in reads if r.queries == 1]
             for r in reads:
                 if r.queries > 1:
@@ -416,6 +420,17 @@ class TorchBackend(ReferenceBackend):
         )
         out = torch.matmul(p.to(v.dtype), v).reshape(r, heads, 1, v.shape[-1])
         return Partial(out, _NO_LSE if lse is None else lse.reshape(r, heads, 1))
+
+
+def turned_back(
+    step: Step, layer: int, r: Read, q: torch.Tensor, part: slice = ALL
+) -> torch.Tensor:
+    """Queries `[R, T, heads, D]` of a read as it wants them: turned back for the sinks of a streaming span."""
+    if not r.sinks or not int(r.turned.max()):
+        return q
+    if step.turn is None:
+        raise InvariantError("a streaming span needs a model whose RoPE can be turned back")
+    return step.turn(layer, q, -r.turned[:, part].unsqueeze(-1))
 
 
 def _kv_heads(reads: list[Read], layer: int) -> int:

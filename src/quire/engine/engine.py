@@ -96,6 +96,7 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         adapter: str | None = None,
+        keep: str | None = None,
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
@@ -109,6 +110,7 @@ class Engine:
             request_id: any name not in use; default: a number.
             priority: higher goes earlier, and `SchedulerConfig.priority_step_s` of waiting makes up for one level.
             adapter: given to the runner's forward; requests of one forward share it.
+            keep: which of its tokens stay, as `keep="h2o:budget=0.2"`; default: as the runner was opened.
             share: "off": find nothing and leave nothing; default: as the runner was opened.
             namespace: who may find what it leaves, and whose it finds; default: those without one.
             hints: how long its blocks should stay cached.
@@ -127,6 +129,7 @@ class Engine:
             request_id,
             priority=priority,
             adapter=adapter,
+            keep=keep,
             share=share,
             namespace=namespace,
             hints=hints,
@@ -251,6 +254,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | None = None,
+        keep: str | None = None,
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
@@ -261,7 +265,7 @@ class Engine:
         Args:
             prompts: one prompt, or several: texts or lists of token ids.
             params: for all of them, or one each.
-            adapter, share, namespace, hints: for all of them, see `add_request`.
+            adapter, keep, share, namespace, hints: for all of them, see `add_request`.
             on_delta: called with every delta, in the order of computation.
 
         Returns:
@@ -283,6 +287,7 @@ class Engine:
             )
         wishes: dict[str, Any] = {
             "adapter": adapter,
+            "keep": keep,
             "share": share,
             "namespace": namespace,
             "hints": hints,
@@ -327,6 +332,7 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         adapter: str | None = None,
+        keep: str | None = None,
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
@@ -348,6 +354,7 @@ class Engine:
             request_id,
             priority=priority,
             adapter=adapter,
+            keep=keep,
             share=share,
             namespace=namespace,
             hints=hints,

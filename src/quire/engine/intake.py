@@ -13,7 +13,8 @@ from quire.engine.params import SamplingParams, check_integer
 from quire.engine.request import Request
 from quire.engine.runner import Room
 from quire.engine.sharing import check_share
-from quire.errors import CapacityError, RequestError
+from quire.errors import CapacityError, ConfigError, RequestError
+from quire.retention import Keep, parse_keep
 from quire.store.namespace import Hints, Namespace
 
 __all__ = ["Intake", "Prompt", "as_list", "check_text", "output_limit"]
@@ -21,13 +22,16 @@ __all__ = ["Intake", "Prompt", "as_list", "check_text", "output_limit"]
 Prompt = str | Sequence[int]
 
 
-def output_limit(room: Room, prompt_tokens: int, params: SamplingParams) -> int:
+def output_limit(
+    room: Room, prompt_tokens: int, params: SamplingParams, keep: Keep | None = None
+) -> int:
     """Most output tokens of such a request, here.
 
     Args:
         room: the runner, or a model of one.
         prompt_tokens: of the prompt.
         params: `max_tokens=None` takes what context and pool allow.
+        keep: which of its tokens stay, where the room knows policies.
 
     Raises:
         RequestError: no prompt, or one beyond the context.
@@ -36,6 +40,13 @@ def output_limit(room: Room, prompt_tokens: int, params: SamplingParams) -> int:
     Cost: one question to the pool; a bisection where the answer is no.
     """
     context, asked = room.max_context_tokens, params.max_tokens
+    policy: dict[str, Any] = {}
+    if keep is not None:
+        policy = {"keep": keep, "prompt_tokens": prompt_tokens}
+        longer = room.context_tokens(keep)  # type: ignore[attr-defined]
+        context = (
+            context if asked is None else longer
+        )  # nobody is given a stream without end unasked
     if prompt_tokens < 1:
         raise RequestError("the prompt is empty; give at least one token")
     left = context - prompt_tokens
@@ -51,7 +62,7 @@ def output_limit(room: Room, prompt_tokens: int, params: SamplingParams) -> int:
         )
 
     def fits(output_tokens: int) -> bool:  # the last token sampled is never put into the cache
-        return room.fits(prompt_tokens + max(output_tokens, 1) - 1)
+        return room.fits(prompt_tokens + max(output_tokens, 1) - 1, **policy)
 
     if fits(want):
         return want
@@ -108,6 +119,7 @@ class Intake:
         *,
         priority: int = 0,
         adapter: str | None = None,
+        keep: str | Keep | None = None,
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
@@ -137,6 +149,7 @@ class Intake:
         knows = getattr(self.room, "check_adapter", None)
         if adapter is not None and knows is not None:
             knows(adapter)
+        policy = self._policy(keep)
         sharing = getattr(self.room, "sharing", None)
         shares = check_share(share, sharing)
         if hints is not None and (sharing is None or not shares):
@@ -150,17 +163,34 @@ class Intake:
             request_id=name,
             prompt_token_ids=ids,
             params=params,
-            max_tokens=output_limit(self.room, len(ids), params),
+            max_tokens=output_limit(self.room, len(ids), params, policy),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             prompt=prompt if isinstance(prompt, str) else None,
             priority=priority,
             adapter=adapter,
+            keep=policy,
             arrival_s=self.clock(),
             share=shares,
             namespace=namespace,
             hints=hints,
             stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids,
         )
+
+    def _policy(self, keep: str | Keep | None) -> Keep | None:
+        """The policy of a request: its own, or the runner's; None where that is to keep everything."""
+        usual: Keep | None = getattr(self.room, "keep", None)
+        if keep is None or (usual is None and str(keep) == "full"):
+            return None if usual is None or usual.full else usual
+        if usual is None:
+            raise RequestError(
+                f"this runner keeps no policy, so keep={keep!r} means nothing; drop it"
+            )
+        try:
+            policy = parse_keep(keep) if isinstance(keep, str) else keep
+            self.room.rules(policy)  # type: ignore[attr-defined]
+        except ConfigError as e:
+            raise RequestError(str(e)) from e
+        return None if policy.full and usual.full else policy
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

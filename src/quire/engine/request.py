@@ -18,6 +18,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from quire.engine.params import SamplingParams
+from quire.retention import Keep
 from quire.store.insight import Miss
 from quire.store.namespace import Hints, Namespace
 
@@ -174,6 +175,7 @@ class Request:
         priority: higher goes earlier; waiting makes up for it (`SchedulerConfig.priority_step_s`).
         adapter: requests of one forward share it.
         arrival_s: reading of the clock at submission.
+        keep: which of its tokens stay, a parsed `keep=`; None: what the runner does, or a runner that knows no policy.
         share: whether its prefix is looked up, and what it computes is left for others.
         namespace: who may find it; None: everybody who names none either.
         hints: how long its blocks should stay.
@@ -190,6 +192,7 @@ class Request:
     adapter: str | None = None
     arrival_s: float = 0.0
     stop_ids: frozenset[int] = frozenset()
+    keep: Keep | None = None
     share: bool = False
     namespace: Namespace | None = None
     hints: Hints | None = None

@@ -46,8 +46,8 @@ class Scheduler:
         room: where tables come from: a runner, or a model of one.
         config: sizes of a step.
         clock: seconds; virtual in a simulation.
-        cut: `cut(start, stop, prompt_tokens) -> stop'` with start < stop' ≤ stop: where a chunk must end (recurrent
-            checkpoints, compaction); default: anywhere.
+        cut: `cut(table, start, stop) -> stop'` with start < stop' ≤ stop: where a chunk must end (compaction); default:
+            anywhere.
         restart_tokens: a sequence that grows past so many is computed anew, at once up to there (LongRoPE).
         opener: gives a waiting sample its table, or None while it must wait for another; default: an empty one.
 
@@ -60,7 +60,7 @@ class Scheduler:
         room: Room,
         config: SchedulerConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
-        cut: Callable[[int, int, int], int] | None = None,
+        cut: Callable[[Table, int, int], int] | None = None,
         restart_tokens: int | None = None,
         opener: Callable[[Sample], Table | None] | None = None,
     ) -> None:
@@ -253,7 +253,8 @@ class Scheduler:
                     admitting = admitted
             elif sample is not None:
                 next_one += 1
-                n_tokens = self._chunk(sample, plan)
+                assert sample.table is not None
+                n_tokens = self._chunk(sample, sample.table, plan)
                 if n_tokens and (n_tokens := self._reserve(sample, n_tokens, plan)):
                     self._place(sample, n_tokens, plan)
                 elif stalled is None or sample.seat < stalled.seat:
@@ -261,7 +262,7 @@ class Scheduler:
             else:
                 break
 
-    def _chunk(self, sample: Sample, plan: Plan) -> int:
+    def _chunk(self, sample: Sample, table: Table, plan: Plan) -> int:
         """Tokens of this sample to compute next; 0: not in this step."""
         start, end = sample.computed, len(sample.tokens)
         if not self.room.chunked_prefill:
@@ -270,7 +271,7 @@ class Scheduler:
         if sample.unscored:
             stop = min(stop, start + self.config.logits_tokens)
         if self.cut is not None:
-            stop = self.cut(start, stop, sample.prompt_tokens)
+            stop = self.cut(table, start, stop)
         return max(stop - start, self._least(sample))
 
     def _least(self, sample: Sample) -> int:
@@ -323,7 +324,7 @@ class Scheduler:
             try:
                 sample.computed = table.length
                 self._restart(sample, table)
-                wanted, least = self._chunk(sample, plan), self._least(sample)
+                wanted, least = self._chunk(sample, table, plan), self._least(sample)
                 n_tokens = wanted
                 while n_tokens:
                     if self._take(table, n_tokens):

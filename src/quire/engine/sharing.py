@@ -59,12 +59,20 @@ class Opener:
     def __call__(self, sample: Sample) -> Table | None:
         """A table that may hold a beginning of the sample's tokens; None while somebody before it computes them."""
         sharing, request = self.sharing, sample.request
-        if sharing is None or not request.share:
-            return self.room.open()
+        rules = None
+        if request.keep is not None:
+            rules = self.room.rules(request.keep)  # type: ignore[attr-defined]
+        if sharing is None or not request.share or (rules is not None and not rules.shares):
+            table = self.room.open()
+            if rules is not None:
+                rules.apply(table, sample.prompt_tokens)
+            return table
         if sample.awaits is not None and sharing.computing(sample.awaits, sample.seat):
             return None
         adapter = b"" if request.adapter is None else self.adapter_digest(request.adapter)
         limit = (sample.unscored or len(sample.tokens)) - 1  # logits from there on are wanted
+        if rules is not None and rules.scores:
+            limit = min(limit, rules.hit_limit(sample.prompt_tokens), sample.prompt_tokens)
         path = sharing.look(
             sample.tokens,
             request.namespace,
@@ -77,6 +85,8 @@ class Opener:
         if sample.awaits is not None:
             return None
         table = sharing.take(path)
+        if rules is not None:
+            rules.apply(table, sample.prompt_tokens)
         path.promise(sample.prompt_tokens, sample.seat)
         if self.auditor is not None:
             self.auditor.found(sample, table.length)

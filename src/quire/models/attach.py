@@ -32,6 +32,7 @@ from quire.models.rope import Regimes
 from quire.models.runner import ModelRunner
 from quire.models.sharing import open_sharing, shorten
 from quire.plan.layout import KVLayer, Layout, build_layout, check_config
+from quire.retention import parse_keep
 from quire.share import parse_share
 from quire.spec import Full, KVConfig
 from quire.store.store import BlockStore
@@ -114,6 +115,8 @@ def connect(
             chunked and Regimes(model).chunked_prefill and not restarts_scan(model)
         )
         try:
+            bridge.keep = parse_keep(config.keep)
+            bridge.rules(bridge.keep)
             bridge.sharing = open_sharing(bridge, config)
             bridge.audit = parse_share(config.share).audit
             bridge.prepack(weights)

@@ -18,10 +18,14 @@ from quire.models.adapters import Adapters
 from quire.models.compiled import Compiled
 from quire.models.forward import Forward, windows_of
 from quire.models.hf_cache import KVCache
+from quire.models.keep import Rules
 from quire.models.patches import Patches
 from quire.models.prepack import Prepacked, prepack
 from quire.models.probe import Shape
+from quire.models.turn import Turner, find_turner
+from quire.models.watch import Watch
 from quire.plan.layout import Layout
+from quire.retention import Keep, parse_keep
 from quire.spec import CacheGroup
 from quire.store.sharing import Sharing
 from quire.store.store import BlockStore
@@ -81,6 +85,10 @@ class Bridge:
         """Layer to `[H_kv, D]`, added to its keys where they enter the cache (`quire.evaluate.inject`)."""
         self.layer_kinds = shape.kinds
         self.has_state = shape.recurrent
+        self.keep = parse_keep("full")
+        """What sequences keep that ask for nothing else."""
+        self._rules: dict[str, Rules] = {}
+        self._turner: Turner | None = None
         self._windows = windows_of(layout.spec.groups)
         self._names = {
             layer: tuple(f.name for f in layout.fields_of(g))
@@ -114,9 +122,24 @@ class Bridge:
     ) -> Forward:
         """A `Forward` over a planned step."""
         now = Forward(step, self.backend, batch, queries, valid, self._windows, packed)
+        step.turn = self._turner
+        now.watch = Watch.over(step)
         if self.compiled is not None:
             now.names, now.linears = self._names, self.compiled.linears
         return now
+
+    def turner(self) -> Turner:
+        """Turns rotated vectors on, found when first asked for. Raises ConfigError."""
+        if self._turner is None:
+            self._turner = find_turner(self)
+        return self._turner
+
+    def rules(self, keep: Keep) -> Rules:
+        """What a policy means for this model. Raises ConfigError where it cannot be had."""
+        found = self._rules.get(keep.text)
+        if found is None:
+            found = self._rules[keep.text] = Rules(self, keep)
+        return found
 
     def cache(self) -> KVCache:
         """An empty cache for the model's own `generate()`."""

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
+from quire.attention.observe import Attended
 from quire.attention.reference import ReferenceBackend
 from quire.attention.step import Step
 from quire.errors import ConfigError, RequestError
@@ -58,6 +59,26 @@ def _without_grad(function: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
+class Watcher(Protocol):
+    """Notes, layer by layer, what attention pays."""
+
+    def ask(self, layer: int) -> list[Attended]:
+        """Questions about a layer."""
+        ...
+
+    def take(self, layer: int, q: torch.Tensor, answers: Sequence[Attended]) -> None:
+        """Their answers, and the layer's queries `[n_tokens, H_q, D]`."""
+        ...
+
+    def note(self, layer: int, hidden: torch.Tensor) -> None:
+        """What enters the layer's attention, `[n_tokens, width]`."""
+        ...
+
+    def finish(self) -> None:
+        """After the whole forward."""
+        ...
+
+
 @dataclass
 class Forward:
     """One pass over `step`'s rows. Tensors inside the model are `[B, heads, T, D]`; tokens are their valid positions.
@@ -70,6 +91,7 @@ class Forward:
         packed: one row of the model's tensors holds tokens of several sequences, at positions of their own.
         names: layer to what its two cached tensors are called, for compiled code.
         linears: packed linear layers by their place, for compiled code.
+        watch: who wants to know what attention pays, see `models.keep`.
     """
 
     step: Step
@@ -81,6 +103,7 @@ class Forward:
     packed: bool = False
     names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     linears: Sequence[Callable[[torch.Tensor], torch.Tensor]] = ()
+    watch: Watcher | None = None
     owner: dict[int, int] = field(default_factory=dict)
     pending: int | None = None
     _alive: list[torch.Tensor] = field(default_factory=list)
@@ -138,17 +161,25 @@ class Forward:
         if t < self.queries:
             q = torch.cat([q.new_zeros(*q.shape[:2], self.queries - t, q.shape[3]), q], 2)
         span = self.windows.get(layer)
-        out = self.backend.run(
-            self.step,
-            layer,
-            self.tokens(q),
-            scale=scale,
-            keys=keys,
-            value=value,
-            softcap=softcap,
-            sinks=sinks,
-            window=None if window is None or window == span else window,
-        )
+        options: dict[str, Any] = {
+            "scale": scale,
+            "keys": keys,
+            "value": value,
+            "softcap": softcap,
+            "sinks": sinks,
+            "window": None if window is None or window == span else window,
+        }
+        flat = self.tokens(q)
+        if self.watch is None:
+            out = self.backend.run(self.step, layer, flat, **options)
+        else:
+            questions = self.watch.ask(layer)
+            out = self.backend.run(
+                self.step, layer, flat, **options, attended=questions[0] if questions else None
+            )
+            for more in questions[1:]:  # policies that add up differently share a step
+                self.backend.run(self.step, layer, flat, **options, attended=more)
+            self.watch.take(layer, flat, questions)
         out = self.rows(out)
         return out if t == self.queries else out[:, self.queries - t :]
 

@@ -16,9 +16,11 @@ from quire.models.adapters import Adapters, unwrap
 from quire.models.bridge import Bridge
 from quire.models.forward import CURRENT
 from quire.models.hf_cache import KVCache
+from quire.models.keep import Rules
 from quire.models.prepack import Prepacked
 from quire.models.rope import Regimes
 from quire.models.sharing import AdapterDigests
+from quire.retention import Keep
 from quire.spec import Usage
 from quire.store.table import BlockTable
 
@@ -74,15 +76,39 @@ class ModelRunner:
         return self.bridge.store.open()
 
     @property
+    def keep(self) -> Keep:
+        """What sequences keep that ask for nothing else."""
+        return self.bridge.keep
+
+    def rules(self, keep: Keep) -> Rules:
+        """What a policy means here. Raises ConfigError where it cannot be had."""
+        return self.bridge.rules(keep)
+
+    def cut(self, table: Any, start: int, stop: int) -> int:
+        """How far [start, stop) of a sequence may be computed before some of its tokens go."""
+        keeper = table.keeper
+        return stop if keeper is None else keeper.until(start, stop)
+
+    @property
     def restart_tokens(self) -> int | None:
         """A sequence that grows past so many tokens is computed anew; None: never (see `Regimes`)."""
         return self._regimes.restart_tokens
 
-    def fits(self, n_tokens: int) -> bool:
+    def fits(self, n_tokens: int, keep: Keep | None = None, prompt_tokens: int = 0) -> bool:
         chunk = 1 if self.chunked_prefill else n_tokens
         if self.restart_tokens is not None and n_tokens > self.restart_tokens:
             chunk = max(chunk, self.restart_tokens + 1)
-        return self.bridge.store.fits(n_tokens, chunk_tokens=chunk)
+        if keep is None or (keep.full and self.keep.full):
+            return self.bridge.store.fits(n_tokens, chunk_tokens=chunk)
+        rules = self.rules(keep)
+        most = rules.most_tokens(n_tokens, prompt_tokens)
+        return self.bridge.store.fits(most, chunk_tokens=min(chunk, most), groups=rules.groups)
+
+    def context_tokens(self, keep: Keep | None = None) -> int:
+        """The longest sequence that can be attended to: without end where a window bounds every distance."""
+        if keep is None or not self.rules(keep).endless:
+            return self.max_context_tokens
+        return UNBOUNDED_TOKENS
 
     def usage(self) -> Usage:
         return self.bridge.store.usage()
@@ -225,6 +251,8 @@ class ModelRunner:
         finally:
             CURRENT.reset(token)
         self.cache.unbind(tables)
+        if now.watch is not None:
+            now.watch.finish()
         flat: torch.Tensor = logits.reshape(-1, logits.shape[-1])
         if index is None:
             return flat.float()

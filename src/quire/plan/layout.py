@@ -3,16 +3,19 @@
     layers      0 window   1 full   2 window   3 full        kv="int8;skip_layers=3"
     groups      [window: int8 + raw] [full: int8 + raw] [full: bf16]
 
+A retention policy that narrows what heads read divides such a group further: `full1`, `full1/1`, each with its span.
+
 Layers that keep the same tokens in the same form share a group, and so a block table and a pool.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quire.codecs.recipe import Recipe, block_tokens_for, codec_text, parse_recipe, plain_codec
 from quire.errors import ConfigError
+from quire.retention import Keep, parse_keep
 from quire.share import parse_share
 from quire.spec import (
     CacheGroup,
@@ -58,6 +61,8 @@ class Layout:
     codecs: Mapping[str, Mapping[str, KVCodec]]
     fields: Mapping[str, tuple[Field, ...]]
     dtype: str
+    narrowed: Callable[[Keep], CacheSpec] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    """The same groups under another policy's spans; their codecs and fields are found here."""
 
     def codecs_of(self, group: CacheGroup) -> Mapping[str, KVCodec]:
         """The codecs of a group, or of the one that it was split from."""
@@ -91,7 +96,7 @@ def build_layout(
     Raises:
         ConfigError: the recipe cannot serve this model.
     """
-    _check_keep(config)
+    keep = parse_keep(config.keep)
     recipe = parse_recipe(config.kv)
     if codecs is None:
         recipe.check_options()
@@ -101,7 +106,7 @@ def build_layout(
             f"kv={config.kv!r}: skip_layers must lie within -{n_layers}..{n_layers - 1}"
         )
     _check_fields(config.kv, recipe, layers)
-    made = _Groups(config, recipe, dtype)
+    made = _Groups(config, recipe, dtype, keep)
     for x in layers:
         if isinstance(x, StateLayer):
             made.add_state(x)
@@ -118,16 +123,11 @@ def build_layout(
 
 def check_config(config: KVConfig) -> None:
     """Refuses a configuration that no model can have. Raises ConfigError."""
-    _check_keep(config)
+    parse_keep(config.keep)
     parse_share(config.share)
     recipe = parse_recipe(config.kv)
     recipe.check_options()
     block_tokens_for(recipe.loaded(), config.block_tokens)
-
-
-def _check_keep(config: KVConfig) -> None:
-    if config.keep != "full":
-        raise ConfigError(f"keep={config.keep!r} is not known; known: full")
 
 
 def _check_fields(kv: str, recipe: Recipe, layers: Sequence[KVLayer | StateLayer]) -> None:
@@ -162,8 +162,9 @@ def _choose(
 class _Groups:
     """Collects coordinates under equal forms, in order of first appearance."""
 
-    def __init__(self, config: KVConfig, recipe: Recipe, dtype: str) -> None:
+    def __init__(self, config: KVConfig, recipe: Recipe, dtype: str, keep: Keep) -> None:
         self.config = config
+        self.keep = keep
         self.recipe = recipe
         self.dtype = dtype
         self.coords: dict[tuple[object, ...], list[Coord]] = {}
@@ -190,28 +191,56 @@ class _Groups:
         self.chosen[key], self.model_fields[key], self.spans[key] = chosen, fields, span
 
     def layout(self, shared: Mapping[int, int]) -> Layout:
-        groups: list[CacheGroup] = []
         codecs: dict[str, Mapping[str, KVCodec]] = {}
         fields: dict[str, tuple[Field, ...]] = {}
+        groups = self._all(self.keep)
+        for group, used, own in groups:
+            name = group.name.partition("/")[0]
+            codecs[name], fields[name] = used, own
+        spec = CacheSpec(tuple(g for g, _, _ in groups), shared)
+
+        def narrowed(keep: Keep) -> CacheSpec:
+            return CacheSpec(tuple(g for g, _, _ in self._all(keep)), shared)
+
+        return Layout(spec, codecs, fields, self.dtype, narrowed)
+
+    def _all(self, keep: Keep) -> list[tuple[CacheGroup, Mapping[str, KVCodec], tuple[Field, ...]]]:
+        """Every group with its codecs and the model's own fields."""
+        out: list[tuple[CacheGroup, Mapping[str, KVCodec], tuple[Field, ...]]] = []
+        count = 0
         for key, coords in self.coords.items():
-            name = f"{type(self.spans[key]).__name__.lower()}{len(groups)}"
-            for group, used in self._make(name, key, tuple(sorted(coords))):
-                groups.append(group)
-                codecs[group.name], fields[group.name] = used, self.model_fields[key]
-        return Layout(CacheSpec(tuple(groups), shared), codecs, fields, self.dtype)
+            own = self.spans[key]
+            name = f"{type(own).__name__.lower()}{count}"
+            parts: dict[Span, list[Coord]] = {}
+            for layer, head in sorted(coords):
+                span = keep.policy.span(layer, head, own) if keep.spans else own
+                parts.setdefault(span, []).append((layer, head))
+            for i, (span, some) in enumerate(parts.items()):
+                retention = keep.text if span != own else "full"
+                made = self._make(name, f"/{i}" if i else "", key, span, tuple(some), retention)
+                out += [(group, used, self.model_fields[key]) for group, used in made]
+                count += len(made) if not i else 0
+        return out
 
     def _make(
-        self, name: str, key: tuple[object, ...], coords: tuple[Coord, ...]
+        self,
+        name: str,
+        part: str,
+        key: tuple[object, ...],
+        span: Span,
+        coords: tuple[Coord, ...],
+        retention: str,
     ) -> list[tuple[CacheGroup, Mapping[str, KVCodec]]]:
         """One group, or a lossy body with its raw companion."""
-        chosen, span, fields = self.chosen[key], self.spans[key], self.model_fields[key]
+        chosen, fields = self.chosen[key], self.model_fields[key]
         if not chosen:
-            return [(CacheGroup(name, coords, fields, span, codec=self.dtype, block_tokens=1), {})]
+            group = CacheGroup(name + part, coords, fields, span, codec=self.dtype, block_tokens=1)
+            return [(group, {})]
         size = block_tokens_for(chosen.values(), self.config.block_tokens)
         sites = [Site(f, size) for f in fields]
         stored = tuple(s for site in sites for s in chosen[site.name].stored(site))
         text = _recipe_text(chosen)
-        body = CacheGroup(name, coords, stored, span, text, self.config.keep, size)
+        body = CacheGroup(name + part, coords, stored, span, text, retention, size)
         if all(c.plain for c in chosen.values()):
             return [(body, chosen)]
         residual = max(c.residual_tokens for c in chosen.values())
@@ -219,17 +248,17 @@ class _Groups:
             residual = self.recipe.window
         raw_codec = plain_codec(self.dtype)
         raw_fields = tuple(s for site in sites for s in raw_codec.stored(site))
-        raw_name = f"{name}.raw"
+        raw_name = f"{name}.raw{part}"
         raw = CacheGroup(
             raw_name,
             coords,
             raw_fields,
             Residual(size, residual, span, self.recipe.sinks),
             raw_codec.name,
-            self.config.keep,
+            retention,
             size,
         )
-        body = CacheGroup(name, coords, stored, span, text, self.config.keep, size, raw=raw_name)
+        body = CacheGroup(name + part, coords, stored, span, text, retention, size, raw=raw_name)
         return [(body, chosen), (raw, {f.name: raw_codec for f in fields})]
 
 

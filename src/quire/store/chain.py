@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from quire.spec import CacheGroup, Interval, Residual
+from quire.spec import CacheGroup, Interval, Residual, Span, Streaming
 from quire.store.pool import BlockPool
 
 GONE = -1
@@ -26,6 +27,8 @@ class Extent:
     start: int
     stop: int
     positions: np.ndarray | None = None
+    sinks: bool = False
+    """Of a streaming span: read with the query turned back."""
 
     def slot_positions(self, block_tokens: int) -> np.ndarray:
         """Logical position of each slot, -1 for those that are not the extent's or whose block is gone."""
@@ -41,7 +44,10 @@ class Extent:
 class Chain:
     """Block ids in order. Slots are physical; they equal logical positions until tokens are dropped.
 
-    slots    |kept[0] kept[1] ... |cut cut+1 cut+2 ...         after `keep` at committed length `cut`
+    slots    |kept[0] kept[1] ... |cut cut+1 cut+2 ...         after `keep` or `compact` with tokens from `cut` on whole
+
+    Where coordinates keep different tokens, equally many each, `own: [coordinates, n]` holds their positions and `kept`
+    counts slots: all that a reader must know of them is that they lie before `cut`.
     """
 
     __slots__ = (
@@ -53,6 +59,7 @@ class Chain:
         "held",
         "ids",
         "kept",
+        "own",
         "pool",
         "sealed",
     )
@@ -67,6 +74,7 @@ class Chain:
         self.sealed = 0  # entries before this one are sealed
         self.encoded = 0  # of a lossy body: entries before this one have their bytes in every layer
         self.kept: np.ndarray | None = None
+        self.own: np.ndarray | None = None
         self.cut = 0
 
     def slot(self, position: int) -> int:
@@ -165,10 +173,22 @@ class Chain:
         if self.group.recurrent:
             return np.arange(0)
         if self.group.raw is not None:
-            length = self.count * self.group.block_tokens
+            length = self.logical(self.count)
         if self.kept is None:
             return np.arange(length)
         return np.concatenate([self.kept, np.arange(self.cut, length)])
+
+    def logical(self, entry: int) -> int:
+        """Where an entry's tokens begin, of one that holds tokens from `cut` on; so also where those before it end."""
+        return self.position(entry * self.group.block_tokens)
+
+    def true_positions(self, length: int) -> np.ndarray:
+        """`[coordinates, slots]`: logical position of every slot in use, of each coordinate its own."""
+        line = self.all_positions(length)
+        every = np.broadcast_to(line, (len(self.group.coords), len(line)))
+        if self.own is None:
+            return every
+        return np.concatenate([self.own, every[:, self.own.shape[1] :]], 1)
 
     def positions(self, length: int) -> np.ndarray:
         """Logical positions that are there to be read, ascending."""
@@ -187,13 +207,15 @@ class Chain:
             everything = self.all_positions(stop)
             return [Extent(self.ids[: -(-len(everything) // size)], 0, 0, stop, everything)]
         if self.group.raw is not None:
-            stop = min(stop, self.count * size)
+            stop = min(stop, self.logical(self.count))
         out = []
+        sinks = sinks_of(self.group.span)
         for lo, hi in joined(self.group.span.needs(start), start, stop):
-            end = min(hi, stop)
-            if lo < end:
-                blocks = self.ids[lo // size : -(-end // size)]
-                out.append(Extent(blocks, lo // size * size, lo, end))
+            cuts = (lo, sinks, min(hi, stop)) if lo < sinks < min(hi, stop) else (lo, min(hi, stop))
+            for a, b in pairwise(cuts):
+                if a < b:
+                    blocks = self.ids[a // size : -(-b // size)]
+                    out.append(Extent(blocks, a // size * size, a, b, sinks=b <= sinks))
         return out
 
     def places(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -206,8 +228,14 @@ class Chain:
         twin = Chain(self.group, self.pool)
         twin.ids, twin.count, twin.held = self.ids.copy(), self.count, self.held
         twin.cursor, twin.sealed, twin.encoded = self.cursor, self.sealed, self.encoded
-        twin.kept, twin.cut = self.kept, self.cut
+        twin.kept, twin.own, twin.cut = self.kept, self.own, self.cut
         return twin
+
+
+def sinks_of(span: Span) -> int:
+    """Positions below this are read with the query turned back; 0 for all spans but `Streaming`."""
+    inner = span.inner if isinstance(span, Residual) else span
+    return inner.sinks if isinstance(inner, Streaming) else 0
 
 
 def joined(needs: tuple[Interval, ...], start: int, stop: int) -> list[Interval]:

@@ -80,13 +80,24 @@ class BlockStore:
         """Held, cached and free bytes over all sequences."""
         return self.arena.usage()
 
-    def fits(self, n_tokens: int, *, chunk_tokens: int = 1) -> bool:
-        """Whether one sequence of `n_tokens`, computed `chunk_tokens` at a time, fits an otherwise empty arena."""
-        blocks = self.spec.blocks_for(n_tokens, chunk_tokens=chunk_tokens)
+    def fits(
+        self,
+        n_tokens: int,
+        *,
+        chunk_tokens: int = 1,
+        groups: tuple[CacheGroup, ...] | None = None,
+    ) -> bool:
+        """Whether one sequence of `n_tokens`, computed `chunk_tokens` at a time, fits an otherwise empty arena.
+
+        `groups` are what it would hold, the spec's own when None.
+        """
+        spec = self.spec if groups is None else CacheSpec(groups)
+        blocks = spec.blocks_for(n_tokens, chunk_tokens=chunk_tokens)
         by_size: dict[int, int] = {}
-        for g in self.spec.groups:
+        for g in spec.groups:
             by_size[g.block_bytes] = by_size.get(g.block_bytes, 0) + blocks[g.name]
-        return sum(-(-n // self._pools[s].per_slab) for s, n in by_size.items()) <= self.arena.slabs
+        per_slab = {s: self.arena.slab_bytes // s for s in by_size}
+        return sum(-(-n // per_slab[s]) for s, n in by_size.items() if n) <= self.arena.slabs
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ append(n)    makes room for n more tokens in every group, or raises and changes 
 commit(n)    tokens [0, n) are final: whole blocks are sealed, what no span needs any more is given back
 truncate(n)  forgets tokens from n on (drafts, a rejected continuation)
 fork()       a second sequence over the same blocks; only the last, partly filled ones are copied
-keep(...)    drops chosen tokens of a group and writes the rest into new private blocks
+keep(...)    drops chosen tokens of a group and writes the rest into new private blocks; `compact`: each head its own
 split(...)   gives some coordinates of a group a chain of their own, so that they can keep other tokens
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -30,6 +30,27 @@ from quire.store.pool import BlockPool
 if TYPE_CHECKING:
     from quire.store.path import Path
     from quire.store.store import BlockStore
+
+
+class Keeper(Protocol):
+    """Which tokens of one sequence stay; made by `quire.models.keep`."""
+
+    def before_append(self, table: BlockTable) -> None:
+        """Compacts, where the committed length says so. Raises CapacityError; the table is unchanged then."""
+        ...
+
+    def until(self, start: int, stop: int) -> int:
+        """How far [start, stop) may be computed before tokens must go: start < it <= stop."""
+        ...
+
+    def fork(self) -> Keeper:
+        """Of a twin with the same tokens."""
+        ...
+
+    def reset(self) -> None:
+        """The sequence is empty again."""
+        ...
+
 
 Copy = tuple[BlockPool, int, int]
 """(pool, source block, private block): the source's reference is given back once it is copied."""
@@ -50,6 +71,8 @@ class BlockTable:
         self.closed = False
         self.path: Path | None = None
         """Where it publishes its blocks (`Sharing.open`); None for a private sequence."""
+        self.keeper: Keeper | None = None
+        """Decides which tokens stay, at fixed lengths; None: all that the spans need."""
         store.tables.add(self)
 
     # -- growing -------------------------------------------------------------------------------------------------
@@ -62,6 +85,8 @@ class BlockTable:
         """
         if self.closed or not 0 <= drafts <= n_tokens:
             raise InvariantError(f"append({n_tokens}, drafts={drafts}), closed={self.closed}")
+        if self.keeper is not None and n_tokens:
+            self.keeper.before_append(self)
         if drafts < n_tokens and self.accepted < self.length:
             raise InvariantError(
                 f"{self.length - self.accepted} drafts must be accepted or truncated first"
@@ -107,7 +132,7 @@ class BlockTable:
         for chain in self.chains:
             if not chain.group.recurrent:
                 body = bodies.get(chain.group.name)
-                unsealed = None if body is None else body.encoded * body.group.block_tokens
+                unsealed = None if body is None else body.logical(body.encoded)
                 chain.drop_behind(n, unsealed)
         return sealed
 
@@ -175,9 +200,11 @@ class BlockTable:
             while chain.count:
                 chain.pop()
             chain.cursor = chain.sealed = chain.encoded = chain.cut = 0
-            chain.kept = None
+            chain.kept = chain.own = None
         if self.path is not None:
             self.path.back(0)
+        if self.keeper is not None:
+            self.keeper.reset()
         self.length = self.accepted = self.committed = 0
 
     def follow(self, tokens: Sequence[int]) -> None:
@@ -221,6 +248,8 @@ class BlockTable:
         self.store.copy_blocks(copies)
         if self.path is not None:
             twin.path = self.path.twin()
+        if self.keeper is not None:
+            twin.keeper = self.keeper.fork()
         return twin
 
     def keep(self, chain_index: int, positions: Sequence[int] | np.ndarray) -> None:
@@ -305,6 +334,8 @@ class BlockTable:
                 chain.kept,
                 chain.cut,
             )
+            if chain.own is not None:
+                new.own = chain.own[[chain.group.coords.index(c) for c in new.group.coords]]
             self.store.copy_tiles(chain.group, chain.live(), new.group, new.live())
         self._replace(chain, fresh)
         return len(self.chains) - 1

@@ -1,0 +1,164 @@
+"""Retention at work: what a policy is shown of each sequence, and when its tokens go.
+
+    forward ── attention ──> what queries paid, queries, hidden states      while it is computed, for those who ask
+            └─ commit
+    append  ── length is due? ── score ── allocate ── protect ──> rows to keep ──> store/compact
+            └─ room for the next tokens
+
+Tokens go at fixed lengths only: at the prompt's end and after every so many more, before room is made for the next one.
+Chunks end there, so whoever is preempted and computed anew sees the same history.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from typing import Any
+
+from quire.errors import ConfigError, InvariantError
+from quire.models.keeper import Keeper
+from quire.plan.layout import Layout
+from quire.retention import Keep
+from quire.spec import CacheGroup
+from quire.store.chain import Chain, sinks_of
+from quire.store.store import BlockStore
+from quire.store.table import BlockTable
+
+__all__ = ["Rules"]
+
+
+class Rules:
+    """One policy on one model's store.
+
+    Args:
+        bridge: the model joined to its store.
+        keep: the policy, parsed.
+
+    Raises:
+        ConfigError: the model or its codecs cannot do what the policy needs, with what would work.
+    """
+
+    def __init__(self, bridge: Any, keep: Keep) -> None:
+        self.bridge, self.keep, self.policy = bridge, keep, keep.policy
+        self.store: BlockStore = bridge.store
+        self.layout: Layout = bridge.layout
+        spec = self.layout.narrowed(keep)
+        self.groups: tuple[CacheGroup, ...] | None = None
+        """What its tables hold instead of the store's own groups, where queries read less or more."""
+        if [g.span for g in spec] != [g.span for g in self.layout.spec]:
+            self.groups = spec.groups
+        self.scores = not keep.spans and not keep.full
+        _check(bridge, keep, spec)
+        bodies = _retained(spec)
+        self.layers = sorted({layer for g in bodies for layer in g.layers})
+        self.bytes_per_token = sum(g.bytes_per_token for g in bodies)
+
+    @property
+    def endless(self) -> bool:
+        """Whether all reads lie within windows, whatever the length, and positions have no end of their own."""
+        groups = self.groups or self.layout.spec.groups
+        bounded = all(g.recurrent or sum(g.span.reach(1 << 40)) < 1 << 39 for g in groups)
+        return bounded and self.keep.spans and not self.keep.full and self._rotary
+
+    @cached_property
+    def _rotary(self) -> bool:
+        try:
+            self.bridge.turner()
+        except ConfigError:
+            return False
+        return True
+
+    def heads(self, layer: int) -> tuple[int, ...]:
+        """KV heads of a layer."""
+        return tuple(sorted({h for g in self.layout.spec for h in g.heads(layer)}))
+
+    def turn(self, layer: int) -> Any:
+        """`Seen.turn` for a layer; None where the model cannot say how."""
+        if not self._rotary:
+            return None
+        return partial(self.bridge.turner(), layer)
+
+    @property
+    def shares(self) -> bool:
+        """Whether its prefixes are those of the store's own groups."""
+        return self.groups is None
+
+    def hit_limit(self, prompt_tokens: int) -> int:
+        """At most so many tokens of a prompt may be found."""
+        if not self.scores:
+            return 1 << 62
+        return int(self.policy.hit_limit(prompt_tokens))
+
+    def most_tokens(self, n_tokens: int, prompt_tokens: int) -> int:
+        """The most tokens held at once on the way to `n_tokens`, copies while tokens are dropped included."""
+        if not self.scores:
+            return n_tokens
+        first = min(n_tokens, prompt_tokens)
+        kept = self.kept_tokens(n_tokens) + self.policy.every
+        return int(min(2 * n_tokens, max(first + self.kept_tokens(first), 2 * kept)))
+
+    def kept_tokens(self, length: int) -> int:
+        """How many tokens of a sequence stay per layer and head on average, protected ones at least."""
+        protected = self.policy.sinks + self.policy.window + self.policy.boundary
+        return int(max(protected, self.policy.budget.tokens_of(length, self.bytes_per_token)))
+
+    def apply(self, table: BlockTable, prompt_tokens: int) -> None:
+        """Puts a sequence of the store under the policy.
+
+        Args:
+            table: empty, or over a prefix that was found.
+            prompt_tokens: how long its prompt will be.
+        """
+        if self.groups is not None:
+            if table.length:
+                raise InvariantError("a sequence begins under its policy")
+            table.leave()
+            table.chains = [Chain(g, self.store.pool_for(g)) for g in self.groups]
+        if self.scores:
+            table.keeper = Keeper(self, prompt_tokens)
+
+
+def _retained(spec: Any) -> list[CacheGroup]:
+    """Groups that tokens can be dropped from."""
+    far, raws = 1 << 40, {g.raw for g in spec}
+    return [
+        g
+        for g in spec
+        if not g.recurrent and g.name not in raws and g.span.needs(far) == ((0, far),)
+    ]
+
+
+def _check(bridge: Any, keep: Keep, spec: Any) -> None:
+    if keep.full:
+        return
+    who = f"keep={keep.text!r}"
+    if bridge.way == "dense":
+        raise ConfigError(
+            f"{who}: this model's own attention wants the whole history (way 'dense'); use keep='full'"
+        )
+    plain = bridge.layout.narrowed(Keep("full", None))
+    if not _retained(plain):
+        raise ConfigError(
+            f"{who}: no layer of this model keeps every token, so there is nothing to drop; use keep='full'"
+        )
+    if any(sinks_of(g.span) for g in spec):
+        if bridge.shape.mla:
+            raise ConfigError(
+                f"{who}: queries of this model (MLA) cannot be turned back for the sinks; use window:N"
+            )
+        try:
+            bridge.turner()
+        except ConfigError as e:
+            raise ConfigError(f"{who}: {e}; use window:N") from e
+    if keep.spans:
+        return
+    policy = keep.policy
+    mla = bridge.shape.mla
+    if policy.by_head and mla:
+        raise ConfigError(
+            f"{who}: this model keeps one latent for all heads, so heads cannot have budgets of their own; "
+            f"use the policy in brackets alone, or pyramid"
+        )
+    if policy.notes and bridge.compiled is not None:
+        raise ConfigError(
+            f"{who}: it looks at hidden states, which compiled code does not show; drop compile"
+        )

@@ -1,0 +1,295 @@
+"""One sequence under a policy that scores: what was seen of its tokens, and which of them stay when they are due."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from quire.attention.read import Row
+from quire.errors import InvariantError
+from quire.models.choosing import by_block, inside, make_parts
+from quire.models.moving import read_field, row_mover, unit_tokens
+from quire.retention.contract import Seen
+from quire.spec import Coord
+from quire.store.chain import Chain
+from quire.store.compact import Part, compact, companion, families, settled
+from quire.store.table import BlockTable
+
+if TYPE_CHECKING:
+    from quire.models.keep import Rules
+
+__all__ = ["Keeper"]
+
+
+@dataclass
+class _Line:
+    """What is known of each slot of one chain: `[coordinates, capacity]` float32."""
+
+    mass: torch.Tensor | None = None
+    notes: torch.Tensor | None = None
+
+
+class Keeper:
+    """One sequence's. Made by `Rules.apply`; `store.table.Keeper` is what the table knows of it."""
+
+    def __init__(self, rules: Rules, prompt_tokens: int) -> None:
+        self.rules = rules
+        self.prompt_tokens = self.due = prompt_tokens
+        self.lines: dict[str, _Line] = {}
+        self.queries: dict[int, torch.Tensor] = {}
+        """Layer to `[n, H_q, D]`: the last queries, at the positions before `seen`."""
+        self.seen = 0
+        self.dropped_tokens = 0
+        """Tokens of the longest chain that went, since the start."""
+
+    # -- what the table asks ---------------------------------------------------------------------------------------
+
+    def before_append(self, table: BlockTable) -> None:
+        if table.length < self.due:
+            return
+        if table.length != self.due or table.committed != self.due:
+            raise InvariantError(
+                f"a sequence of {table.length} tokens passed {self.due}, where tokens go"
+            )
+        self._compact(table)
+        self.due += self.rules.policy.every
+
+    def until(self, start: int, stop: int) -> int:
+        due = self.due if start < self.due else self.due + self.rules.policy.every
+        return min(stop, due)
+
+    def fork(self) -> Keeper:
+        twin = Keeper(self.rules, self.prompt_tokens)
+        twin.due, twin.seen, twin.dropped_tokens = self.due, self.seen, self.dropped_tokens
+        twin.lines = {
+            name: _Line(*(None if x is None else x.clone() for x in (line.mass, line.notes)))
+            for name, line in self.lines.items()
+        }
+        twin.queries = dict(self.queries)
+        return twin
+
+    def reset(self) -> None:
+        self.due, self.seen = self.prompt_tokens, 0
+        self.lines, self.queries = {}, {}
+
+    def begin_prompt(self, prompt_tokens: int) -> None:
+        """The sequence goes on with a further prompt that ends there; tokens go at its end."""
+        self.prompt_tokens = self.due = prompt_tokens
+
+    # -- what a forward tells ----------------------------------------------------------------------------------------
+
+    def asked(self, row: Row) -> int:
+        """How many of the row's last queries are to be watched."""
+        queries = self.rules.policy.queries
+        if queries is None:
+            return 0
+        if queries == "all":
+            return row.stop - row.start
+        return max(0, row.stop - max(row.start, self.due - int(queries)))
+
+    def add(
+        self, chain: Chain, tiles: slice, slots: torch.Tensor | slice, mass: torch.Tensor
+    ) -> None:
+        """Books `mass: [tiles, n]` at slots of a chain."""
+        line = self._line(chain, "mass", slots)
+        if isinstance(slots, slice):
+            target = line[tiles, slots]
+            target += mass if self.rules.policy.over == "sum" else (mass - target).clamp_min_(0)
+        elif self.rules.policy.over == "sum":
+            line[tiles].index_add_(1, slots, mass)
+        else:
+            line[tiles, slots] = torch.maximum(line[tiles, slots], mass)
+
+    def write(self, chain: Chain, tiles: slice, slots: slice, notes: torch.Tensor) -> None:
+        """Books what the policy noted of new tokens, `[tiles, n]`."""
+        self._line(chain, "notes", slots)[tiles, slots] = notes
+
+    def remember(self, layer: int, q: torch.Tensor, stop: int) -> None:
+        """Keeps the last of the queries `q: [n, H_q, D]` that end at `stop`."""
+        last = self.rules.policy.last_queries
+        old = self.queries.get(layer)
+        both = q.float() if old is None else torch.cat([old, q.float()])
+        self.queries[layer] = both[-last:].clone()
+        self.seen = stop
+
+    def _line(self, chain: Chain, what: str, slots: torch.Tensor | slice) -> torch.Tensor:
+        line = self.lines.setdefault(chain.group.name, _Line())
+        end = slots.stop if isinstance(slots, slice) else int(slots.max()) + 1
+        found: torch.Tensor | None = getattr(line, what)
+        if found is None or found.shape[1] < end:
+            grown = torch.zeros(
+                len(chain.group.coords), max(64, end + end // 4), device=self.rules.bridge.device
+            )
+            if found is not None:
+                grown[:, : found.shape[1]] = found
+            setattr(line, what, grown)
+            found = grown
+        return found
+
+    # -- dropping ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _compact(self, table: BlockTable) -> None:
+        """Raises CapacityError; nothing has changed then."""
+        rules, length = self.rules, table.length
+        if rules.kept_tokens(length) >= length:
+            self._forget()
+            return
+        wanted = {}
+        for name, chains in families(table).items():
+            wanted[name] = self._choose(table, chains)
+        before = families(table)
+        lines = {c.group.name: c for chains in before.values() for c in chains}
+        every = {n: c.slot(length) for n, c in lines.items()}
+        lows = {n: settled(table, c) for n, c in lines.items()}
+        compact(table, wanted, row_mover(rules.layout))
+        after = families(table)
+        fresh: dict[str, _Line] = {}
+        for name, parts in wanted.items():
+            for part, chain in zip(parts, after[name], strict=True):
+                fresh[chain.group.name] = self._carried(before[name], chain, part, lows, every)
+        self.lines = fresh
+        self._forget()
+
+    def _forget(self) -> None:
+        """Of the last N queries' attention nothing is left for the next time."""
+        if isinstance(self.rules.policy.queries, int):
+            for line in self.lines.values():
+                line.mass = None
+
+    def _carried(
+        self,
+        old: Sequence[Chain],
+        new: Chain,
+        part: Part,
+        lows: Mapping[str, int],
+        every: Mapping[str, int],
+    ) -> _Line:
+        """The kept slots' figures, and those of all slots behind the ones that were chosen from."""
+        out = _Line()
+        source = {coord: c for c in old for coord in c.group.coords}
+        for what in ("mass", "notes"):
+            rows = []
+            for coord, slots in zip(part.coords, part.slots, strict=True):
+                chain = source[coord]
+                name = chain.group.name
+                have: torch.Tensor | None = getattr(self.lines.get(name, _Line()), what)
+                if have is None:
+                    break
+                row = have[chain.group.coords.index(coord)]
+                if len(row) < every[name]:
+                    row = torch.nn.functional.pad(row, (0, every[name] - len(row)))
+                at = torch.from_numpy(slots).to(row.device)
+                rows.append(torch.cat([row[at], row[lows[name] : every[name]]]))
+            if len(rows) == len(part.coords):
+                setattr(out, what, torch.stack(rows))
+        return out
+
+    def _choose(self, table: BlockTable, chains: list[Chain]) -> list[Part]:
+        """What each coordinate of a family keeps."""
+        rules, policy, length = self.rules, self.rules.policy, table.length
+        scores: dict[Coord, torch.Tensor] = {}
+        safe: dict[Coord, torch.Tensor] = {}
+        for chain in chains:
+            low = settled(table, chain)
+            positions = chain.true_positions(length)[:, :low]
+            for layer in chain.group.layers:
+                first = chain.group.tile_index(layer)
+                heads = chain.group.heads(layer)
+                tiles = slice(first, first + len(heads))
+                own = (
+                    torch.from_numpy(np.ascontiguousarray(positions[tiles]))
+                    .long()
+                    .to(rules.bridge.device)
+                )
+                kept = inside(own, policy.protect(length, self.prompt_tokens))
+                seen = self._show(table, chain, layer, tiles, own, low)
+                found = policy.score(seen)
+                if found.shape != own.shape:
+                    raise InvariantError(
+                        f"{policy.name}: scores of {tuple(found.shape)} for {tuple(own.shape)} tokens"
+                    )
+                for i, head in enumerate(heads):
+                    scores[layer, head], safe[layer, head] = found[i].float(), kept[i]
+        group = chains[0].group
+        unit, size = unit_tokens(rules.layout, group), group.block_tokens
+        lossy = companion(table, chains[0]) is not None
+        rest = length - chains[0].position(settled(table, chains[0]))
+        if unit > 1:
+            scores, safe = by_block(scores, unit), by_block(safe, unit)
+        budget = max(0, rules.kept_tokens(length) - rest) // unit
+        counts = self._counts(scores, safe, budget, length)
+        grain = size // unit if lossy else 1
+        return make_parts(scores, safe, counts, grain, size, unit)
+
+    def _counts(
+        self,
+        scores: Mapping[Coord, torch.Tensor],
+        safe: Mapping[Coord, torch.Tensor],
+        budget: int,
+        length: int,
+    ) -> dict[Coord, int]:
+        """How many units each coordinate keeps in all."""
+        policy = self.rules.policy
+        free = {c: s[~safe[c]] for c, s in scores.items()}
+        sure = {c: int(safe[c].sum()) for c in scores}
+        left = max(0, budget - max(sure.values()))
+        more = policy.allocate(free, left, length)
+        return {c: sure[c] + max(0, min(int(more[c]), len(free[c]))) for c in scores}
+
+    def _show(
+        self,
+        table: BlockTable,
+        chain: Chain,
+        layer: int,
+        tiles: slice,
+        positions: torch.Tensor,
+        low: int,
+    ) -> Seen:
+        rules, policy = self.rules, self.rules.policy
+        line = self.lines.get(chain.group.name, _Line())
+        names = rules.bridge.field_names(layer)
+
+        def read(name: str) -> torch.Tensor:
+            if names[0] == "latent":
+                parts = names if name == "k" else names[:1]
+                fields = [
+                    read_field(rules.store, rules.layout, chain, layer, n, low) for n in parts
+                ]
+                return torch.cat(fields, -1)
+            return read_field(rules.store, rules.layout, chain, layer, name, low)
+
+        def cut(x: torch.Tensor | None) -> torch.Tensor | None:
+            if x is None:
+                return None
+            if x.shape[1] < low:
+                x = torch.nn.functional.pad(x, (0, low - x.shape[1]))
+            return x[tiles, :low]
+
+        queries = at = None
+        if policy.last_queries and layer in self.queries:
+            q = self.queries[layer]
+            share = q.shape[1] // len(rules.heads(layer))
+            mine = [h * share + g for h in chain.group.heads(layer) for g in range(share)]
+            queries = q[:, mine].transpose(0, 1)
+            at = torch.arange(self.seen - q.shape[0], self.seen, device=q.device)
+        mass = cut(line.mass)
+        if policy.queries is not None and mass is None:
+            mass = torch.zeros(positions.shape, device=positions.device)
+        return Seen(
+            coords=tuple((layer, h) for h in chain.group.heads(layer)),
+            n_layers=len(rules.layers),
+            positions=positions,
+            length=table.length,
+            prompt_tokens=self.prompt_tokens,
+            read=read,
+            mass=mass,
+            queries=queries,
+            query_positions=at,
+            notes=cut(line.notes),
+            turn=rules.turn(layer),
+        )

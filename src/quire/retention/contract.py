@@ -1,0 +1,231 @@
+"""What score policies share: a budget, what is protected, and what they are shown. Not a policy itself.
+
+0        sinks                      prompt - boundary  prompt          length - window    length
+|#########|...........................|################|...................|################|
+ protected  chosen by score            protected once the prompt is over     protected
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from quire.errors import ConfigError
+from quire.spec import Coord, Interval
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Budget", "Scored", "Seen", "Wrapper", "check_tokens", "parameters"]
+
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a sequence stays: `tokens` per layer and KV head on average, a `share` of its length, or `bytes`.
+
+    Exactly one is above zero.
+    """
+
+    tokens: int = 0
+    share: float = 0.0
+    bytes: int = 0
+
+    @classmethod
+    def parse(cls, value: Any, who: str = "budget") -> Budget:
+        """An integer is tokens, a number with a point a share, one with a unit bytes. Raises ConfigError."""
+        if isinstance(value, Budget):
+            return value
+        text = str(value).strip()
+        if re.fullmatch(r"[0-9]+", text) and int(text) > 0:
+            return cls(tokens=int(text))
+        if re.fullmatch(r"[0-9]*\.[0-9]+|[0-9]+\.", text) and 0 < float(text) <= 1:
+            return cls(share=float(text))
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)", text)
+        if found and found[2].lower() in _UNITS and float(found[1]) > 0:
+            return cls(bytes=int(float(found[1]) * _UNITS[found[2].lower()]))
+        raise ConfigError(
+            f"{who}={text} is no budget; 512 is tokens, 0.2 a share of the length (above 0, at most 1.0), 64MiB bytes"
+        )
+
+    def __str__(self) -> str:
+        return (
+            str(self.tokens) if self.tokens else str(self.share) if self.share else f"{self.bytes}B"
+        )
+
+    def tokens_of(self, length: int, bytes_per_token: float) -> int:
+        """Tokens that a sequence of `length` keeps whose tokens take `bytes_per_token`, at most all."""
+        if self.tokens:
+            return min(length, self.tokens)
+        if self.share:
+            return min(length, max(1, round(self.share * length)))
+        return min(length, max(1, int(self.bytes / bytes_per_token)))
+
+
+def check_tokens(policy: str, what: str, value: Any, least: int) -> None:
+    """Refuses a parameter that is no number of tokens. Raises ConfigError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{policy}: {what}={value} must be an integer of at least {least}")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a policy is shown of some KV heads of one layer; T tokens each, of which it scores every one.
+
+    Args:
+        coords: the heads, `(layer, head)`; H of them, all of one layer.
+        n_layers: that keep tokens in this model.
+        positions: `[H, T]` int64, true position of each token, ascending; heads may keep different ones.
+        length: of the sequence.
+        prompt_tokens: where its prompt ended.
+        mass: `[H, T]` float32, what the policy's `queries` paid to each token, if it asked.
+        queries: `[share * H, N, D]` float32, the last queries after RoPE, if it asked, at `query_positions: [N]`.
+        notes: `[H, T]` float32, what its `note` said of each token when it came.
+        read: `read("k")`, `read("v")`: `[H, T, D]` float32 as stored (keys after RoPE), decoded. Costs a pass.
+        turn: `turn(x, by)` moves rotated `x: [..., D]` on by so many positions; None where the model cannot say how.
+    """
+
+    coords: tuple[Coord, ...]
+    n_layers: int
+    positions: torch.Tensor
+    length: int
+    prompt_tokens: int
+    read: Callable[[str], torch.Tensor]
+    mass: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
+    query_positions: torch.Tensor | None = None
+    notes: torch.Tensor | None = None
+    turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def layer(self) -> int:
+        """Of all its heads."""
+        return self.coords[0][0]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Parameters and defaults of score policies.
+
+    Args:
+        budget: what stays, protected tokens included, see `Budget`.
+        sinks: first tokens that always stay.
+        window: recent tokens that always stay.
+        boundary: last tokens of the prompt that stay while text is generated.
+        every: tokens are dropped at the prompt's end and after every so many more.
+    """
+
+    budget: Any = Budget(share=0.25)
+    sinks: int = 4
+    window: int = 32
+    boundary: int = 16
+    every: int = 128
+
+    name: ClassVar[str]
+    queries: ClassVar[int | Literal["all"] | None] = None
+    """Whose attention it is shown as `mass`: the last N queries before tokens are dropped, all, or none."""
+    over: ClassVar[Literal["sum", "max"]] = "sum"
+    """What becomes of the probabilities that many queries pay."""
+    fold: ClassVar[Literal["mean", "max"]] = "mean"
+    """And of those of the query heads of a KV head."""
+    last_queries: ClassVar[int] = 0
+    """How many of the last queries themselves it is shown."""
+    notes: ClassVar[bool] = False
+    """Whether it has a `note` to make of each token's hidden state."""
+    by_head: ClassVar[bool] = False
+    """Whether heads of one layer may keep different numbers of tokens."""
+    repeats: ClassVar[int] = 0
+    """Asks for the prompt to be read once more, so many tokens at a time, and is shown what those queries paid."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", Budget.parse(self.budget, f"{self.name}: budget"))
+        for what, least in (("sinks", 0), ("window", 1), ("boundary", 0), ("every", 1)):
+            check_tokens(self.name, what, getattr(self, what), least)
+        least = self.sinks + self.window + self.boundary
+        if self.budget.tokens and self.budget.tokens < least:
+            raise ConfigError(
+                f"{self.name}: a budget of {self.budget.tokens} tokens is below the {least} that are protected "
+                f"(sinks={self.sinks}, window={self.window}, boundary={self.boundary}); take {least} or more, or "
+                "protect fewer"
+            )
+
+    def hit_limit(self, prompt_tokens: int) -> int:
+        """At most so many tokens of a prompt may be found instead of computed: its queries are needed."""
+        if self.queries == "all" or self.notes:
+            return 0
+        return max(0, prompt_tokens - max(self.queries or 0, self.last_queries))
+
+    def protect(self, length: int, prompt_tokens: int) -> tuple[Interval, ...]:
+        """Positions that stay whatever their score, as intervals that may overlap."""
+        out = [(0, min(self.sinks, length)), (max(0, length - self.window), length)]
+        if length > prompt_tokens:
+            out.append((max(0, prompt_tokens - self.boundary), prompt_tokens))
+        return tuple((a, b) for a, b in out if a < b)
+
+    def score(self, seen: Seen) -> torch.Tensor:
+        """`[H, T]`, higher stays."""
+        raise NotImplementedError
+
+    def allocate(
+        self, scores: Mapping[Coord, torch.Tensor], tokens: int, length: int
+    ) -> dict[Coord, int]:
+        """How many of its unprotected tokens each head keeps.
+
+        Args:
+            scores: of each head's unprotected tokens.
+            tokens: each head's share, were all alike.
+            length: of the sequence.
+
+        Returns:
+            For every head at most as many as it has; in all at most `tokens` times the number of heads.
+        """
+        return {coord: min(tokens, len(s)) for coord, s in scores.items()}
+
+    def note(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """A number per token and KV head of a layer, `[T, H_kv]`, from what enters its attention, `[T, width]`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A policy around another, whose scores and parameters it takes and whose budget it spreads differently."""
+
+    inner: Any = field(kw_only=True)
+    name: ClassVar[str]
+    by_head: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Scored | Wrapper):
+            inner = getattr(self.inner, "name", self.inner)
+            raise ConfigError(
+                f"{self.name}({inner}): it spreads the budget of a policy that scores, as in "
+                f"{self.name}(snapkv:budget=0.2)"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def allocate(
+        self, scores: Mapping[Coord, torch.Tensor], tokens: int, length: int
+    ) -> dict[Coord, int]:
+        """As `Scored.allocate`."""
+        found: dict[Coord, int] = self.inner.allocate(scores, tokens, length)
+        return found
+
+
+def parameters(policy: Any) -> dict[str, Any]:
+    """A policy's own parameters by name."""
+    return {f.name: getattr(policy, f.name) for f in fields(policy) if f.name != "inner"}
