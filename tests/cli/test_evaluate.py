@@ -105,7 +105,7 @@ def test_without_text_or_task_recall_is_measured(quire, tiny: Path, monkeypatch)
         (["--task", "kv:count=99,asked=8"], "and the length is 100"),
         (["--task", "copy", "--kv", "none"], "--kv none keeps no cache"),
         (["--task", "copy", "--kv", "int5"], "unknown codec 'int5'"),
-        (["--task", "copy", "--keep", "h3o"], "keep='h3o' is not known"),
+        (["--task", "copy", "--keep", "h3o"], "unknown policy 'h3o'"),
         (["--task", "copy", "--examples", "0"], "--examples must be at least 1"),
         (["--task", "copy", "--memory", "lots"], "for example 8GiB"),
     ],

@@ -358,7 +358,7 @@ def test_policies_get_rows_from_the_day_on_which_they_are_there(document, monkey
     monkeypatch.setitem(sys.modules, "quire.retention", made)
     (refused,) = document(5)["panels"]["techniques"]["refused"]
     assert refused["technique"] == "h3o"
-    assert "keep='h3o' is not known" in refused["reason"]
+    assert "unknown policy 'h3o'" in refused["reason"]
 
 
 @pytest.mark.parametrize(
