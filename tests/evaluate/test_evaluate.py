@@ -116,8 +116,14 @@ def test_an_answer_counts_when_every_token_of_it_is_the_best() -> None:
     said = torch.tensor([5, 6, 7, 0, 9])
 
     class Fixed:
-        def score(self, given: Any, *, first: int) -> Any:
-            assert first == 0
+        def cuts(self, prompt_tokens: int, n_tokens: int) -> set[int]:
+            assert (prompt_tokens, n_tokens) == (0, len(tokens))
+            return {3}
+
+        def score(
+            self, given: Any, *, first: int, prompt_tokens: int | None, cuts: set[int]
+        ) -> Any:
+            assert (first, prompt_tokens, cuts) == (0, None, {3})
             for start, stop in ((0, 3), (3, 5)):
                 logits = torch.nn.functional.one_hot(said[start:stop], 10).float()
                 yield Scored(start, stop, torch.tensor(given[start + 1 : stop + 1]), logits, logits)

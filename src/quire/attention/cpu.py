@@ -22,11 +22,12 @@ from quire.attention.latents import Latents, lay_out_latents, run_latents
 from quire.attention.observe import Attended
 from quire.attention.paid import Paid, plan_paid
 from quire.attention.read import Read, Seal, Write
-from quire.attention.reference import ALL, TorchBackend
+from quire.attention.reference import ALL, TorchBackend, kv_heads_of, turned_back
 from quire.attention.step import Step
-from quire.errors import ConfigError
+from quire.errors import ConfigError, InvariantError
 from quire.kernels import native
 from quire.kernels.native import DecodeArgs, EncodeArgs, Form, GatherArgs, Library, WriteArgs
+from quire.ops.attend import Partial, merge
 from quire.plan.layout import Layout
 from quire.spec import CacheGroup
 
@@ -65,6 +66,8 @@ class _Segments:
     groups: tuple[CacheGroup, ...]
     single: list[Read]
     chunks: list[Read]
+    turned: list[Read]
+    """Of single queries: the sinks of streaming spans, read with the queries turned back."""
     alive: list[Any]
     """What the addresses in `args` point at."""
     paid: dict[int, Paid] = field(default_factory=dict)
@@ -243,6 +246,9 @@ class CpuBackend(TorchBackend):
         args.kv_heads, args.share, args.d = tiles.kv_heads, q.shape[1] // tiles.kv_heads, tiles.d
         args.dtype, args.scale, args.softcap = dtype, scale, softcap or 0.0
         args.threads, args.isa = torch.get_num_threads(), self.isa
+        if plan.turned:
+            options = (scale, keys, value, softcap, window)
+            return self._with_sinks(step, layer, q, plan, out, attended, options)
         if attended is None:
             args.lse = args.probs = None
             self.library.decode(args)
@@ -251,6 +257,38 @@ class CpuBackend(TorchBackend):
         flat = paid.ask(args, attended)
         self.library.decode(args)
         paid.answer(layer, args.kv_heads, flat, attended)
+        return out
+
+    def _with_sinks(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        plan: _Segments,
+        out: torch.Tensor,
+        attended: Attended | None,
+        options: tuple[Any, ...],
+    ) -> torch.Tensor:
+        """The kernel's part and that of the sinks, whose queries are turned back, merged."""
+        if attended is not None:
+            raise InvariantError("no policy that scores goes with a streaming span")
+        args, lse = plan.args, torch.empty(q.shape[:2])
+        args.lse, args.probs = lse.data_ptr(), None
+        self.library.decode(args)
+        scale, keys, value, softcap, window = options
+        share = q.shape[1] // max(1, kv_heads_of(step.of_layer(layer)[2], layer))
+        for r in plan.turned:
+            heads = torch.tensor(
+                [h * share + g for h in r.group.heads(layer) for g in range(share)]
+            )
+            mine = turned_back(step, layer, r, q[r.tokens][:, :, heads])
+            part = self._read(
+                step, layer, r, mine, scale, keys, value, softcap, window, want_lse=True
+            )
+            at = r.tokens.unsqueeze(-1), heads
+            own = Partial(part.out.transpose(1, 2).float(), part.lse.transpose(1, 2).float())
+            both = merge(Partial(out[at].float(), lse[at]), own)
+            out[at], lse[at] = both.out.to(out.dtype), both.lse
         return out
 
     def _absorbed(
@@ -365,8 +403,9 @@ def _plan_write(
 
 def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
     """The single queries' segments, sorted by query; None where there are none, or drafts of a lossy group are read."""
-    single = [r for r in reads if r.queries == 1]
-    if not single or any(r.mode == "through" or r.sinks for r in single):
+    turned = [r for r in reads if r.queries == 1 and r.sinks and bool(r.turned.any())]
+    single = [r for r in reads if r.queries == 1 and r not in turned]
+    if not single or any(r.mode == "through" for r in single):
         return None
     groups = tuple(dict.fromkeys(r.source for r in single))
     rows = []
@@ -383,7 +422,7 @@ def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
         n_segments=len(segments),
     )
     chunks = [r for r in reads if r.queries > 1]
-    return _Segments(args, {}, groups, single, chunks, [segments])
+    return _Segments(args, {}, groups, single, chunks, turned, [segments])
 
 
 def _lay_out(

@@ -108,7 +108,7 @@ class ReferenceBackend:
             reads,
             keys_of,
             layer=layer,
-            share=q.shape[1] // max(1, _kv_heads(step.of_layer(layer)[2], layer)),
+            share=q.shape[1] // max(1, kv_heads_of(step.of_layer(layer)[2], layer)),
             scale=scale,
             softcap=softcap,
             sinks=sinks,
@@ -147,7 +147,7 @@ class ReferenceBackend:
                 want_lse=False,
             )
             return part.out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1).to(q.dtype)
-        share = q.shape[1] // max(1, _kv_heads(step.of_layer(layer)[2], layer))
+        share = q.shape[1] // max(1, kv_heads_of(step.of_layer(layer)[2], layer))
         return self._fold(step, layer, q, reads, share, scale, keys, value, softcap, sinks, window)
 
     def _fold(
@@ -324,7 +324,7 @@ class TorchBackend(ReferenceBackend):
                 sinks=sinks,
                 window=window,
             )
-        share = q.shape[1] // max(1, _kv_heads(step.of_layer(layer)[2], layer))
+        share = q.shape[1] // max(1, kv_heads_of(step.of_layer(layer)[2], layer))
         for (_, kv_heads), parts in chunks.items():
             heads = torch.tensor(
                 [h * share + g for h in kv_heads for g in range(share)], device=q.device
@@ -433,6 +433,6 @@ def turned_back(
     return step.turn(layer, q, -r.turned[:, part].unsqueeze(-1))
 
 
-def _kv_heads(reads: list[Read], layer: int) -> int:
+def kv_heads_of(reads: list[Read], layer: int) -> int:
     """KV heads of the layer: each group counts once, a lossy body and its raw companion together."""
     return len({h for r in reads for h in r.group.heads(layer)})

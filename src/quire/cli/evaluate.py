@@ -14,6 +14,7 @@ import typer
 from quire.cli.console import err, quiet_transformers, say, spinner, write
 from quire.codecs.recipe import FIELDS, available, parse_recipe
 from quire.errors import ConfigError, RequestError
+from quire.retention import parse_keep
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
 
 if TYPE_CHECKING:
@@ -99,6 +100,13 @@ def command(
     block_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens per block.")
     ] = DEFAULT_BLOCK_TOKENS,
+    ask: Annotated[
+        str,
+        typer.Option(
+            metavar="WHEN",
+            help="Where --keep drops tokens by score: questions come after that, or before (the first one counts).",
+        ),
+    ] = "after",
     json: Annotated[
         bool,
         typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
@@ -116,8 +124,9 @@ def command(
         split_tasks(task or usual),
         _lengths(length),
     )
-    configs = [(k, p) for p in keep.split(",") for k in recipes]
+    configs = [(k, p) for p in split_policies(keep) for k in recipes]
     _check(configs, tasks, examples, max_tokens, block_tokens, seed)
+    _check_ask(ask, configs)
     words = _read(text)
     with spinner("looking at the model …"):
         source = _look(model, dtype, device, memory)
@@ -137,6 +146,7 @@ def command(
         seed=seed,
         block_tokens=block_tokens,
         memory=memory,
+        ask=ask,
     )
     if json:
         write(json_module.dumps(found.document(), ensure_ascii=False, allow_nan=False) + "\n")
@@ -176,6 +186,36 @@ def split_recipes(texts: Sequence[str]) -> list[str]:
             )
         parse_recipe(recipe)
     return found
+
+
+def split_policies(text: str) -> list[str]:
+    """`"full,h2o:budget=0.2,window=64,ada(snapkv:0.2)"` to three policies: what has a = and no name is a parameter."""
+    items, depth = [""], 0
+    for c in text:
+        depth += (c == "(") - (c == ")")
+        if c == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += c
+    found: list[str] = []
+    for item in items:
+        head = item.partition("(")[0].partition(":")[0]
+        if found and "=" in head:
+            found[-1] += f",{item.strip()}"
+        else:
+            found.append(item.strip())
+    return found
+
+
+def _check_ask(ask: str, configs: Sequence[tuple[str, str]]) -> None:
+    from quire.evaluate.run import ASK
+
+    if ask not in ASK:
+        raise ConfigError(f"--ask {ask!r} is not known; known: {', '.join(ASK)}")
+    if ask == "before" and all(parse_keep(keep).spans for _, keep in configs):
+        raise ConfigError(
+            "--ask before is about policies that drop tokens by score, and no --keep here does; drop it"
+        )
 
 
 def split_tasks(texts: Sequence[str]) -> list[str]:

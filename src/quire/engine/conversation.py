@@ -169,8 +169,12 @@ class _Lender:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._conversation.runner, name)
 
-    def open(self) -> _Lease:
-        return _Lease(self._conversation.table)
+    def open(self, keep: Any = None, prompt_tokens: int | None = None) -> _Lease:
+        table = self._conversation.table
+        keeper = getattr(table, "keeper", None)
+        if keeper is not None and prompt_tokens is not None:
+            keeper.begin_prompt(table, prompt_tokens - table.length)
+        return _Lease(table)
 
 
 class _Lease:

@@ -63,10 +63,9 @@ class Opener:
         if request.keep is not None:
             rules = self.room.rules(request.keep)  # type: ignore[attr-defined]
         if sharing is None or not request.share or (rules is not None and not rules.shares):
-            table = self.room.open()
-            if rules is not None:
-                rules.apply(table, sample.prompt_tokens)
-            return table
+            if rules is None:
+                return self.room.open()
+            return self.room.open(request.keep, sample.prompt_tokens)  # type: ignore[call-arg]
         if sample.awaits is not None and sharing.computing(sample.awaits, sample.seat):
             return None
         adapter = b"" if request.adapter is None else self.adapter_digest(request.adapter)

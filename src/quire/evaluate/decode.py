@@ -14,8 +14,9 @@ position raises instead of ending, and figures exist for passes that ended only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -110,8 +111,28 @@ class Scorer:
             self.chunk_tokens = 1
         self.reading = Reading()
 
-    def score(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[Scored]:
+    def cuts(self, prompt_tokens: int, n_tokens: int) -> set[int]:
+        """Lengths at which the policy of this runner drops tokens, on the way from a prompt to `n_tokens`."""
+        rules = self.runner.rules(self.runner.keep)
+        if not rules.scores:
+            return set()
+        return set(range(prompt_tokens, n_tokens, rules.policy.every))
+
+    def score(
+        self,
+        tokens: Sequence[int],
+        *,
+        first: int = 0,
+        prompt_tokens: int | None = None,
+        cuts: Collection[int] = (),
+    ) -> Iterator[Scored]:
         """Streams the scores of queries [first, len(tokens) - 1), a chunk at a time.
+
+        Args:
+            tokens: the text.
+            first: query to be scored.
+            prompt_tokens: after which a policy drops tokens for the first time; None: all, so that it drops none.
+            cuts: lengths at which chunks end besides; scorers that run side by side share them.
 
         Figures of the pass are added to `reading` once the iterator is exhausted.
 
@@ -129,10 +150,15 @@ class Scorer:
                 f"a text of {n} tokens has nothing to score from position {first} on"
             )
         watch = _Watch(self.runner.bridge, n, first)
-        table = self.runner.open()
+        table = self.runner.open(prompt_tokens=n if prompt_tokens is None else prompt_tokens)
+        ends = sorted(
+            {n, *range(self.chunk_tokens, n, self.chunk_tokens), *(c for c in cuts if c < n)}
+        )
         try:
-            for start in range(0, n, self.chunk_tokens):
-                stop = min(n, start + self.chunk_tokens)
+            for start, end in pairwise([0, *ends]):
+                stop = self.runner.cut(table, start, end)
+                if stop < end:
+                    raise InvariantError(f"tokens go at {stop}, where no chunk ends")
                 wanted = max(0, stop - max(start, first))
                 table.append(stop - start)
                 with watch:

@@ -43,6 +43,7 @@ from quire.spec import DEFAULT_BLOCK_TOKENS
 Config = tuple[str, str]
 """(kv, keep)"""
 
+ASK = ("after", "before")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PPL = "ppl"
 
@@ -64,6 +65,7 @@ def evaluate(
     memory: int | float | str = 0.5,
     attention: str = "auto",
     chunk_tokens: int | None = None,
+    ask: str = "after",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Scores configurations in decode mode against the full-precision cache.
@@ -81,6 +83,9 @@ def evaluate(
         seed: of examples and intervals.
         injected: inject outliers first (`inject`), and take them out again.
         memory: of all caches together, see `arena_bytes`.
+        ask: where a policy drops tokens by score: "after": recall questions come when tokens have gone; "before": the
+            first one is part of the prompt, and only its answer counts. A text's first half is the prompt of ppl then,
+            and the second is scored, by all configurations alike.
         progress: called with a task's name, texts done and texts in all.
 
     Raises:
@@ -89,6 +94,8 @@ def evaluate(
             lossy configuration to be read, or no tokenizer where one is needed.
         CapacityError: the memory is too small.
     """
+    if ask not in ASK:
+        raise ConfigError(f"ask={ask!r} is not known; known: {', '.join(ASK)}")
     asked = [None if t.strip() == PPL else parse_task(t) for t in tasks]
     lengths = [length_tokens] if isinstance(length_tokens, int) else list(length_tokens)
     texts = [
@@ -121,7 +128,8 @@ def evaluate(
             if task is None:
                 rows += _text_rows(cells, [e.tokens for e in found], n, seed, note)
             else:
-                rows += _recall_rows(cells, task, found, n, seed, note)
+                posed = [_known(e) for e in found] if ask == "before" else found
+                rows += _recall_rows(cells, task, posed, n, seed, note)
             full[name] = cells[0].scorer.reading.bytes_per_token
     return Evaluation(tuple(rows), digest, full, seed, injected)
 
@@ -292,8 +300,11 @@ def _text_rows(
 ) -> list[Row]:
     """Per-token figures of every window, all configurations chunk by chunk."""
     full = cells[0]
+    half = length // 2 if any(c.scorer.cuts(0, 1) for c in cells) else 0
+    cuts = set().union(*(c.scorer.cuts(half, length) for c in cells))
     for tokens in texts:
-        for chunks in zip(*(c.scorer.score(tokens) for c in cells), strict=True):
+        passes = (c.scorer.score(tokens, first=half, prompt_tokens=half, cuts=cuts) for c in cells)
+        for chunks in zip(*passes, strict=True):
             for cell, chunk in zip(cells, chunks, strict=True):
                 cell.add("nll", -chunk.logprobs.numpy())
                 if cell is not full:
@@ -301,7 +312,7 @@ def _text_rows(
                     cell.add("agreement", top1_agreement(chunks[0].logits, chunk.logits))
         note.step()
     exact = full.all("nll")
-    units = runs([len(t) - 1 for t in texts])
+    units = runs([len(t) - 1 - half for t in texts])
     template = Row("", "", PPL, "", 0.0, None, None, 0.0, len(exact), length, count=len(exact))
     template = replace(template, full_bytes_per_token=full.scorer.reading.bytes_per_token)
     rows = []
@@ -357,11 +368,18 @@ def _recall_rows(
     return rows
 
 
+def _known(example: Example) -> Example:
+    """The same with its first question in the prompt, and no other."""
+    return replace(example, answers=example.answers[:1], asked=example.answers[0].start)
+
+
 def recalled(scorer: Scorer, example: Example) -> list[bool]:
     """Per answer, whether every token of it is the most likely one after the text before it, read through the cache."""
     first = example.answers[0].start - 1
+    cuts = scorer.cuts(example.asked, len(example.tokens))
     best = torch.full((len(example.tokens),), -1, dtype=torch.int64)
-    for chunk in scorer.score(example.tokens, first=first):  # type: ignore[arg-type]
+    prompt = example.asked or None
+    for chunk in scorer.score(example.tokens, first=first, prompt_tokens=prompt, cuts=cuts):  # type: ignore[arg-type]
         best[chunk.start + 1 : chunk.stop + 1] = chunk.logits.argmax(-1).cpu()
     hit = best.numpy() == example.tokens
     return [bool(hit[a.start : a.stop].all()) for a in example.answers]

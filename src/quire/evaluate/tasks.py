@@ -46,10 +46,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """`tokens: [T]` int64 and its answers, ascending."""
+    """`tokens: [T]` int64 and its answers, ascending; the first question begins at `asked`, 0 where none is asked."""
 
     tokens: Ids
     answers: tuple[Answer, ...]
+    asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -228,12 +229,12 @@ def generate(
         places.append(len(ids) / length_tokens)
         ids += fact.hidden
     ids += filler(rng, gaps[-1])
-    answers = []
+    answers, first = [], len(ids)
     for i, fact in zip(order, asked, strict=True):
         ids += fact.ask
         answers.append(Answer(len(ids), len(ids) + len(fact.answer), places[i]))
         ids += [*fact.answer, *fact.close]
-    return Example(np.array(ids), tuple(answers))
+    return Example(np.array(ids), tuple(answers), first)
 
 
 def _order(rng: Rng, count: int, asked: int, depth: float) -> list[int]:
@@ -357,4 +358,4 @@ def _copy(rng: Rng, words: Words, length_tokens: int, task: Task, depth: float) 
     for i in sorted(_order(rng, pieces, min(task.asked, pieces), depth)):
         at = first + (i + 1) * COPY_TOKENS
         answers.append(Answer(at + span, at + span + COPY_TOKENS, at / length_tokens))
-    return Example(np.array(ids), tuple(answers))
+    return Example(np.array(ids), tuple(answers), first + span)

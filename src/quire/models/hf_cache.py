@@ -151,6 +151,10 @@ class KVCache(Cache):
         """
         if not self.tables:
             self.tables = [self.bridge.store.open() for _ in range(batch)]
+            if not self.bridge.keep.full:
+                rules = self.bridge.rules(self.bridge.keep)
+                for table in self.tables:
+                    rules.apply(table, None)
         if len(self.tables) != batch:
             raise RequestError(
                 f"this cache holds {len(self.tables)} sequences, the batch has {batch}"
@@ -165,6 +169,7 @@ class KVCache(Cache):
         self._starts = [t.length for t in self.tables]
         self._check_positions(position_ids, valid, counts)
         self._check_states(queries)
+        self._check_keepers(queries)
         try:
             for table, n in zip(self.tables, counts, strict=True):
                 table.append(n, drafts=n if self._recording else 0)
@@ -213,6 +218,19 @@ class KVCache(Cache):
                 f"the cache already holds {self._starts[0]} tokens but the input starts at position 0 again; pass only "
                 "the new tokens, or a fresh cache"
             )
+
+    def _check_keepers(self, queries: int) -> None:
+        """A further prompt moves the length at which tokens go to its own end."""
+        for table in self.tables:
+            if table.keeper is None:
+                continue
+            if self._recording:
+                raise RequestError(
+                    f"keep={self.bridge.keep.text!r} drops tokens at fixed lengths, which drafts do not have; assisted "
+                    "decoding goes with keep='full' or a window"
+                )
+            if queries > 1 and table.length:
+                table.keeper.begin_prompt(table, queries)
 
     def _check_states(self, queries: int) -> None:
         if (

@@ -101,12 +101,12 @@ class Rules:
         protected = self.policy.sinks + self.policy.window + self.policy.boundary
         return int(max(protected, self.policy.budget.tokens_of(length, self.bytes_per_token)))
 
-    def apply(self, table: BlockTable, prompt_tokens: int) -> None:
+    def apply(self, table: BlockTable, prompt_tokens: int | None) -> None:
         """Puts a sequence of the store under the policy.
 
         Args:
             table: empty, or over a prefix that was found.
-            prompt_tokens: how long its prompt will be.
+            prompt_tokens: how long its prompt will be; None: what is appended first.
         """
         if self.groups is not None:
             if table.length:

@@ -14,7 +14,7 @@ from quire.errors import InvariantError
 from quire.models.choosing import by_block, inside, make_parts
 from quire.models.moving import read_field, row_mover, unit_tokens
 from quire.retention.contract import Seen
-from quire.spec import Coord
+from quire.spec import Coord, Residual
 from quire.store.chain import Chain
 from quire.store.compact import Part, compact, companion, families, settled
 from quire.store.table import BlockTable
@@ -36,35 +36,38 @@ class _Line:
 class Keeper:
     """One sequence's. Made by `Rules.apply`; `store.table.Keeper` is what the table knows of it."""
 
-    def __init__(self, rules: Rules, prompt_tokens: int) -> None:
+    def __init__(self, rules: Rules, prompt_tokens: int | None) -> None:
         self.rules = rules
-        self.prompt_tokens = self.due = prompt_tokens
+        self.first = prompt_tokens
+        """How long the first prompt is; None: as much as is appended first."""
+        self.prompt_tokens = self.due = prompt_tokens or 0
         self.lines: dict[str, _Line] = {}
         self.queries: dict[int, torch.Tensor] = {}
         """Layer to `[n, H_q, D]`: the last queries, at the positions before `seen`."""
         self.seen = 0
-        self.dropped_tokens = 0
-        """Tokens of the longest chain that went, since the start."""
 
     # -- what the table asks ---------------------------------------------------------------------------------------
 
-    def before_append(self, table: BlockTable) -> None:
-        if table.length < self.due:
-            return
-        if table.length != self.due or table.committed != self.due:
+    def before_append(self, table: BlockTable, n_tokens: int) -> None:
+        if not self.due:
+            self.prompt_tokens = self.due = table.length + n_tokens
+        if table.length == table.committed == self.due:
+            self._compact(table)
+            self.due += self.rules.policy.every
+        if table.length + n_tokens > self.due:
             raise InvariantError(
-                f"a sequence of {table.length} tokens passed {self.due}, where tokens go"
+                f"a chunk of {n_tokens} tokens from {table.length} on passes {self.due}, where tokens go"
             )
-        self._compact(table)
-        self.due += self.rules.policy.every
 
     def until(self, start: int, stop: int) -> int:
+        if not self.due:
+            return stop
         due = self.due if start < self.due else self.due + self.rules.policy.every
         return min(stop, due)
 
     def fork(self) -> Keeper:
-        twin = Keeper(self.rules, self.prompt_tokens)
-        twin.due, twin.seen, twin.dropped_tokens = self.due, self.seen, self.dropped_tokens
+        twin = Keeper(self.rules, self.first)
+        twin.prompt_tokens, twin.due, twin.seen = self.prompt_tokens, self.due, self.seen
         twin.lines = {
             name: _Line(*(None if x is None else x.clone() for x in (line.mass, line.notes)))
             for name, line in self.lines.items()
@@ -73,12 +76,12 @@ class Keeper:
         return twin
 
     def reset(self) -> None:
-        self.due, self.seen = self.prompt_tokens, 0
+        self.prompt_tokens = self.due = self.first or 0
+        self.seen = 0
         self.lines, self.queries = {}, {}
 
-    def begin_prompt(self, prompt_tokens: int) -> None:
-        """The sequence goes on with a further prompt that ends there; tokens go at its end."""
-        self.prompt_tokens = self.due = prompt_tokens
+    def begin_prompt(self, table: BlockTable, n_tokens: int) -> None:
+        self.prompt_tokens = self.due = table.length + n_tokens
 
     # -- what a forward tells ----------------------------------------------------------------------------------------
 
@@ -192,6 +195,10 @@ class Keeper:
     def _choose(self, table: BlockTable, chains: list[Chain]) -> list[Part]:
         """What each coordinate of a family keeps."""
         rules, policy, length = self.rules, self.rules.policy, table.length
+        raw = companion(table, chains[0])
+        always = list(policy.protect(length, self.prompt_tokens))
+        if raw is not None and isinstance(raw.group.span, Residual):
+            always.append((0, raw.group.span.sinks))  # their codes are not read; they stay in place
         scores: dict[Coord, torch.Tensor] = {}
         safe: dict[Coord, torch.Tensor] = {}
         for chain in chains:
@@ -206,7 +213,7 @@ class Keeper:
                     .long()
                     .to(rules.bridge.device)
                 )
-                kept = inside(own, policy.protect(length, self.prompt_tokens))
+                kept = inside(own, always)
                 seen = self._show(table, chain, layer, tiles, own, low)
                 found = policy.score(seen)
                 if found.shape != own.shape:
@@ -217,7 +224,7 @@ class Keeper:
                     scores[layer, head], safe[layer, head] = found[i].float(), kept[i]
         group = chains[0].group
         unit, size = unit_tokens(rules.layout, group), group.block_tokens
-        lossy = companion(table, chains[0]) is not None
+        lossy = raw is not None
         rest = length - chains[0].position(settled(table, chains[0]))
         if unit > 1:
             scores, safe = by_block(scores, unit), by_block(safe, unit)

@@ -72,8 +72,18 @@ class ModelRunner:
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
-    def open(self) -> BlockTable:
-        return self.bridge.store.open()
+    def open(self, keep: Keep | None = None, prompt_tokens: int | None = None) -> BlockTable:
+        """A table for a new sequence.
+
+        Args:
+            keep: which of its tokens stay; None for what the runner was opened with.
+            prompt_tokens: how long its prompt will be; None: what is appended first.
+        """
+        table = self.bridge.store.open()
+        keep = keep or self.keep
+        if not (keep.full and self.keep.full):
+            self.rules(keep).apply(table, prompt_tokens)
+        return table
 
     @property
     def keep(self) -> Keep:

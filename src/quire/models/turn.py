@@ -17,14 +17,14 @@ from quire.errors import ConfigError
 from quire.models.moving import read_field
 from quire.models.rope import Regimes
 
-__all__ = ["Turner", "find_turner"]
+__all__ = ["Rope", "Turner", "find_turner"]
 
 TOKENS = 24
 """Of the repeated text: far enough that frequencies differ by more than rounding."""
 
 
 @dataclass(frozen=True)
-class _Rope:
+class Rope:
     """`angles: [d / 2]` radians per position; channels pair as halves (i, i + d/2) or as neighbours (2i, 2i + 1)."""
 
     angles: torch.Tensor
@@ -46,7 +46,7 @@ class _Rope:
 class Turner:
     """The RoPE of every layer: `turner(layer, x, by)`. A layer without RoPE gives `x` back."""
 
-    def __init__(self, ropes: dict[int, _Rope | None]) -> None:
+    def __init__(self, ropes: dict[int, Rope | None]) -> None:
         self.ropes = ropes
 
     def __call__(self, layer: int, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def find_turner(bridge: Any) -> Turner:
         for name, b in model.named_buffers()
         if name.endswith("inv_freq") and b.ndim == 1 and len(b)
     ]
-    found: dict[int, _Rope | None] = {}
+    found: dict[int, Rope | None] = {}
     for layer, keys in _keys(bridge).items():
         found[layer] = _explain(layer, keys, angles)
     return Turner(found)
@@ -109,17 +109,17 @@ class _Repeat:
     logits: int = 1
 
 
-def _explain(layer: int, keys: torch.Tensor, angles: list[torch.Tensor]) -> _Rope | None:
+def _explain(layer: int, keys: torch.Tensor, angles: list[torch.Tensor]) -> Rope | None:
     by = torch.arange(keys.shape[1], device=keys.device)
     first = keys[:, :1].expand_as(keys)
     size = keys.norm()
     if float((keys - first).norm()) <= 1e-5 * float(size):
         return None
-    best: tuple[float, _Rope | None] = (float("inf"), None)
+    best: tuple[float, Rope | None] = (float("inf"), None)
     for a in angles:
         for halves in (True, False):
             if 2 * len(a) <= keys.shape[-1]:
-                rope = _Rope(a, halves)
+                rope = Rope(a, halves)
                 error = float((rope.turn(first, by) - keys).norm() / size)
                 best = min(best, (error, rope), key=lambda x: x[0])
     if best[0] > 2e-2:  # 16-bit keys agree to a hundredth

@@ -57,7 +57,8 @@ def settled(table: BlockTable, chain: Chain) -> int:
     if raw is None:
         return chain.slot(table.committed)
     assert isinstance(raw.group.span, Residual)
-    return chain.slot(max(chain.cut, raw.group.span.start(table.committed)))
+    whole = raw.group.span.start(table.committed) // chain.group.block_tokens
+    return chain.slot(max(chain.cut, whole * chain.group.block_tokens))
 
 
 def companion(table: BlockTable, chain: Chain) -> Chain | None:

@@ -80,7 +80,7 @@ def save_table(
         extra: kept beside them, for instance the tokens.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be written, or a policy drops tokens of the sequence.
         InvariantError: the table has tokens that are not final.
 
     Cost: the held blocks once through host memory.
@@ -91,6 +91,11 @@ def save_table(
     if table.closed or table.committed != table.length:
         raise InvariantError(
             f"only settled tables can be saved: {table.committed} of {table.length} tokens committed"
+        )
+    if table.keeper is not None:
+        raise ConfigError(
+            "a sequence whose tokens are dropped by score cannot be saved: what its policy has seen of them would be "
+            "lost; save one with keep='full' or a window"
         )
     blocks = {f"chain{i}": _bytes_of(table, chain) for i, chain in enumerate(table.chains)}
     meta = {

@@ -35,12 +35,16 @@ if TYPE_CHECKING:
 class Keeper(Protocol):
     """Which tokens of one sequence stay; made by `quire.models.keep`."""
 
-    def before_append(self, table: BlockTable) -> None:
+    def before_append(self, table: BlockTable, n_tokens: int) -> None:
         """Compacts, where the committed length says so. Raises CapacityError; the table is unchanged then."""
         ...
 
     def until(self, start: int, stop: int) -> int:
         """How far [start, stop) may be computed before tokens must go: start < it <= stop."""
+        ...
+
+    def begin_prompt(self, table: BlockTable, n_tokens: int) -> None:
+        """So many tokens that come next are a further prompt: tokens go at its end, and not before."""
         ...
 
     def fork(self) -> Keeper:
@@ -86,7 +90,7 @@ class BlockTable:
         if self.closed or not 0 <= drafts <= n_tokens:
             raise InvariantError(f"append({n_tokens}, drafts={drafts}), closed={self.closed}")
         if self.keeper is not None and n_tokens:
-            self.keeper.before_append(self)
+            self.keeper.before_append(self, n_tokens)
         if drafts < n_tokens and self.accepted < self.length:
             raise InvariantError(
                 f"{self.length - self.accepted} drafts must be accepted or truncated first"
