@@ -30,6 +30,7 @@ KEYS = {
     "peak": {"cases", "verdicts"},
     "latents": {"cases"},
     "sharing": {"index", "copies", "policies"},
+    "retention": {"cases"},
     "streaming": {"cases", "recomputed_ppl", "sink_share", "verdicts"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}

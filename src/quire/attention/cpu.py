@@ -22,12 +22,11 @@ from quire.attention.latents import Latents, lay_out_latents, run_latents
 from quire.attention.observe import Attended
 from quire.attention.paid import Paid, plan_paid
 from quire.attention.read import Read, Seal, Write
-from quire.attention.reference import ALL, TorchBackend, kv_heads_of, turned_back
+from quire.attention.reference import ALL, TorchBackend
 from quire.attention.step import Step
 from quire.errors import ConfigError, InvariantError
 from quire.kernels import native
 from quire.kernels.native import DecodeArgs, EncodeArgs, Form, GatherArgs, Library, WriteArgs
-from quire.ops.attend import Partial, merge
 from quire.plan.layout import Layout
 from quire.spec import CacheGroup
 
@@ -66,8 +65,8 @@ class _Segments:
     groups: tuple[CacheGroup, ...]
     single: list[Read]
     chunks: list[Read]
-    turned: list[Read]
-    """Of single queries: the sinks of streaming spans, read with the queries turned back."""
+    turned: tuple[torch.Tensor, torch.Tensor] | None
+    """Tokens that read sinks turned back, and by how much; their segments belong to rows behind all tokens."""
     alive: list[Any]
     """What the addresses in `args` point at."""
     paid: dict[int, Paid] = field(default_factory=dict)
@@ -199,7 +198,9 @@ class CpuBackend(TorchBackend):
             if tiles is _UNKNOWN:
                 tiles = _lay_out(step.layout, plan.groups, layer, keys[0], value)
                 plan.tiles[layer, keys[0], value] = tiles
-        if plan is None or tiles is None or tiles.d != q.shape[2] or q.shape[1] % tiles.kv_heads:
+        unfit = plan is not None and plan.turned is not None and (attended, sinks) != (None, None)
+        unfit = unfit or tiles is None or tiles.d != q.shape[2] or q.shape[1] % tiles.kv_heads
+        if plan is None or tiles is None or unfit:
             return super().run(
                 step,
                 layer,
@@ -235,28 +236,19 @@ class CpuBackend(TorchBackend):
             out = q.new_empty(q.shape)
         if q.stride(2) != 1:
             q = q.contiguous()
+        if plan.turned is not None:
+            return self._with_sinks(step, layer, q, out, plan, tiles, scale, softcap or 0.0)
         args, logits = plan.args, None
         if sinks is not None:
             logits = sinks.detach().to(torch.float32).contiguous()
-        args.forms = tiles.address
-        args.q, args.out = q.data_ptr(), out.data_ptr()
-        args.q_row, args.q_head, _ = q.stride()
-        args.out_row, args.out_head, _ = out.stride()
-        args.sinks = None if logits is None else logits.data_ptr()
-        args.kv_heads, args.share, args.d = tiles.kv_heads, q.shape[1] // tiles.kv_heads, tiles.d
-        args.dtype, args.scale, args.softcap = dtype, scale, softcap or 0.0
-        args.threads, args.isa = torch.get_num_threads(), self.isa
-        if plan.turned:
-            options = (scale, keys, value, softcap, window)
-            return self._with_sinks(step, layer, q, plan, out, attended, options)
         if attended is None:
             args.lse = args.probs = None
-            self.library.decode(args)
+            self._decode(args, tiles, q, out, scale, softcap or 0.0, logits)
             return out
-        paid = plan.paid_to(args.kv_heads * (args.share if attended.fold == "each" else 1))
+        paid = plan.paid_to(q.shape[1] if attended.fold == "each" else tiles.kv_heads)
         flat = paid.ask(args, attended)
-        self.library.decode(args)
-        paid.answer(layer, args.kv_heads, flat, attended)
+        self._decode(args, tiles, q, out, scale, softcap or 0.0, logits)
+        paid.answer(layer, tiles.kv_heads, flat, attended)
         return out
 
     def _with_sinks(
@@ -264,32 +256,51 @@ class CpuBackend(TorchBackend):
         step: Step,
         layer: int,
         q: torch.Tensor,
-        plan: _Segments,
         out: torch.Tensor,
-        attended: Attended | None,
-        options: tuple[Any, ...],
+        plan: _Segments,
+        tiles: _Tiles,
+        scale: float,
+        softcap: float,
     ) -> torch.Tensor:
-        """The kernel's part and that of the sinks, whose queries are turned back, merged."""
-        if attended is not None:
-            raise InvariantError("no policy that scores goes with a streaming span")
-        args, lse = plan.args, torch.empty(q.shape[:2])
-        args.lse, args.probs = lse.data_ptr(), None
-        self.library.decode(args)
-        scale, keys, value, softcap, window = options
-        share = q.shape[1] // max(1, kv_heads_of(step.of_layer(layer)[2], layer))
-        for r in plan.turned:
-            heads = torch.tensor(
-                [h * share + g for h in r.group.heads(layer) for g in range(share)]
-            )
-            mine = turned_back(step, layer, r, q[r.tokens][:, :, heads])
-            part = self._read(
-                step, layer, r, mine, scale, keys, value, softcap, window, want_lse=True
-            )
-            at = r.tokens.unsqueeze(-1), heads
-            own = Partial(part.out.transpose(1, 2).float(), part.lse.transpose(1, 2).float())
-            both = merge(Partial(out[at].float(), lse[at]), own)
-            out[at], lse[at] = both.out.to(out.dtype), both.lse
+        """Single queries that read sinks turned back: as further rows of one call, merged with their own."""
+        assert plan.turned is not None
+        rows, back = plan.turned
+        n = len(q)
+        if step.turn is None:
+            raise InvariantError("a streaming span needs a model whose RoPE can be turned back")
+        both = torch.cat([q, step.turn(layer, q[rows], back)])
+        wide, lse = torch.empty_like(both), torch.empty(both.shape[:2])
+        plan.args.lse, plan.args.probs = lse.data_ptr(), None
+        self._decode(plan.args, tiles, both, wide, scale, softcap, None)
+        share = torch.sigmoid(lse[n:] - lse[rows]).unsqueeze(-1)
+        mine = torch.lerp(wide[rows].float(), wide[n:].float(), share).to(out.dtype)
+        if len(rows) == n:
+            return mine
+        for r in plan.single:
+            out[r.tokens.view(-1)] = wide[r.tokens.view(-1)]
+        out[rows] = mine
         return out
+
+    def _decode(
+        self,
+        args: DecodeArgs,
+        tiles: _Tiles,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """One call of the kernel, for queries that lie like `q: [n, H_q, D]`."""
+        args.forms = tiles.address
+        args.q, args.out = q.data_ptr(), out.data_ptr()
+        args.q_row, args.q_head, _ = q.stride()
+        args.out_row, args.out_head, _ = out.stride()
+        args.sinks = None if sinks is None else sinks.data_ptr()
+        args.kv_heads, args.share, args.d = tiles.kv_heads, q.shape[1] // tiles.kv_heads, tiles.d
+        args.dtype, args.scale, args.softcap = _DTYPES[q.dtype], scale, softcap
+        args.threads, args.isa = torch.get_num_threads(), self.isa
+        self.library.decode(args)
 
     def _absorbed(
         self, step: Step, layer: int, q: torch.Tensor, keys: tuple[str, ...], scale: float
@@ -403,17 +414,18 @@ def _plan_write(
 
 def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
     """The single queries' segments, sorted by query; None where there are none, or drafts of a lossy group are read."""
-    turned = [r for r in reads if r.queries == 1 and r.sinks and bool(r.turned.any())]
-    single = [r for r in reads if r.queries == 1 and r not in turned]
+    single = [r for r in reads if r.queries == 1]
     if not single or any(r.mode == "through" for r in single):
         return None
+    back = _turned_rows(single)
     groups = tuple(dict.fromkeys(r.source for r in single))
     rows = []
     for r in single:
         address, width = r.blocks.units.ctypes.data, r.blocks.units.strides[0]
         form = groups.index(r.source)
         for i, first in enumerate(r.firsts):
-            rows += [(address + i * width, form, first, lo, hi) for lo, hi in r.runs(i)]
+            query = back[first][0] + step.n_tokens if r.sinks and first in back else first
+            rows += [(address + i * width, form, query, lo, hi) for lo, hi in r.runs(i)]
     rows.sort(key=lambda x: x[2])
     segments = np.array(rows, native.SEGMENT)
     args = DecodeArgs(
@@ -422,7 +434,20 @@ def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
         n_segments=len(segments),
     )
     chunks = [r for r in reads if r.queries > 1]
+    turned = None
+    if back:
+        by = torch.tensor([[-n] for _, n in back.values()])
+        turned = torch.tensor(list(back)), by
     return _Segments(args, {}, groups, single, chunks, turned, [segments])
+
+
+def _turned_rows(single: list[Read]) -> dict[int, tuple[int, int]]:
+    """Tokens that read sinks turned back, ascending: which of them it is, and by how many positions."""
+    found: dict[int, int] = {}
+    for r in single:
+        if r.sinks:
+            found |= {f: n for f, n in zip(r.firsts, r.turned.view(-1).tolist(), strict=True) if n}
+    return {first: (at, found[first]) for at, first in enumerate(sorted(found))}
 
 
 def _lay_out(

@@ -208,11 +208,7 @@ class Keeper:
                 first = chain.group.tile_index(layer)
                 heads = chain.group.heads(layer)
                 tiles = slice(first, first + len(heads))
-                own = (
-                    torch.from_numpy(np.ascontiguousarray(positions[tiles]))
-                    .long()
-                    .to(rules.bridge.device)
-                )
+                own = torch.from_numpy(np.array(positions[tiles])).long().to(rules.bridge.device)
                 kept = inside(own, always)
                 seen = self._show(table, chain, layer, tiles, own, low)
                 found = policy.score(seen)

@@ -8,7 +8,7 @@ the two ways to pair channels and the number of channels that turn, the ones are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,18 +29,28 @@ class Rope:
 
     angles: torch.Tensor
     halves: bool
+    last: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def turn(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """`x: [..., D]` moved on by `by: [...]` positions; channels beyond the angles stay."""
         d = 2 * len(self.angles)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        theta = by.to(dtype).unsqueeze(-1) * self.angles.to(x.device, dtype)
-        cos, sin = theta.cos(), theta.sin()
+        cos, sin = self._waves(by, dtype)
         y = x[..., :d].to(dtype)
         a, b = (y[..., : d // 2], y[..., d // 2 :]) if self.halves else (y[..., ::2], y[..., 1::2])
         turned = a * cos - b * sin, b * cos + a * sin
         both = torch.cat(turned, -1) if self.halves else torch.stack(turned, -1).flatten(-2)
         return torch.cat([both.to(x.dtype), x[..., d:]], -1)
+
+    def _waves(self, by: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines; those of the same tensor again are not computed again, since all layers ask with it."""
+        known = self.last.get("waves")
+        if known is None or known[0] is not by or known[1].dtype != dtype:
+            theta = by.to(dtype).unsqueeze(-1) * self.angles.to(by.device, dtype)
+            known = self.last["waves"] = (by, theta.cos(), theta.sin())
+        return known[1], known[2]
 
 
 class Turner:
