@@ -8,19 +8,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import typer
-import typer.main
-
 from quire.cli.console import INTERRUPTED, ReaderGoneError, quiet_libraries, say
 from quire.errors import InvariantError, QuireError
 
 if TYPE_CHECKING:
+    import typer
+
     from quire.cli.commands import app
 
 __all__ = ["app", "invoke", "main"]
-
-UsageError: Any = typer.BadParameter.__mro__[1]
-"""click's, or that of the click inside typer: newer versions carry their own."""
 
 SPINS = "20000"
 """How long a thread of torch's OpenMP spins before it sleeps. GNU's default is so long that two commands on one machine
@@ -43,25 +39,16 @@ def invoke(arguments: Sequence[str]) -> int:
     Returns:
         0; 2 for what was refused; 130 when interrupted; 141 when nobody reads stdout any more; 70 for a bug of ours.
     """
-    command = typer.main.get_command(_grammar(arguments))
     try:
         with quiet_libraries():
-            code = command.main(list(arguments), prog_name="quire", standalone_mode=False)
+            code = _run(list(arguments))
             sys.stdout.flush()
-    except UsageError as e:
-        where = getattr(getattr(e, "ctx", None), "command_path", "quire")
-        message = e.format_message()
-        say(f"{message.rstrip('.')}; see {where} --help", "red")
-        return 2
     except InvariantError as e:
         say(f"a bug in Quire, please report it: {e}", "bold red")
         return e.exit_code
     except QuireError as e:
         say(" ".join(str(e).split()), "red")
         return 2
-    except (KeyboardInterrupt, typer.Abort):
-        say("interrupted", "yellow")
-        return INTERRUPTED
     except (ReaderGoneError, BrokenPipeError):
         _drop_stdout()
         return BROKEN_PIPE
@@ -70,7 +57,52 @@ def invoke(arguments: Sequence[str]) -> int:
         where = f" ({e.filename})" if e.filename else ""
         say(f"the system refused a file or a stream{where}: {e.strerror or e}", "red")
         return 2
+    except KeyboardInterrupt:
+        return _interrupted()
+    except _abort():
+        return _interrupted()
+    except _usage_error() as e:
+        where = getattr(getattr(e, "ctx", None), "command_path", "quire")
+        message = e.format_message()
+        say(f"{message.rstrip('.')}; see {where} --help", "red")
+        return 2
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """A plain line of `plan` is run at once: typer takes longer to be imported than a plan takes."""
+    if arguments and arguments[0] == "plan":
+        from quire.cli import plan
+        from quire.cli.flags import read_plainly
+
+        values = read_plainly(plan.command, arguments[1:])
+        if values is not None:
+            plan.command(**values)
+            return 0
+    import typer.main
+
+    command = typer.main.get_command(_grammar(arguments))
+    code = command.main(arguments, prog_name="quire", standalone_mode=False)
     return code if isinstance(code, int) else 0
+
+
+def _usage_error() -> Any:
+    """click's, or that of the click inside typer: newer versions carry their own."""
+    import typer
+
+    return typer.BadParameter.__mro__[1]
+
+
+def _abort() -> Any:
+    """What typer makes of Ctrl-C."""
+    import typer
+
+    return typer.Abort
+
+
+def _interrupted() -> int:
+    say("interrupted", "yellow")
+    return INTERRUPTED
 
 
 def _grammar(arguments: Sequence[str]) -> typer.Typer:
@@ -78,7 +110,7 @@ def _grammar(arguments: Sequence[str]) -> typer.Typer:
     if arguments and arguments[0] == "plan":
         from quire.cli.plan import alone
 
-        return alone
+        return alone()
     from quire.cli.commands import app
 
     return app

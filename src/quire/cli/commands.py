@@ -11,6 +11,7 @@ import typer
 from quire import __version__
 from quire.cli import bench, claims, evaluate, plan
 from quire.cli.console import interruptible
+from quire.cli.flags import for_typer
 from quire.codecs.recipe import available
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
@@ -334,5 +335,5 @@ def tour(
 
 app.command("eval")(evaluate.command)
 app.command("bench")(bench.command)
-app.command("plan")(plan.command)
+app.command("plan")(for_typer(plan.command))
 app.command("claims")(claims.command)

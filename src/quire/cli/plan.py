@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from quire.cli.flags import Flag, for_typer
 from quire.errors import ConfigError
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
 
 if TYPE_CHECKING:
+    import typer
+
     from quire.plan.demand import Setup
 
 __all__ = ["alone", "command"]
@@ -20,110 +21,106 @@ __all__ = ["alone", "command"]
 _WHAT, _CACHE, _WHERE, _OUTPUT = "What", "Cache", "Where", "Output"
 
 
-def _option(panel: str, name: str, metavar: str, text: str) -> Any:
-    return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel, show_default=False)
-
-
 def command(
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="MODEL",
-            show_default=False,
-            help="A config.json, a model folder, a name in the catalogue (--list) or a hub id. Without it the model "
+        Flag(
+            "",
+            "MODEL",
+            "A config.json, a model folder, a name in the catalogue (--list) or a hub id. Without it the model "
             "that QUIRE_MODEL names, else the packaged one.",
         ),
     ] = None,
     context: Annotated[
         int | None,
-        _option(
-            _WHAT,
+        Flag(
             "--context",
             "N",
             "Cached tokens per user; default: the trained context, 4096 if unknown.",
+            _WHAT,
         ),
     ] = None,
-    users: Annotated[int, _option(_WHAT, "--users", "N", "At the same time; default: 1.")] = 1,
+    users: Annotated[int, Flag("--users", "N", "At the same time; default: 1.", _WHAT)] = 1,
     lengths: Annotated[
         str | None,
-        _option(
-            _WHAT,
+        Flag(
             "--lengths",
             "FILE.csv",
             "Tokens of real requests, one per line: expected demand and its 99th percentile.",
+            _WHAT,
         ),
     ] = None,
     images: Annotated[
-        int, _option(_WHAT, "--images", "N", "Per user, where the config says what one takes.")
+        int, Flag("--images", "N", "Per user, where the config says what one takes.", _WHAT)
     ] = 0,
     encoder_tokens: Annotated[
         int | None,
-        _option(_WHAT, "--encoder-tokens", "N", "Input of an encoder-decoder, per user."),
+        Flag("--encoder-tokens", "N", "Input of an encoder-decoder, per user.", _WHAT),
     ] = None,
     kv: Annotated[
         list[str] | None,
-        _option(
-            _CACHE,
+        Flag(
             "--kv",
             "RECIPE",
             "How keys and values are stored: auto (default: the model's own dtype), int8, int4, kivi:bits=2, …; may be "
             "repeated.",
+            _CACHE,
         ),
     ] = None,
     keep: Annotated[
-        str, _option(_CACHE, "--keep", "POLICY", "Which tokens are kept; default: full.")
+        str, Flag("--keep", "POLICY", "Which tokens are kept; default: full.", _CACHE)
     ] = "full",
     block_tokens: Annotated[
         int,
-        _option(_CACHE, "--block-tokens", "N", f"Per block; default: {DEFAULT_BLOCK_TOKENS}."),
+        Flag("--block-tokens", "N", f"Per block; default: {DEFAULT_BLOCK_TOKENS}.", _CACHE),
     ] = DEFAULT_BLOCK_TOKENS,
     dtype: Annotated[
         str | None,
-        _option(_CACHE, "--dtype", "NAME", "What the model computes in; default: the config's."),
+        Flag("--dtype", "NAME", "What the model computes in; default: the config's.", _CACHE),
     ] = None,
     device: Annotated[
         str | None,
-        _option(_WHERE, "--device", "NAME|BYTES", "h100, a100-40, … (--list), or memory as 8GiB."),
+        Flag("--device", "NAME|BYTES", "h100, a100-40, … (--list), or memory as 8GiB.", _WHERE),
     ] = None,
     tp: Annotated[
-        int, _option(_WHERE, "--tp", "N", "Devices that share every layer; default: 1.")
+        int, Flag("--tp", "N", "Devices that share every layer; default: 1.", _WHERE)
     ] = 1,
     weights: Annotated[
         str | None,
-        _option(
-            _WHERE,
+        Flag(
             "--weights",
             "FORM|BYTES",
             "bfloat16, fp8, int8, int4, nf4, mxfp4 or a size as 40GiB; default: as the config or the files say.",
+            _WHERE,
         ),
     ] = None,
     reserve: Annotated[
         float,
-        _option(
-            _WHERE,
+        Flag(
             "--reserve",
             "SHARE",
             "Of each device, left to the runtime and to fragmentation; default: 0.1.",
+            _WHERE,
         ),
     ] = 0.1,
     price: Annotated[
         float | None,
-        _option(_WHERE, "--price", "MONEY", "Of one device for an hour, in any currency."),
+        Flag("--price", "MONEY", "Of one device for an hour, in any currency.", _WHERE),
     ] = None,
     plot: Annotated[
         str | None,
-        _option(
-            _OUTPUT,
+        Flag(
             "--plot",
             "FILE",
             "Memory over context as .png, .svg or .html; needs matplotlib (the extra `plot`).",
+            _OUTPUT,
         ),
     ] = None,
     json: Annotated[
-        bool, _option(_OUTPUT, "--json", " ", "One JSON document on stdout and nothing else.")
+        bool, Flag("--json", " ", "One JSON document on stdout and nothing else.", _OUTPUT)
     ] = False,
     list_: Annotated[
-        bool, _option(_OUTPUT, "--list", " ", "Known models and devices, with their sources.")
+        bool, Flag("--list", " ", "Known models and devices, with their sources.", _OUTPUT)
     ] = False,
 ) -> None:
     """Say how much memory, how many users, which technique, on which device.
@@ -327,18 +324,21 @@ def _list(*, json: bool) -> None:
         out().print(table)
 
 
-alone = typer.Typer(
-    name="quire",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-"""`plan` without the other commands, whose imports take longer than a plan."""
+def alone() -> typer.Typer:
+    """A grammar of `plan` without the other commands, whose imports take longer than a plan."""
+    import typer
 
-alone.command("plan")(command)
+    grammar = typer.Typer(
+        name="quire",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    grammar.command("plan")(for_typer(command))
 
+    @grammar.callback()
+    def _quire() -> None:
+        """The KV cache for transformer inference as one system."""
 
-@alone.callback()
-def _quire() -> None:
-    """The KV cache for transformer inference as one system."""
+    return grammar

@@ -16,7 +16,6 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from quire.errors import ConfigError
@@ -39,10 +38,17 @@ def _own() -> frozenset[str]:
     )
 
 
+def _others() -> Iterable[Any]:
+    """Entry points of other packages."""
+    from importlib.metadata import entry_points  # itself slow to import, and rarely needed
+
+    return entry_points(group="quire.codecs")
+
+
 @cache
 def available() -> tuple[str, ...]:
     """Names of all codecs: the files of this folder and the entry points of other packages."""
-    return tuple(sorted(_own() | {e.name for e in entry_points(group="quire.codecs")}))
+    return tuple(sorted(_own() | {e.name for e in _others()}))
 
 
 @cache
@@ -54,7 +60,7 @@ def codec_class(name: str) -> type[Any]:
     if name in _own():
         own: type[Any] = importlib.import_module(f"quire.codecs.{name}").Codec
         return own
-    for entry in entry_points(group="quire.codecs"):
+    for entry in _others():
         if entry.name == name:
             found: type[Any] = entry.load()
             return found
