@@ -16,7 +16,7 @@ from quire.plan.answer import answer
 from quire.plan.catalogue import device_names, find_device, known_model, parse_bytes
 from quire.plan.demand import Demand, Setup
 from quire.plan.fit import MEASURED_KL, remedies
-from quire.plan.lengths import mix, read_lengths
+from quire.plan.lengths import mix, read_lengths, read_requests
 from quire.plan.shape import read_shape
 from quire.plan.speed import Speed
 from quire.plan.weights import Parameters, count_parameters, form_of, weight_bytes
@@ -298,18 +298,21 @@ def test_lengths_of_real_requests(shared: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "lengths"),
+    ("text", "requests"),
     [
-        ("5\n7\n", [5, 7]),
-        ("tokens\n5\n7\n", [5, 7]),
-        ("prompt_tokens,output_tokens\n5,1\n7,2\n", [6, 9]),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,4808,10\n", [4818]),
+        ("5\n7\n", [(5,), (7,)]),
+        ("5,1\n7,2\n", [(5, 1), (7, 2)]),
+        ("\ufefftokens\n5\n7\n", [(5,), (7,)]),
+        ("prompt_tokens,output_tokens\n5,1\n7,2\n", [(5, 1), (7, 2)]),
+        ("output_tokens,prompt_tokens\n1,5\n0,0\n2,7\n", [(5, 1), (7, 2)]),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,4808,10\n", [(4808, 10)]),
     ],
 )
-def test_lengths_in_their_usual_forms(tmp_path: Path, text: str, lengths: list[int]) -> None:
+def test_lengths_in_their_usual_forms(tmp_path: Path, text: str, requests: Any) -> None:
     file = tmp_path / "lengths.csv"
-    file.write_text(text)
-    assert read_lengths(file) == lengths
+    file.write_text(text, encoding="utf-8")
+    assert read_requests(file) == requests
+    assert read_lengths(file) == [sum(parts) for parts in requests]
 
 
 @pytest.mark.parametrize(
@@ -318,6 +321,9 @@ def test_lengths_in_their_usual_forms(tmp_path: Path, text: str, lengths: list[i
         ("", "is empty"),
         ("a,b\n1,2\n", "not clear from a, b"),
         ("tokens\nmany\n", "line 2 holds no counts"),
+        ("tokens\n3\nnan\n", "line 3 holds no counts"),
+        ("3\ninf\n", "line 2 holds no counts"),
+        ("1,2,3\n", "not clear from column 1, column 2, column 3"),
         ("tokens\n0\n", "no request in it"),
         ("prompt,output\n5\n", "line 2"),
     ],

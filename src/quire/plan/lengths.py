@@ -17,7 +17,8 @@ from pathlib import Path
 from quire.errors import ConfigError
 from quire.plan.demand import Demand
 
-_PARTS = ("prompt", "prefill", "context", "input", "decode", "generat", "output", "answer")
+_PROMPT = ("prompt", "prefill", "context", "input")
+_OUTPUT = ("decode", "generat", "output", "answer")
 _WHOLE = ("length", "tokens", "total")
 _DRAWS = 2000
 _SAMPLED = 64
@@ -93,35 +94,47 @@ def read_lengths(path: Path) -> list[int]:
     Raises:
         ConfigError: no such file, no such columns, or something that is no count.
     """
+    return [sum(parts) for parts in read_requests(path)]
+
+
+def read_requests(path: Path) -> list[tuple[int, ...]]:
+    """The same with its parts: (prompt, output) where the file tells them apart, else (tokens,).
+
+    Raises:
+        ConfigError: as `read_lengths`.
+    """
     try:
-        with path.open(newline="", encoding="utf-8") as f:
+        with path.open(newline="", encoding="utf-8-sig") as f:
             rows = [row for row in csv.reader(f) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--lengths {path}: {getattr(e, 'strerror', None) or e}") from e
     if not rows:
         raise ConfigError(f"--lengths {path}: the file is empty")
-    head, body = rows[0], rows[1:]
-    if all(_number(cell) is not None for cell in head):
-        head, body = [f"tokens {i}" for i in range(len(head))], rows
-        columns = list(range(len(head)))
-    else:
-        columns = [i for i, name in enumerate(head) if _any(name, _PARTS)]
-        columns = columns or [i for i, name in enumerate(head) if _any(name, _WHOLE)][:1]
+    headless = all(_number(cell) is not None for cell in rows[0])
+    columns = list(range(len(rows[0]))) if headless else _columns(rows[0])
     if not columns or len(columns) > 2:
+        names = [f"column {i}" for i in range(1, len(rows[0]) + 1)] if headless else rows[0]
         raise ConfigError(
-            f"--lengths {path}: columns of token counts are not clear from {', '.join(head)}; name them "
+            f"--lengths {path}: columns of token counts are not clear from {', '.join(names)}; name them "
             "prompt_tokens and output_tokens, or have one called tokens"
         )
     out = []
-    for at, row in enumerate(body, 2 if body is not rows else 1):
+    for at, row in enumerate(rows[0 if headless else 1 :], 1 if headless else 2):
         found = [_number(row[i]) if i < len(row) else None for i in columns]
-        if any(x is None or x < 0 for x in found):
+        if any(x is None or not 0 <= x < math.inf for x in found):
             raise ConfigError(f"--lengths {path}: line {at} holds no counts of tokens")
-        out.append(sum(int(x) for x in found if x is not None))
-    out = [n for n in out if n]
+        out.append(tuple(int(x) for x in found if x is not None))
+    out = [parts for parts in out if sum(parts)]
     if not out:
         raise ConfigError(f"--lengths {path}: no request in it has any tokens")
     return out
+
+
+def _columns(head: Sequence[str]) -> list[int]:
+    """Where the counts are: prompts before outputs."""
+    prompts = [i for i, name in enumerate(head) if _any(name, _PROMPT)]
+    outputs = [i for i, name in enumerate(head) if _any(name, _OUTPUT) and i not in prompts]
+    return prompts + outputs or [i for i, name in enumerate(head) if _any(name, _WHOLE)][:1]
 
 
 def mix(demand: Demand, lengths: Sequence[int]) -> Mix:
