@@ -9,17 +9,27 @@ from typing import Any
 import pytest
 
 from quire.errors import CapacityError
-from quire.evaluate.claims import Claim, Outcome, arithmetic, later, measured, run_claims
-from quire.evaluate.claims.arithmetic import projections
+from quire.evaluate.claims import (
+    Claim,
+    Outcome,
+    arithmetic,
+    later,
+    measured,
+    memory,
+    rates,
+    run_claims,
+)
+from quire.evaluate.claims.arithmetic import projections, scores
 from quire.evaluate.claims.slips import slips
 
-ALL = (*arithmetic.CLAIMS, *measured.CLAIMS, *later.CLAIMS)
-LENGTHS = [300, 500, 700, 900, 2400] * 40
+PARTS = (arithmetic, measured, memory, rates, later)
+ALL = tuple(c for part in PARTS for c in part.CLAIMS)
+REQUESTS = [(n - 100, 100) for n in (300, 500, 700, 900, 2400)] * 40
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, Any]]:
-    bench = measured.Bench(quick=True, lengths=LENGTHS)
+    bench = measured.Bench(quick=True, requests=REQUESTS)
     return {r["name"]: r for r in run_claims(arithmetic.CLAIMS, bench)}
 
 
@@ -27,6 +37,7 @@ def rows() -> dict[str, dict[str, Any]]:
     ("name", "verdict", "figures"),
     [
         ("projections", "arithmetic", ["1,124,750", "2,499"]),
+        ("attention", "arithmetic", ["8.00 and 4.00 times"]),
         ("document", "arithmetic", ["99.8%"]),
         ("sizes", "arithmetic", ["0.5 MiB and 2 GiB", "0.3125 MiB and 1.25 GiB", "4.5 MiB"]),
         ("70b", "arithmetic", ["1.25 GiB, 10 GiB, 40 GiB, 305.18 GiB", "320 GiB"]),
@@ -52,7 +63,7 @@ def test_arithmetic(rows: Any, name: str, verdict: str, figures: list[str]) -> N
 
 
 def test_every_claim_of_arithmetic_is_in_that_table(rows: Any) -> None:
-    assert len(rows) == len(arithmetic.CLAIMS) == 17
+    assert len(rows) == len(arithmetic.CLAIMS) == 18
 
 
 def test_without_lengths_the_claims_about_paging_say_what_they_need() -> None:
@@ -63,6 +74,13 @@ def test_without_lengths_the_claims_about_paging_say_what_they_need() -> None:
 
 def test_the_count_of_projections_is_a_sum() -> None:
     assert projections(3, 4) == (3 + 4 + 5 + 6, 3 + 3)
+
+
+def test_the_count_of_scores_is_that_of_two_loops() -> None:
+    for prompt, output in ((3, 4), (0, 5), (7, 1)):
+        without = sum(q + 1 for i in range(output) for q in range(prompt + i))
+        cached = sum(q + 1 for q in range(prompt + output - 1))
+        assert scores(prompt, output) == (without, cached)
 
 
 def test_names_are_unique_and_verdicts_known() -> None:
@@ -113,6 +131,98 @@ def test_counts_on_the_packaged_model(name: str, verdict: str) -> None:
     if name == "projections-run":
         assert "2,544" in found.ours
         assert "95" in found.ours
+
+
+# -- rooms, blocks and windows -----------------------------------------------------------------------------------
+
+
+def test_requests_are_shortened_alike() -> None:
+    requests, by = memory.scaled(REQUESTS, 50, 240)
+    assert by == 10
+    assert set(requests) == {(20, 10), (40, 10), (60, 10), (80, 10), (230, 10)}
+    assert len(requests) == 50
+    assert requests == memory.scaled(REQUESTS, 50, 240)[0]
+    assert memory.scaled([(5, 5)], 9, 100) == ([(5, 5)], 1.0)
+
+
+def test_rooms_hold_four_and_blocks_as_many_as_fit() -> None:
+    """Counts, not times: 8 requests of 40 tokens in an arena of four rooms of 128."""
+    bench = measured.Bench(quick=True)
+    requests = [(30, 10)] * 8
+    ways = {
+        (block, waves): memory.serve(bench, requests, room=128, block=block, waves=waves)
+        for block, waves in ((128, True), (128, False), (16, False))
+    }
+    assert all(s.tokens == 80 and s.preempted == 0 for s in ways.values())
+    assert [s.steps for s in ways.values()] == [20, 20, 10]
+    assert [s.users for s in ways.values()] == [4, 4, 8]
+
+
+def test_uneven_requests_join_as_others_leave() -> None:
+    bench = measured.Bench(quick=True)
+    requests = [(8, 4), (8, 20), (8, 4), (8, 4), (8, 16), (8, 4), (8, 4), (8, 4)]
+    waves, joined = (
+        memory.serve(bench, requests, room=32, block=32, waves=w) for w in (True, False)
+    )
+    assert waves.steps == 20 + 16
+    assert joined.steps == 20
+    assert joined.users > waves.users
+
+
+def test_waste_is_what_the_last_block_leaves() -> None:
+    assert memory.waste_of([32, 64], 32) == 0
+    assert memory.waste_of([1, 33], 32) == pytest.approx(1 - 34 / 96)
+
+
+@pytest.mark.parametrize(("name", "verdict"), [("window", "reproduced"), ("block-size", None)])
+def test_claims_about_layout(name: str, verdict: str | None) -> None:
+    (claim,) = (c for c in memory.CLAIMS if c.name == name)
+    found = claim.run(measured.Bench(quick=True))
+    if verdict is not None:  # the other one compares times
+        assert found.verdict == verdict, found
+        assert "up to position 124, and 4 x 31 = 124" in found.ours
+        assert "65,536 bytes" in found.ours
+    else:
+        assert "256, 128, 64, 32, 16, 8 blocks" in found.ours
+        assert "drawn evenly" in found.why
+
+
+def test_paging_needs_prompts_and_outputs() -> None:
+    (claim,) = (c for c in memory.CLAIMS if c.name == "paging-speed")
+    found = claim.run(measured.Bench(requests=[(5,), (6,)]))
+    assert found.verdict == "not here"
+    assert "prompt and output" in found.why
+
+
+# -- rates -------------------------------------------------------------------------------------------------------
+
+
+def test_the_line_through_points() -> None:
+    line = rates.fit([(0, 1.0), (10, 3.0), (20, 5.0)])
+    assert (line.fixed_s, line.s_per_byte, line.r2) == pytest.approx((1, 0.2, 1))
+    assert rates.fit([(0, 1.0), (10, 5.0), (20, 3.0)]).r2 == pytest.approx(0.25)
+
+
+def test_the_machine_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that the claim divides by, against those of the tables; a step leaves a text as it was."""
+    small = dict(layers=2, hidden=64, heads=2, intermediate=96, vocab=128)
+    monkeypatch.setattr(rates, "SHAPE", small)
+    machine = rates.Machine((48, 600))
+    try:
+        assert machine.cache_bytes(600) == 600 * 2 * 2 * 64 * 4 == machine.texts[600].used_bytes()
+        per_layer = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64
+        assert machine.weight_bytes == 4 * (2 * per_layer + 64 + 128 * 64)
+        for _ in range(2):
+            machine.decode(600)
+        assert machine.texts[600].length == 600
+        machine.prefill()
+        assert machine.runner.usage().held_bytes == sum(
+            t.held_bytes() for t in machine.texts.values()
+        )
+        found = rates.measure(machine, 1)
+        assert set(found) == {48, 600, "prompt", "read", "product"}
+    finally:
+        machine.close()
 
 
 def test_the_published_page_lists_every_claim_and_slip() -> None:

@@ -27,7 +27,7 @@ def command(
         typer.Option(
             metavar="FILE.csv",
             show_default=False,
-            help="Tokens of recorded requests, for the claims about paging.",
+            help="Tokens of recorded requests, for the claims about paging; best as prompt and output.",
         ),
     ] = None,
     page: Annotated[
@@ -48,22 +48,22 @@ def command(
     [dim]quire claims --quick[/dim]
     """
     from quire.bench.machine import commit, hardware
-    from quire.evaluate.claims import arithmetic, later, measured, run_claims
+    from quire.evaluate.claims import arithmetic, later, measured, memory, rates, run_claims
     from quire.evaluate.claims.slips import slips
 
-    claims = [*arithmetic.CLAIMS, *measured.CLAIMS, *later.CLAIMS]
+    claims = [c for part in (arithmetic, measured, memory, rates, later) for c in part.CLAIMS]
     names = [c.name for c in claims]
     unknown = [n for n in only or () if n not in names]
     if unknown:
         raise ConfigError(f"unknown claim {unknown[0]!r}; known: {', '.join(names)}")
-    recorded: list[int] = []
+    recorded: list[tuple[int, ...]] = []
     if lengths is not None:
-        from quire.plan.lengths import read_lengths
+        from quire.plan.lengths import read_requests
 
-        recorded = read_lengths(Path(lengths))
+        recorded = read_requests(Path(lengths))
     chosen = [c for c in claims if not only or c.name in only]
     quiet_transformers()
-    bench = measured.Bench(quick=quick, lengths=recorded)
+    bench = measured.Bench(quick=quick, requests=recorded)
     try:
         with spinner("running …") as status:
             tell = (lambda _: None) if status is None else status.update

@@ -2,6 +2,8 @@
 
 arithmetic.py   what follows from shapes: sizes, ratios, what fits; no torch
 measured.py     what is run on the packaged model, on this machine
+memory.py       rooms and blocks, blocks of which size, windows
+rates.py        what a step waits for: bytes or operations
 later.py        what needs a part that Quire does not have yet, or a machine that this is not
 slips.py        wrong numbers in circulation, with the right ones
 page.py         docs/claims.md

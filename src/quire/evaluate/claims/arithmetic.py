@@ -12,7 +12,7 @@ from quire.plan.shape import read_shape
 from quire.plan.weights import count_parameters, weight_bytes
 from quire.spec import KVConfig
 
-__all__ = ["CLAIMS", "demand", "gib", "projections"]
+__all__ = ["CLAIMS", "demand", "gib", "projections", "scores"]
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -35,6 +35,13 @@ def projections(prompt: int, output: int) -> tuple[int, int]:
     return without, prompt + output - 1
 
 
+def scores(prompt: int, output: int) -> tuple[int, int]:
+    """Pairs of query and key to write `output` tokens: without a cache, and with one."""
+    without = sum((n := prompt + i) * (n + 1) // 2 for i in range(output))
+    last = prompt + output - 1  # the last token is never read
+    return without, last * (last + 1) // 2
+
+
 def _sum(
     ours: str, *, holds: bool, why: str = "", ratios: tuple[tuple[str, float, float], ...] = ()
 ) -> Outcome:
@@ -47,6 +54,19 @@ def _quadratic(_: Any) -> Outcome:
         f"{without:,} token projections without a cache, {cached:,} with it: {without / cached:,.0f} times fewer",
         holds=without == 1_124_750 and cached == 2499,
         why="the prompt again for each token; with a cache each token once, the last one never",
+    )
+
+
+def _cubic(_: Any) -> Outcome:
+    without, cached = scores(2000, 500)
+    long = scores(0, 20_000)
+    growth = [b / a for a, b in zip(scores(0, 10_000), long, strict=True)]
+    return _sum(
+        f"2,000 + 500 tokens: {without:,} pairs of query and key without a cache, {cached:,} with it: "
+        f"{without / cached:,.0f} times fewer; twice as long a text takes {growth[0]:.2f} and {growth[1]:.2f} times "
+        "as many",
+        holds=[round(g, 2) for g in growth] == [8, 4],
+        why="per head and layer, each query with what is up to it; without a cache every step asks all again",
     )
 
 
@@ -255,6 +275,12 @@ CLAIMS = (
         "token projections without one and about 2,500 with it",
         "common knowledge",
         _quadratic,
+    ),
+    Claim(
+        "attention",
+        "A cache turns the attention of a generation from cubic to quadratic",
+        "common knowledge",
+        _cubic,
     ),
     Claim(
         "document",

@@ -42,10 +42,4 @@ CLAIMS = (
         "DeepSeek-V2, arXiv 2405.04434",
         _no("compares two models of hundreds of gigabytes on eight accelerators"),
     ),
-    Claim(
-        "paging-speed",
-        "Paging serves 2 to 4 times the tokens per second",
-        "vLLM, arXiv 2309.06180",
-        _no("the gain is larger batches on an accelerator; see paging-users for how many fit"),
-    ),
 )

@@ -23,12 +23,13 @@ class Bench:
 
     Args:
         quick: shorter runs.
-        lengths: tokens of recorded requests, for the claims that need some.
+        requests: recorded ones, for the claims that need some: (prompt, output) in tokens, or (tokens,).
     """
 
-    def __init__(self, *, quick: bool = False, lengths: Sequence[int] = ()) -> None:
+    def __init__(self, *, quick: bool = False, requests: Sequence[tuple[int, ...]] = ()) -> None:
         self.quick = quick
-        self.lengths = list(lengths)
+        self.lengths = [sum(parts) for parts in requests]
+        self.requests = [(p[0], p[1]) for p in requests if len(p) == 2]
 
     @cached_property
     def loaded(self) -> Any:
@@ -45,11 +46,11 @@ class Bench:
         return found
 
     @contextmanager
-    def opened(self, kv: str) -> Iterator[Any]:
-        """A runner over a fresh cache, or over none."""
+    def opened(self, kv: str, **more: Any) -> Iterator[Any]:
+        """A runner over a fresh cache, or over none. `more` are options of `open_runner`."""
         from quire.models.open import open_runner
 
-        options: dict[str, Any] = {} if kv == "none" else {"memory": MEMORY_BYTES}
+        options: dict[str, Any] = {} if kv == "none" else {"memory": MEMORY_BYTES} | more
         runner = open_runner(self.loaded.model, kv=kv, weights="plain", **options)
         try:
             yield runner
