@@ -202,8 +202,8 @@ def _bound(bench: Any) -> Outcome:
         "reproduced" if decode and prefill else "contradicted",
         f"a random Llama of {n_weights / 1e6:.0f} M weights in float32; {stream / 1e9:.1f} GB/s and "
         f"{rate / 1e9:.0f} G operations/s in the same turns, the least time of each. What does not fit: the cache is "
-        f"read at {slope / stream:.0%} of that rate, and {1e3 * (line.fixed_s - weights / stream):.1f} ms of every step "
-        "are neither (products with one row, and Python between the layers)",
+        f"read at {slope / stream:.0%} of that rate, and {1e3 * (line.fixed_s - weights / stream):.1f} ms of every "
+        "step are neither (products with one row, and Python between the layers)",
     )
 
 
