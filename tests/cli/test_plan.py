@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,31 @@ def test_curves_hold_what_the_planner_says() -> None:
     for tokens, n_bytes in found["int8"]:
         assert n_bytes == Demand(setup).sequence_bytes(tokens)
     assert found["int8"][-1][0] == 8 * 4096
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "label"),
+    [("h100", 4, "4 x h100: 320 GiB"), ("l4", 1, "l4: 24 GiB"), ("8GiB", 1, "8GiB")],
+)
+def test_the_lines_of_a_picture_say_what_they_are(device: str, ranks: int, label: str) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from quire.cli.plan import _setup
+    from quire.cli.plan_plot import _fill
+    from quire.plan.answer import answer
+    from quire.spec import KVConfig
+
+    setup = replace(_setup("gpt2", KVConfig(), device, None, None), ranks=ranks)
+    axes = Figure().add_subplot()
+    _fill(axes, [setup], answer(setup, context=400_000))
+    labels = [line.get_label() for line in axes.lines]
+    assert label in labels
+    assert not any("trained context" in str(x) for x in labels)  # far to the left of the curves
+    assert axes.xaxis.get_major_formatter()(1 << 20) == "1M"
+    axes.clear()
+    _fill(axes, [setup], answer(setup, context=1024))
+    assert "trained context 1,024" in [line.get_label() for line in axes.lines]
 
 
 def test_without_matplotlib_it_says_what_to_install(

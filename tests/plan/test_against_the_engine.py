@@ -8,6 +8,7 @@ import zoo
 from quire.codecs.recipe import available
 from quire.errors import ConfigError
 from quire.models.attach import connect
+from quire.plan.checked import CHECKED
 from quire.plan.demand import Demand, Setup
 from quire.plan.layout import build_layout
 from quire.plan.shape import ModelShape, read_shape
@@ -127,5 +128,6 @@ def test_every_class_of_the_sweep_is_read_as_it_runs() -> None:
         by_layer = sorted(shape.layers, key=repr)
         assert by_layer == sorted(found.layers, key=repr), kind
         assert shape.shared == found.shared, kind
+        assert shape.kind in CHECKED, kind
         read += 1
     assert read >= 150

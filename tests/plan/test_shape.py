@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import zoo
 from quire.errors import ConfigError
 from quire.plan.catalogue import known_model, model_names
+from quire.plan.checked import CHECKED
 from quire.plan.demand import Demand, Setup
+from quire.plan.fields import Fields
 from quire.plan.layout import KVLayer, StateLayer
 from quire.plan.shape import ModelShape, read_shape
+from quire.plan.weights import count_parameters
 from quire.spec import Chunked, Full, KVConfig, Window
 
 LLAMA: dict[str, Any] = {
@@ -22,6 +30,10 @@ LLAMA: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "vocab_size": 128256,
     "intermediate_size": 14336,
+}
+MAMBA = {"model_type": "mamba", "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16} | {
+    "conv_kernel": 4,
+    "torch_dtype": "float32",
 }
 
 
@@ -214,6 +226,15 @@ def without(*names: str, **more: Any) -> dict[str, Any]:
         (without(model_type="zamba2"), "layers attend is missing"),
         (without(attn_layer_period=8), "attn_layer_offset is missing"),
         (without(torch_dtype="int3"), "unknown dtype 'int3'"),
+        (without(layer_types=5), "layer_types must list a name per layer, not 5"),
+        (without(model_type="jamba"), "not alike, and attn_layer_period, .* is missing"),
+        (without(model_type="llama4_text"), "attention_chunk_size, .* is missing"),
+        (without(model_type="qwen3_next"), "layer_types, which tells them apart, is missing"),
+        (without(model_type="deepseek_v4"), "attention over compressed blocks"),
+        (without(num_key_value_heads=[8]), r"num_key_value_heads cannot be \[8\] in a llama"),
+        (without(head_dim=128, v_head_dim=-64), "v_head_dim must be .* not -64"),
+        (MAMBA | {"expand": -2}, r"layer 0 would store conv0 of shape \[1, -"),
+        (without(per_layer_config=7), "per_layer_config cannot be 7"),
     ],
 )
 def test_what_cannot_be_known_is_refused_by_name(config: dict[str, Any], words: str) -> None:
@@ -234,6 +255,11 @@ def test_what_cannot_be_known_is_refused_by_name(config: dict[str, Any], words: 
             "every 2. layer is full",
             32 * 8 * 256 * 4,
         ),
+        (
+            without(model_type="llama9"),
+            "llama9 is not a model type that this planner was checked with",
+            32 * 8 * 128 * 4,
+        ),
     ],
 )
 def test_what_is_assumed_is_said(config: dict[str, Any], words: str, per_token: int) -> None:
@@ -241,6 +267,41 @@ def test_what_is_assumed_is_said(config: dict[str, Any], words: str, per_token: 
     assert any(words in a for a in shape.assumed), shape.assumed
     assert demand(shape).bytes_per_token == per_token
     assert read_shape(LLAMA).assumed == ()
+
+
+JUNK = st.sampled_from([None, 0, -1, 3, 2.5, True, "x", "", [], [1], [[2]], {}, {"a": 1}])
+
+
+@given(st.sampled_from(model_names()), st.data())
+def test_a_config_with_junk_in_it_is_refused_or_planned(name: str, data: st.DataObject) -> None:
+    """Whatever one field holds or lacks: one line that is a refusal, or bytes; never another error, never nothing."""
+    row = known_model(name)
+    assert row is not None
+    config = copy.deepcopy(dict(row["config"]))
+    section = config.get("text_config", config)
+    field = data.draw(st.sampled_from(sorted(section)))
+    section[field] = data.draw(JUNK)
+    refused = ""
+    try:
+        shape = read_shape(config, "m")
+        n_bytes = Demand(Setup(shape, KVConfig(), encoder_tokens=10)).sequence_bytes(64)
+    except ConfigError as e:
+        refused = str(e)
+    if refused:
+        assert refused.startswith("m: ") or "token" in refused, refused  # a window of none, say
+        assert "\n" not in refused
+        return
+    assert n_bytes > 0
+    with suppress(ConfigError):
+        assert count_parameters(shape).total > 0
+
+
+def test_checked_types_are_the_catalogue_s_and_those_that_tests_build() -> None:
+    rows = [known_model(name) for name in model_names()]
+    kinds = {Fields(row["config"], "m").kind for row in rows if row is not None}
+    built = {Fields(zoo.build(n).config.to_dict(), n).kind for n in zoo.names()}
+    assert kinds | built <= CHECKED
+    assert len(CHECKED) >= 150
 
 
 def test_every_row_of_the_catalogue_can_be_planned_and_says_where_it_is_from() -> None:

@@ -86,11 +86,10 @@ def _fill(axes: Any, setups: Sequence[Setup], document: Mapping[str, Any]) -> No
     if document["device_bytes"]:
         room = (weights + document["kv_room_bytes"]) / _GIB
         whole = document["device_bytes"] / _GIB
-        label = f"{document['ranks']} x {document['device']}"
-        axes.axhline(whole, color="black", label=f"{label}: {whole:,.0f} GiB")
+        axes.axhline(whole, color="black", label=_device(document))
         axes.axhline(room, color="black", linestyle="--", label="less its allowance")
     trained = document["max_trained_context"]
-    if trained and trained < 8 * document["context"]:
+    if trained and document["context"] / 32 <= trained < 8 * document["context"]:
         axes.axvline(trained, color="0.8", zorder=0, label=f"trained context {trained:,}")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
@@ -105,8 +104,18 @@ def _fill(axes: Any, setups: Sequence[Setup], document: Mapping[str, Any]) -> No
     axes.figure.legend(fontsize="small", frameon=False, loc="outside lower center", ncols=4)
 
 
+def _device(document: Mapping[str, Any]) -> str:
+    """`4 x h100: 320 GiB`, or only the size where the device is no more than one."""
+    name, whole = str(document["device"]), f"{document['device_bytes'] / _GIB:,.4g} GiB"
+    many = f"{document['ranks']} x " if document["ranks"] > 1 else ""
+    return f"{many}{name}" + ("" if name[0].isdigit() and not many else f": {whole}")
+
+
 def _tokens(x: float) -> str:
-    return f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
+        if x >= size:
+            return f"{x / size:g}{unit}"
+    return f"{x:g}"
 
 
 def _page(figure: Any, document: Mapping[str, Any]) -> str:

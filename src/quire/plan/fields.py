@@ -38,6 +38,9 @@ CONTEXT = (
 WINDOW = ("sliding_window", "sliding_window_size", "attention_window_size")
 CHUNK = ("attention_chunk_size",)
 
+MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What reading raises where a field holds something else than its name says."""
+
 _PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 """Where composites keep their language model, in the order in which they are looked for."""
 
@@ -58,6 +61,8 @@ class Fields:
             text = inner
         self.text = text
         self.assumed: list[str] = []
+        self.last = ""
+        """The field that was read last: the one to name when what it holds makes no sense."""
 
     @property
     def kind(self) -> str:
@@ -70,6 +75,7 @@ class Fields:
         for name in names:
             value = self.text.get(name)
             if value is not None:
+                self.last = name
                 return value
         return None
 
@@ -90,6 +96,7 @@ class Fields:
             value = self.text.get(name)
             if value is None:
                 continue
+            self.last = name
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(
                     f"{self.name}: {name} must be a whole number above zero, not {value!r}"
@@ -115,3 +122,9 @@ class Fields:
         """Notes once what was not in the config and what stands in for it."""
         if text not in self.assumed:
             self.assumed.append(text)
+
+    def senseless(self, e: Exception) -> ConfigError:
+        """For one of MALFORMED: the field that was read last holds what no such model has there."""
+        held = " ".join(repr(self.outer(self.last)).split())
+        held = held if len(held) < 60 else f"{held[:57]}..."
+        return ConfigError(f"{self.name}: {self.last} cannot be {held} in a {self.kind} ({e})")

@@ -40,7 +40,20 @@ _EVERY = {"gemma2": 2, "gemma3_text": 6, "gemma3n_text": 5, "cohere2": 4, "gpt_o
 _WINDOW_UNUSED = frozenset({"gpt_neo", "qwen", "jamba"})
 """Families that keep everything whatever their config says of a window: transformers hands the cache all of it."""
 
-_SHARERS = frozenset({"gemma3n_text", "gemma4_text", "gemma4_unified_text"})
+_MIXED = {
+    **dict.fromkeys(("lfm2", "lfm2_moe", "granitemoehybrid", "minimax"), "layer_types"),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "layer_types"),
+    "jamba": "attn_layer_period",
+    "bamba": "attn_layer_indices",
+    "nemotron_h": "hybrid_override_pattern",
+    "recurrent_gemma": "block_types",
+    "kimi_linear": "linear_attn_config",
+    "llama4_text": "attention_chunk_size",
+}
+"""Families whose layers are not alike, and the field that usually says which is which."""
+
+_UNREAD = {"deepseek_v4": "attention over compressed blocks"}
+"""Families whose cache is known to be something else."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,8 @@ def read_kinds(f: Fields, n_layers: int) -> Kinds:
     Raises:
         ConfigError: a list of layers of another length, or a name in it that means nothing here.
     """
+    if f.kind in _UNREAD:
+        raise ConfigError(f"{f.name}: {_UNREAD[f.kind]} ({f.kind}) cannot be planned yet")
     keeps = (
         _listed(f, n_layers)
         or _attention_layers(f, n_layers)
@@ -81,6 +96,8 @@ def _listed(f: Fields, n: int) -> list[tuple[str, ...]] | None:
             if name == "attention_layers" and f.kind in _WINDOW_UNUSED:
                 return [(FULL,)] * n
             return _checked(f, name, found, n, _NAMES)
+        if found is not None and name == "layer_types":
+            raise ConfigError(f"{f.name}: layer_types must list a name per layer, not {found!r}")
     return None
 
 
@@ -157,6 +174,11 @@ def _by_window(f: Fields, n: int) -> list[tuple[str, ...]]:
     """Attention throughout; windows and chunks by the rules of the families."""
     if f.count(*CHUNK) is not None:
         return _chunked(f, n)
+    said = _MIXED.get(f.kind)
+    if said is not None and said not in f.text:
+        raise ConfigError(
+            f"{f.name}: the layers of a {f.kind} are not alike, and {said}, which tells them apart, is missing; add it"
+        )
     window = f.get(*WINDOW)
     if window is None or f.kind in _WINDOW_UNUSED:
         if f.kind in _EVERY and window is None:

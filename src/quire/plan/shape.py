@@ -6,11 +6,12 @@ to each other), so that both go through `build_layout` and bytes are counted in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from quire.errors import ConfigError
+from quire.plan.checked import CHECKED
 from quire.plan.fields import (
     CHUNK,
     CONTEXT,
@@ -20,6 +21,7 @@ from quire.plan.fields import (
     HIDDEN,
     KV_HEADS,
     LAYERS,
+    MALFORMED,
     WINDOW,
     Fields,
 )
@@ -103,10 +105,24 @@ def read_shape(
         ConfigError: something that decides bytes is missing or contradicts itself; which field it is.
     """
     f = Fields(config, name)
+    try:
+        return _read(f, name, dtype)
+    except ConfigError:
+        raise
+    except MALFORMED as e:
+        raise f.senseless(e) from e
+
+
+def _read(f: Fields, name: str, dtype: str | None) -> ModelShape:
+    """`read_shape` of fields that hold what their names say."""
     seq2seq = bool(f.whole.get("is_encoder_decoder"))
     n_layers = _n_layers(f)
     hidden = f.need("its hidden size", *HIDDEN)
     kinds = read_kinds(f, n_layers)
+    if f.kind not in CHECKED:
+        f.assume(
+            f"{f.kind} is not a model type that this planner was checked with: its fields are read as others' are"
+        )
     dtype = dtype or _dtype(f)
     layers: list[KVLayer | StateLayer] = []
     for i, keeps in enumerate(kinds.keeps):
@@ -121,6 +137,7 @@ def read_shape(
         raise ConfigError(
             f"{name}: none of its {n_layers} layers stores anything; the config is wrong"
         )
+    _check(f, layers)
     cross = _cross(f, hidden, dtype, n_layers) if seq2seq else ()
     return ModelShape(
         name=name,
@@ -136,8 +153,20 @@ def read_shape(
         max_context=f.count(*CONTEXT),
         image_tokens=_image_tokens(f),
         assumed=tuple(f.assumed),
-        config=config,
+        config=f.whole,
     )
+
+
+def _check(f: Fields, layers: Sequence[KVLayer | StateLayer]) -> None:
+    """Raises ConfigError where fields that make no sense together give a layer nothing, or less, to store."""
+    for x in layers:
+        for part in x.fields:
+            sizes = (getattr(x, "heads", 1), *part.shape)
+            if any(not isinstance(n, int) or n < 1 for n in sizes):
+                raise ConfigError(
+                    f"{f.name}: layer {x.layer} would store {part.name} of shape {list(sizes)}; a size in the config "
+                    f"of this {f.kind} is wrong"
+                )
 
 
 def _n_layers(f: Fields) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quire.errors import ConfigError
-from quire.plan.fields import Fields
+from quire.plan.fields import MALFORMED, Fields
 from quire.plan.layout import KVLayer, StateLayer
 from quire.plan.shape import ModelShape
 from quire.spec import DTYPE_BYTES
@@ -72,6 +72,16 @@ def count_parameters(shape: ModelShape) -> Parameters:
         ConfigError: the config does not give what the count needs.
     """
     f = Fields(shape.config, shape.name)
+    try:
+        return _count(f, shape)
+    except ConfigError:
+        raise
+    except MALFORMED as e:
+        raise f.senseless(e) from e
+
+
+def _count(f: Fields, shape: ModelShape) -> Parameters:
+    """`count_parameters` of fields that hold what their names say."""
     embedding = embedding_of(shape)
     if not embedding:
         f.need("its vocabulary, which the weights depend on", "vocab_size")
