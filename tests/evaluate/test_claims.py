@@ -225,6 +225,35 @@ def test_the_machine_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None
         machine.close()
 
 
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({}, "reproduced"),
+        ({"prompt": 0.004}, "contradicted"),  # as fast as its weights are read
+        ({"read": 0.0005}, "contradicted"),  # memory that is far faster than the steps
+        ({4096: 0.5}, "not here"),  # no line
+    ],
+)
+def test_what_binds_a_step_is_judged_by_its_times(
+    monkeypatch: pytest.MonkeyPatch, change: dict[Any, float], verdict: str
+) -> None:
+    monkeypatch.setattr(
+        rates, "SHAPE", dict(layers=1, hidden=64, heads=1, intermediate=4, vocab=64)
+    )
+    cache = {n: n * 2 * 64 * 4 for n in (512, 2048, 4096, 8192)}
+    rate = rates.STREAM_BYTES / 0.01
+    seconds: dict[Any, float] = {n: 0.001 + b / (0.8 * rate) for n, b in cache.items()}
+    work = 2 * rates.CHUNK * (4 * 64 * 64 + 3 * 64 * 4 + 3 * 64 + 64 * 64)
+    seconds |= {"read": 0.01, "product": 0.005, "prompt": 1.1 * work / (rates.PRODUCT / 0.005)}
+    monkeypatch.setattr(rates, "measure", lambda *_: seconds | change)
+    (claim,) = rates.CLAIMS
+    found = claim.run(measured.Bench(quick=True))
+    assert found.verdict == verdict, found
+    if not change:
+        assert "80% of a streaming read" in found.ours
+        assert "r2 1.000" in found.ours
+
+
 def test_the_published_page_lists_every_claim_and_slip() -> None:
     text = (Path(__file__).parents[2] / "docs" / "claims.md").read_text(encoding="utf-8")
     for claim in ALL:

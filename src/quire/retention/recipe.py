@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from quire.errors import ConfigError
@@ -23,6 +23,13 @@ from quire.retention.contract import Wrapper
 from quire.spec import SpanPolicy
 
 _NOT_POLICIES = frozenset({"recipe", "contract"})
+
+
+def _others() -> Iterable[Any]:
+    """Entry points of other packages."""
+    from importlib.metadata import entry_points  # itself slow to import, and rarely needed
+
+    return entry_points(group="quire.retention")
 
 
 @cache
@@ -37,7 +44,7 @@ def _own() -> frozenset[str]:
 @cache
 def available() -> tuple[str, ...]:
     """Names of all policies: the files of this folder and the entry points of other packages."""
-    return tuple(sorted(_own() | {e.name for e in entry_points(group="quire.retention")}))
+    return tuple(sorted(_own() | {e.name for e in _others()}))
 
 
 @cache
@@ -46,7 +53,7 @@ def policy_class(name: str) -> type[Any]:
     if name in _own():
         own: type[Any] = importlib.import_module(f"quire.retention.{name}").Policy
         return own
-    for entry in entry_points(group="quire.retention"):
+    for entry in _others():
         if entry.name == name:
             found: type[Any] = entry.load()
             return found
