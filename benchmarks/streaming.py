@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
     p.add_argument("--singles", type=int, default=20, help="of each 500 tokens, one by one")
     p.add_argument("--samples", type=int, default=1000)
     p.add_argument("--kv", default="auto")
-    p.add_argument("--dtype", default="bfloat16")
+    p.add_argument("--dtype", default="float32")
     p.add_argument("--memory", default="256MiB")
     args = p.parse_args(argv)
     if args.smoke:

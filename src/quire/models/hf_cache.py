@@ -183,8 +183,11 @@ class KVCache(Cache):
 
     def end(self, queries: int) -> None:
         """After the forward: what it computed is final, unless drafts are being recorded."""
+        now = CURRENT.get()
         CURRENT.reset(self._token)
         self._token = None
+        if now is not None and now.watch is not None:
+            now.watch.finish()
         self.unbind(self.tables)
         self.columns += queries
         if not self._recording:

@@ -1,26 +1,26 @@
 """Moving rotated vectors on by some positions: RoPE of any model, found out by asking it instead of reading its code.
 
-A text of one token repeated has the same hidden state at every position: attention over equal values gives that value,
-whatever its weights. So the keys of a layer at positions p and 0 differ by RoPE alone, and of a model's frequencies,
-the two ways to pair channels and the number of channels that turn, the ones are its own under which they agree.
+Attention under RoPE sees distances only, so a text that begins at another position has the same hidden states. Its keys
+differ by RoPE alone, and of a model's frequencies, the two ways to pair channels and the number of channels that turn,
+the ones are its own under which the keys agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 
 from quire.errors import ConfigError
-from quire.models.moving import read_field
+from quire.models.probe import run_model, text_config
 from quire.models.rope import Regimes
 
 __all__ = ["Rope", "Turner", "find_turner"]
 
-TOKENS = 24
-"""Of the repeated text: far enough that frequencies differ by more than rounding."""
+TOKENS, SHIFT = 12, 37
+"""Of the text, and how much later it begins the second time."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def find_turner(bridge: Any) -> Turner:
     Raises:
         ConfigError: frequencies change with the length, or no RoPE explains the model's keys.
 
-    Cost: one forward of a few tokens.
+    Cost: two forwards of a few tokens.
     """
     model = bridge.model
     if Regimes(model).kind != "fixed":
@@ -83,56 +83,40 @@ def find_turner(bridge: Any) -> Turner:
         for name, b in model.named_buffers()
         if name.endswith("inv_freq") and b.ndim == 1 and len(b)
     ]
-    found: dict[int, Rope | None] = {}
-    for layer, keys in _keys(bridge).items():
-        found[layer] = _explain(layer, keys, angles)
-    return Turner(found)
+    first, later = (_keys(bridge, start) for start in (0, SHIFT))
+    layers = [layer for layer, _ in bridge.layers()]
+    return Turner({layer: _explain(layer, first[layer], later[layer], angles) for layer in layers})
 
 
-def _keys(bridge: Any) -> dict[int, torch.Tensor]:
-    """Layer to `[heads, TOKENS, D]`, the keys of one token repeated."""
-    from quire.models.runner import ModelRunner  # the runner asks for a turner, too
-
-    table = bridge.store.open()
-    try:
-        table.append(TOKENS)
-        ModelRunner(bridge).forward([_Repeat(table)])
-        out: dict[int, torch.Tensor] = {}
-        for layer, names in bridge.layers():  # before a window lets go of any
-            name = "k_rope" if "k_rope" in names else names[0]
-            plain = [c for c in table.chains if c.group.raw is None and c.group.holds(layer)]
-            heads = [read_field(bridge.store, bridge.layout, c, layer, name, TOKENS) for c in plain]
-            out[layer] = torch.cat(heads)
-        return out
-    finally:
-        table.release()
+def _keys(bridge: Any, start: int) -> dict[int, torch.Tensor]:
+    """Layer to `[heads, n, D]`: the keys that the model hands to a cache, of a text that begins at `start`."""
+    model, shape = bridge.model, bridge.shape
+    if "position_ids" not in shape.accepts:
+        raise ConfigError("it takes no positions, so it has no RoPE that could be turned back")
+    cache = DynamicCache(config=text_config(model))
+    vocab = int(text_config(model).vocab_size)
+    ids = torch.tensor([[(7 * i + 3) % vocab for i in range(TOKENS)]], device=model.device)
+    positions = torch.arange(start, start + TOKENS, device=model.device)[None]
+    run_model(model, ids, cache, shape.cache_name, shape.accepts, position_ids=positions)
+    return {layer: cache.layers[layer].keys[0].float() for layer, _ in bridge.layers()}
 
 
-@dataclass
-class _Repeat:
-    """An item of one token, repeated."""
-
-    table: Any
-    tokens: Sequence[int] = (1,) * TOKENS
-    start: int = 0
-    stop: int = TOKENS
-    logits: int = 1
-
-
-def _explain(layer: int, keys: torch.Tensor, angles: list[torch.Tensor]) -> Rope | None:
-    by = torch.arange(keys.shape[1], device=keys.device)
-    first = keys[:, :1].expand_as(keys)
-    size = keys.norm()
-    if float((keys - first).norm()) <= 1e-5 * float(size):
+def _explain(
+    layer: int, first: torch.Tensor, later: torch.Tensor, angles: list[torch.Tensor]
+) -> Rope | None:
+    """The RoPE that turns one layer's keys into those of the same text `SHIFT` positions later."""
+    size = float(later.norm())
+    if float((first - later).norm()) <= 1e-5 * size:
         return None
+    by = torch.full(first.shape[:-1], SHIFT, device=first.device)
     best: tuple[float, Rope | None] = (float("inf"), None)
     for a in angles:
         for halves in (True, False):
-            if 2 * len(a) <= keys.shape[-1]:
+            if 2 * len(a) <= first.shape[-1]:
                 rope = Rope(a, halves)
-                error = float((rope.turn(first, by) - keys).norm() / size)
+                error = float((rope.turn(first, by) - later).norm()) / size
                 best = min(best, (error, rope), key=lambda x: x[0])
-    if best[0] > 2e-2:  # 16-bit keys agree to a hundredth
+    if best[0] > 3e-2:  # 16-bit keys agree to a hundredth
         raise ConfigError(
             f"no RoPE of this model explains how the keys of layer {layer} turn with their positions"
         )
