@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from quire.errors import ConfigError
 from quire.kernels import native
 from quire.models.adapters import Adapters
 from quire.models.compiled import Compiled
-from quire.models.forward import Forward, windows_of
+from quire.models.forward import Forward, Watcher, windows_of
 from quire.models.hf_cache import KVCache
 from quire.models.keep import Rules
 from quire.models.patches import Patches
@@ -89,6 +89,8 @@ class Bridge:
         """What sequences keep that ask for nothing else."""
         self._rules: dict[str, Rules] = {}
         self._turner: Turner | None = None
+        self.observer: Callable[[Step], Watcher] | None = None
+        """Stands in for the policies' watch, for who wants to see attention (`quire.evaluate.attention`)."""
         self._windows = windows_of(layout.spec.groups)
         self._names = {
             layer: tuple(f.name for f in layout.fields_of(g))
@@ -123,7 +125,7 @@ class Bridge:
         """A `Forward` over a planned step."""
         now = Forward(step, self.backend, batch, queries, valid, self._windows, packed)
         step.turn = self._turner
-        now.watch = Watch.over(step)
+        now.watch = Watch.over(step) if self.observer is None else self.observer(step)
         if self.compiled is not None:
             now.names, now.linears = self._names, self.compiled.linears
         return now

@@ -1,0 +1,297 @@
+"""`quire inspect --attention PROMPT`: what attention pays, in the terminal and as a page. --help needs no torch."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quire.cli.console import interruptible, out, quiet_transformers, say, spinner, write
+from quire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from quire.evaluate.attention import Look
+
+__all__ = ["command"]
+
+STRIP = 48
+"""Columns of a layer's strip in the terminal."""
+
+SHADES = " ▁▂▃▄▅▆▇█"
+TOP = 8
+
+
+def command(
+    attention: Annotated[
+        str,
+        typer.Option(
+            metavar="PROMPT", help="Text whose attention is looked at; @FILE reads it from a file."
+        ),
+    ],
+    token: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Position of the token whose reading is shown; -1: the last."
+        ),
+    ] = -1,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|HUB_ID", show_default=False, help="Default: the packaged model."
+        ),
+    ] = None,
+    kv: Annotated[
+        str, typer.Option(metavar="RECIPE", help="The codec that it is read through.")
+    ] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", show_default=False, help="Default: the file's.")
+    ] = None,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory for the cache.")] = "0.5",
+    html: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.html", show_default=False, help="Also write a page with every head."
+        ),
+    ] = None,
+    json: Annotated[
+        bool,
+        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
+    ] = False,
+) -> None:
+    """See where attention goes: mass by position, sinks, the heaviest fifth, and what one token reads.
+
+    [dim]quire inspect --attention "The cat sat on the mat, and the cat" --token -1 --html look.html[/dim]
+    """
+
+    def work() -> int:
+        return _run(attention, token, model, kv, dtype, memory, html, json=json)
+
+    raise typer.Exit(interruptible(work))
+
+
+def _run(
+    prompt: str,
+    token: int,
+    model: str | None,
+    kv: str,
+    dtype: str | None,
+    memory: str,
+    html: str | None,
+    *,
+    json: bool,
+) -> int:
+    from quire.plan.layout import check_config
+    from quire.spec import KVConfig
+
+    text = _text(prompt)
+    if html is not None and not Path(html).expanduser().parent.is_dir():
+        raise ConfigError(f"--html {html}: its folder does not exist; make it first")
+    check_config(KVConfig(kv))
+    from quire.evaluate.attention import look
+    from quire.models.load import check_source, load_model
+    from quire.models.open import open_runner
+
+    with spinner("loading the model …", shown=not json):
+        source = check_source(model, dtype=dtype)
+        quiet_transformers()
+        loaded = load_model(source)
+    if loaded.tokenizer is None:
+        raise ConfigError("this model has no tokenizer, and a prompt is text")
+    ids = [int(t) for t in loaded.tokenizer.encode(text)]
+    runner = open_runner(loaded.model, kv=kv, memory=memory, weights="plain")
+    try:
+        with spinner("looking …", shown=not json):
+            seen = look(runner, ids, token)
+    finally:
+        runner.close()
+    words = [_shown(loaded.tokenizer.decode([t])) for t in ids]
+    document = {"model": loaded.name, "kv": kv, **_document(seen, words)}
+    if html is not None:
+        try:
+            Path(html).expanduser().write_text(_page(document), encoding="utf-8")
+        except OSError as e:
+            raise ConfigError(f"--html {html}: {e.strerror or e}; choose another place") from e
+    if json:
+        write(json_module.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+    else:
+        _show(document)
+        if html is not None:
+            say(f"every head: {html}")
+    return 0
+
+
+def _text(prompt: str) -> str:
+    if not prompt.startswith("@"):
+        return prompt
+    try:
+        return Path(prompt[1:]).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"--attention {prompt}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _shown(word: str) -> str:
+    """One token's text in one line."""
+    return word.replace("\n", "↵").replace("\t", "⇥") or "∅"
+
+
+def _document(seen: Look, words: Sequence[str]) -> dict[str, Any]:
+    mean = seen.mean_reads()
+    best = sorted(range(len(mean)), key=lambda j: -mean[j])[:TOP]
+    return {
+        "tokens": [
+            {"position": i, "id": t, "text": w}
+            for i, (t, w) in enumerate(zip(seen.tokens, words, strict=True))
+        ],
+        "chosen": seen.chosen,
+        "chosen_reads": [{"position": j, "text": words[j], "share": mean[j]} for j in best],
+        "heads": [
+            {
+                "layer": h.layer,
+                "head": h.head,
+                "received": list(h.received),
+                "heavy_share": h.heavy_share,
+                "sinks": list(h.sinks),
+                "reads": list(h.reads),
+            }
+            for h in seen.heads
+        ],
+    }
+
+
+# -- the terminal ------------------------------------------------------------------------------------------------
+
+
+def _show(document: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    n, heads = len(document["tokens"]), document["heads"]
+    layers = sorted({h["layer"] for h in heads})
+    console = out()
+    wide = max(12, min(STRIP, n, console.width - 50))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", justify="right")
+    table.add_column(f"what positions 0 to {n - 1} receive")
+    for name in ("first token", "heaviest fifth", "sinks"):
+        table.add_column(name, justify="right")
+    for layer in layers:
+        mine = [h for h in heads if h["layer"] == layer]
+        mean = [sum(x) / len(mine) for x in zip(*(h["received"] for h in mine), strict=True)]
+        sinks = sum(bool(h["sinks"]) for h in mine)
+        table.add_row(
+            str(layer),
+            Text(strip(mean, wide)),
+            f"{100 * mean[0]:.1f} %",
+            f"{100 * sum(h['heavy_share'] for h in mine) / len(mine):.0f} %",
+            f"{sinks} of {len(mine)} heads" if sinks else "none",
+        )
+    console.print(table)
+    at = document["chosen"]
+    word = document["tokens"][at]["text"]
+    console.print(
+        f"\nToken {at} ({word!r}) reads, on average over {len(heads)} heads:", highlight=False
+    )
+    for r in document["chosen_reads"]:
+        bar = "█" * round(30 * r["share"])
+        console.print(
+            f"  {100 * r['share']:5.1f} %  {r['position']:5d}  {r['text']!r}  {bar}",
+            highlight=False,
+            markup=False,
+        )
+
+
+def strip(values: Sequence[float], wide: int) -> str:
+    """Values in `wide` columns, the largest of each, as blocks whose height grows with the logarithm."""
+    from math import log
+
+    n = len(values)
+    cells = [
+        max(values[i * n // wide : max(i * n // wide + 1, (i + 1) * n // wide)])
+        for i in range(wide)
+    ]
+    low, high = 1e-3, max(*cells, 1e-3)
+    if high <= low:
+        return SHADES[0] * wide
+    scale = (len(SHADES) - 1) / log(high / low)
+    return "".join(
+        SHADES[max(0, min(len(SHADES) - 1, round(scale * log(max(c, low) / low))))] for c in cells
+    )
+
+
+# -- the page ----------------------------------------------------------------------------------------------------
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fdfcf9; --line: #ccc; --hot: 190, 60, 20; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e6e1; --paper: #17181a; --line: #444; --hot: 255, 140, 70; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; padding: 1rem;
+  max-width: 70rem; }
+h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
+.words { line-height: 2; overflow-wrap: anywhere; }
+.words span { border-radius: 3px; padding: 1px 0; white-space: pre-wrap; }
+.words .chosen { outline: 2px solid rgb(var(--hot)); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; }
+td, th { padding: 2px 8px; text-align: right; white-space: nowrap; }
+th { border-bottom: 1px solid var(--line); } td.map { padding: 1px 0; } svg { display: block; }
+p.note { color: color-mix(in srgb, var(--ink) 65%, transparent); max-width: 46rem; }
+"""
+
+
+def _page(document: dict[str, Any]) -> str:
+    tokens, at, heads = document["tokens"], document["chosen"], document["heads"]
+    mean = [sum(x) / len(heads) for x in zip(*(h["reads"] for h in heads), strict=True)]
+    top = max(mean)
+    words = []
+    for t in tokens:
+        j = t["position"]
+        share = mean[j] if j < len(mean) else 0.0
+        mark = ' class="chosen"' if j == at else ""
+        tip = f"{j}: {100 * share:.2f} %" if j <= at else f"{j}: after the chosen token"
+        style = f"background: rgba(var(--hot), {share / top:.3f})"
+        words.append(f'<span{mark} style="{style}" title="{tip}">{escape(t["text"])}</span>')
+    rows = "\n".join(
+        f"<tr><td>{h['layer']}</td><td>{h['head']}</td><td class=map>{_map(h['received'])}</td>"
+        f"<td>{100 * h['received'][0]:.1f} %</td><td>{100 * h['heavy_share']:.0f} %</td>"
+        f"<td>{', '.join(map(str, h['sinks'])) or '–'}</td><td class=map>{_map(h['reads'])}</td></tr>"
+        for h in heads
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Attention of {escape(document["model"])}</title><style>{_STYLE}</style></head><body>
+<h1>Attention of {escape(document["model"])}, read through {escape(document["kv"])}</h1>
+<h2>What token {at} reads</h2>
+<p class="note">Shaded by what its query pays to each token before it, on average over {len(heads)} heads. Hold the
+pointer over a token for its position and share.</p>
+<p class="words">{"".join(words)}</p>
+<h2>Every head</h2>
+<p class="note">Received: what a position is paid by the average query that could read it, brighter for more
+(logarithmic). First token above 30 %: a sink. Heaviest fifth: the share of all attention that the most attended 20 % of
+the tokens get.</p>
+<div class="scroll"><table><thead><tr><th>layer</th><th>head</th><th>received, positions 0 to {len(tokens) - 1}</th>
+<th>first token</th><th>heaviest fifth</th><th>sinks</th><th>token {at} reads</th></tr></thead><tbody>
+{rows}
+</tbody></table></div></body></html>
+"""
+
+
+def _map(values: Sequence[float], wide: int = 240) -> str:
+    """A strip of cells; at most `wide` of them."""
+    from math import log
+
+    n = len(values)
+    count = min(n, wide)
+    cells = [max(values[i * n // count : (i + 1) * n // count]) for i in range(count)]
+    high = max(*cells, 1e-3) if count > 1 else max(cells[0], 1e-3)
+    step = wide / count
+    boxes = []
+    for i, c in enumerate(cells):
+        shade = max(0.0, log(max(c, 1e-4) / 1e-4) / log(max(high, 2e-4) / 1e-4))
+        if shade > 0.02:
+            boxes.append(
+                f'<rect x="{i * step:.2f}" width="{step + 0.1:.2f}" height="14" fill="rgba(var(--hot), {shade:.2f})"/>'
+            )
+    return f'<svg width="{wide}" height="14" role="img" aria-label="strip of {n} positions">{"".join(boxes)}</svg>'
