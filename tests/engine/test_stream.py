@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -255,3 +256,25 @@ def test_many_streams_cross_into_their_loop_once_per_step(monkeypatch: pytest.Mo
     with Engine(runner) as engine:
         run(main(engine))
         assert crossings <= engine.stats().steps <= 12
+
+
+def test_the_driver_sees_a_request_that_was_slow_to_be_queued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Woken while it was neither in the inbox nor in the queue, the driver must not sleep over it."""
+
+    async def main(engine: Engine) -> None:
+        await collect(engine.stream([1], SamplingParams(max_tokens=1)))
+        add = engine.core.add
+
+        def slowly(request: Any) -> None:
+            time.sleep(0.05)
+            add(request)
+
+        monkeypatch.setattr(engine.core, "add", slowly)
+        await asyncio.sleep(0.05)  # the driver sleeps
+        async with asyncio.timeout(5):
+            await collect(engine.stream([2], SamplingParams(max_tokens=1)))
+
+    with Engine(FakeRunner()) as engine:
+        run(main(engine))

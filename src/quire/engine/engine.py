@@ -175,7 +175,6 @@ class Engine:
 
     def _take_up(self) -> None:
         """Apply the inbox now if nobody is stepping; whoever is will do it, and the driver is told."""
-        self._driver.wake()
         while self._inbox and self._lock.acquire(blocking=False):
             try:
                 self._drain()
@@ -184,6 +183,7 @@ class Engine:
                 self._flush()
             finally:
                 self._lock.release()
+        self._driver.wake()  # last: between inbox and queue a request is no work that the driver could see
 
     def _drain(self) -> None:
         """Take up what was submitted; the lock is held."""
