@@ -277,10 +277,14 @@ class Core:
         for sample in broken:
             request = sample.request
             if request.request_id in self.live:
+                why = getattr(sample.matcher, "error", None)
                 self.fail(
                     request,
                     RequestError(
-                        f"request {request.request_id}: the model's logits are not numbers at output position "
+                        f"request {request.request_id}: the grammar cannot go on at output position "
+                        f"{sample.output_tokens}: {why}"
+                        if why
+                        else f"request {request.request_id}: the model's logits are not numbers at output position "
                         f"{sample.output_tokens}; a wider dtype (float32, bfloat16) may help"
                     ),
                 )

@@ -27,6 +27,7 @@ from quire.engine.runner import Runner
 from quire.engine.schedule import SchedulerConfig
 from quire.engine.scheduler import Scheduler
 from quire.engine.sharing import Opener
+from quire.engine.stream import Stream
 from quire.errors import CapacityError, RequestError
 from quire.store.namespace import Hints, Namespace
 
@@ -346,12 +347,10 @@ class Engine:
             RequestError, CapacityError: refused, at the first iteration; or the engine was closed.
             Exception: what the runner raised.
         """
-        subscriber = Subscriber()
-        sink = partial(self._courier.post, subscriber)
-        request = self._prepare(
+        stream = self.submit(
             prompt,
             params,
-            request_id,
+            request_id=request_id,
             priority=priority,
             adapter=adapter,
             keep=keep,
@@ -359,19 +358,41 @@ class Engine:
             namespace=namespace,
             hints=hints,
         )
-        ended = False
         try:
-            self._submit(request, sink)
-            self._driver.start()
-            while not ended:
-                delta = await subscriber.queue.get()
-                ended = delta.output is not None
-                if delta.error is not None:
-                    raise delta.error
+            async for delta in stream:
                 yield delta
         finally:
-            if not ended and self._requests.get(request.request_id) is request:
-                self.cancel(request.request_id)
+            stream.close()
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        **wishes: Any,
+    ) -> Stream:
+        """The same as `stream`, but checked and queued when this returns; called within an event loop.
+
+        Args:
+            wishes: priority, adapter, share, namespace and hints, see `add_request`.
+
+        Returns:
+            Its deltas. Whoever stops reading before the end calls `close`, which cancels the request.
+
+        Raises:
+            RequestError, CapacityError: refused.
+        """
+        request = self._prepare(prompt, params, request_id, **wishes)
+        subscriber = Subscriber()
+        self._submit(request, partial(self._courier.post, subscriber))
+        self._driver.start()
+        return Stream(request, subscriber.queue, partial(self._abandon, request))
+
+    def _abandon(self, request: Request) -> None:
+        """Cancel it, unless it has ended and its name is another's by now."""
+        if self._requests.get(request.request_id) is request:
+            self.cancel(request.request_id)
 
     def close(self) -> None:
         """End the background thread and every request; waiting consumers get a RequestError. Idempotent."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from quire.engine.constraint import Constraint
 from quire.errors import RequestError
 
 __all__ = ["MAX_LOGPROBS", "SamplingParams", "check_integer"]
@@ -43,6 +44,7 @@ class SamplingParams:
             distribution, before any transform.
         prompt_logprobs: the same for the prompt's tokens; the first has none.
         skip_special_tokens: leave special tokens out of the text.
+        constraint: a compiled grammar that the output must follow; ends where the grammar does.
 
     Raises:
         RequestError: a value out of range.
@@ -66,6 +68,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    constraint: Constraint | None = None
     greedy: bool = field(init=False, repr=False, compare=False)
     penalised: bool = field(init=False, repr=False, compare=False)
     plain: bool = field(init=False, repr=False, compare=False)
@@ -96,6 +99,10 @@ class SamplingParams:
         check_integer("n", self.n, 1, 1024)
         check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
+        if self.constraint is not None and (self.min_tokens or self.ignore_eos):
+            raise RequestError(
+                "a grammar says where the output ends; drop min_tokens and ignore_eos, or the grammar"
+            )
         self._normalise()
 
     def _normalise(self) -> None:
@@ -124,7 +131,12 @@ class SamplingParams:
         put(self, "greedy", greedy)
         put(self, "penalised", penalised)
         plain = (
-            greedy and not penalised and not bias and self.min_tokens == 0 and self.logprobs is None
+            greedy
+            and not penalised
+            and not bias
+            and self.min_tokens == 0
+            and self.logprobs is None
+            and self.constraint is None
         )
         put(self, "plain", plain)
 

@@ -150,6 +150,7 @@ class Sample:
     logprobs: list[TokenLogprob] | None = None
     text: Any = None
     counts: Any = None
+    matcher: Any = None
 
     @property
     def output_tokens(self) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.engine.constraint import constrain_
 from quire.engine.params import SamplingParams
 from quire.engine.request import Sample, TokenLogprob
 from quire.engine.sampling import (
@@ -162,7 +163,7 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def _process(logits: Tensor, samples: Sequence[Sample]) -> None:
-    """Penalties, bias and minimum tokens, in place, for the rows that ask for them."""
+    """Penalties, bias, minimum tokens and grammars, in place, for the rows that ask for them."""
     _penalise(logits, [(r, s) for r, s in enumerate(samples) if s.request.params.penalised])
     biased = [
         (row, token, value)
@@ -181,6 +182,7 @@ def _process(logits: Tensor, samples: Sequence[Sample]) -> None:
     if early:
         rows, ids = zip(*early, strict=True)
         forbid_(logits, _index(rows, logits), _index(ids, logits))
+    constrain_(logits, samples)
 
 
 def _penalise(logits: Tensor, rows: list[tuple[int, Sample]]) -> None:
