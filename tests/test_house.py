@@ -43,6 +43,8 @@ def test_every_pin_is_within_the_range_that_the_package_accepts(
         *(line for lines in extras.values() for line in lines),
     ]
     for requirement in map(Requirement, wanted):
+        if requirement.name == "quire":
+            continue  # `dev` holds what `serve` needs
         assert requirement.name in pins, f"{requirement.name} is installed but not pinned"
         assert requirement.specifier.contains(pins[requirement.name]), requirement
 

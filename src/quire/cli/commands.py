@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quire import __version__
-from quire.cli import bench, claims, evaluate, inspect, plan
+from quire.cli import bench, claims, evaluate, inspect, plan, serve
 from quire.cli.console import interruptible
 from quire.cli.flags import for_typer
 from quire.codecs.recipe import available
@@ -338,3 +338,4 @@ app.command("bench")(bench.command)
 app.command("plan")(for_typer(plan.command))
 app.command("claims")(claims.command)
 app.command("inspect")(inspect.command)
+app.command("serve")(serve.command)

@@ -85,9 +85,9 @@ class Options:
         set_flags = {k: v for k, v in flags.items() if k in known and _given(v)}
         values |= set_flags
         given |= set(set_flags)
-        if "stop" in values:
-            stop = values["stop"]
-            values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        for name in {"stop", "cors"} & set(values):
+            several = values[name]
+            values[name] = (several,) if isinstance(several, str) else tuple(several)
         made = cls(**values, given=frozenset(given))
         made.check()
         return made
@@ -205,7 +205,7 @@ class TourOptions(Options):
 
 # -- the file ----------------------------------------------------------------------------------------------------
 
-_OTHERS = {"run", "chat", "eval"}
+_OTHERS = {"run", "chat", "eval", "serve"}
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),

@@ -1,0 +1,103 @@
+"""A server in a thread of the test, at a free port of loopback."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import openai
+
+from quire.engine import Engine, SchedulerConfig
+from quire.serve.config import ServeConfig
+from quire.serve.server import QuireServer, bind, make_server
+from quire.serve.service import Service
+
+PATIENCE_S = 30.0
+
+
+@dataclass
+class Served:
+    """A server in a thread, and how to reach it."""
+
+    url: str
+    service: Service
+    server: QuireServer
+    keys: dict[str, str] = field(default_factory=dict)
+    clients: dict[str | None, openai.OpenAI] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> Engine:
+        return self.service.engine
+
+    def client(self, who: str | None = None) -> openai.OpenAI:
+        if who not in self.clients:
+            key = "none" if who is None else self.keys[who]
+            self.clients[who] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        return self.clients[who]
+
+    def http(self, who: str | None = None) -> httpx.Client:
+        headers = {} if who is None else {"authorization": f"Bearer {self.keys[who]}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE_S)
+
+    def stop(self) -> None:
+        """What SIGTERM does to a process of its own."""
+        self.server.handle_exit(signal.SIGTERM, None)
+
+    def wait_idle(self) -> None:
+        """Until nothing runs; what was held must have come back."""
+        wait_for(lambda: not self.engine.stats().live_requests and not self.service.gate.live)
+        assert self.engine.stats().usage.held_bytes == 0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+@contextmanager
+def serving(
+    source: str | None,
+    config: ServeConfig,
+    *,
+    keys: dict[str, str] | None = None,
+    name: str = "model",
+    **scheduler: int,
+) -> Iterator[Served]:
+    """Serves a model folder, or the packaged model, at a free port."""
+    from quire.models.load import check_source, load_model
+    from quire.models.open import open_runner
+
+    loaded = load_model(check_source(source, dtype="float32"))
+    runner = open_runner(loaded.model, kv="fp32", share="prefix", memory="64MiB", block_tokens=16)
+    engine = Engine(
+        runner,
+        loaded.tokenizer,
+        config=SchedulerConfig(**({"step_tokens": 256} | scheduler)),
+        eos_token_ids=loaded.eos_token_ids,
+    )
+    service = Service(engine, config, name, kv="fp32")
+    ready = threading.Event()
+    server = make_server(service, ready.set)
+    listening = bind(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        assert ready.wait(PATIENCE_S)
+        host, port = listening.getsockname()[:2]
+        served = Served(f"http://{host}:{port}", service, server, keys or {})
+        yield served
+        for client in served.clients.values():
+            client.close()
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+        listening.close()
+        runner.close()
+        assert not thread.is_alive()
