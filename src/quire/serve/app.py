@@ -19,7 +19,9 @@ from quire.serve.chat import chat_routes
 from quire.serve.completions import completion_routes
 from quire.serve.errors import ApiError, as_api_error, reply
 from quire.serve.guard import Guard
+from quire.serve.messages import message_routes
 from quire.serve.plain import plain_routes
+from quire.serve.responses import response_routes
 from quire.serve.service import ClientGoneError, Service
 
 __all__ = ["build_app"]
@@ -60,7 +62,13 @@ def build_app(service: Service) -> FastAPI:
         responses=_ERRORS,
         separate_input_output_schemas=False,
     )
-    for routes in (chat_routes, completion_routes, plain_routes):
+    for routes in (
+        chat_routes,
+        completion_routes,
+        response_routes,
+        message_routes,
+        plain_routes,
+    ):
         app.include_router(routes(service))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

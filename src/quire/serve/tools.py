@@ -190,7 +190,8 @@ class Reader:
                 out += self._say(self._held[:sure])
                 self._held = self._held[sure:]
                 break
-            out += self._say(self._held[:at])
+            if self.use.way != "llama":
+                out += self._say(self._held[:at])
             self._held = self._held[at if self.use.way == "llama" else at + len(begin) :]
             self._inside = True
         return out
