@@ -89,7 +89,7 @@ class SamplingParams:
             raise RequestError(
                 f"temperature={self.temperature} is too small; use 0 for greedy, or at least 1e-5"
             )
-        check_integer("top_k", self.top_k, 0, None)
+        check_integer("top_k", self.top_k, 0, 2**31 - 1)
         check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         check_number("min_p", self.min_p, 0.0, 1.0)
         check_number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
