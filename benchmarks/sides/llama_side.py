@@ -13,6 +13,7 @@ from typing import Any
 
 import llama_cpp as ll
 import numpy as np
+
 from serve import Side, serve
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
+
 from serve import Side, serve
 
 

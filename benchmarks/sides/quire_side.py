@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 import torch
-from serve import Side, serve
 from transformers import AutoModelForCausalLM
 
 import quire
@@ -14,6 +13,7 @@ from quire.engine import Engine, SamplingParams
 from quire.evaluate.decode import twin
 from quire.models.open import open_runner
 from quire.models.prepack import prepack
+from serve import Side, serve
 
 
 class Quire(Side):

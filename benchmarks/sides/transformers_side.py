@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import transformers
-from serve import Side, serve
 from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+
+from serve import Side, serve
 
 
 class Transformers(Side):

@@ -32,6 +32,7 @@ KEYS = {
     "sharing": {"index", "copies", "policies"},
     "retention": {"cases"},
     "streaming": {"cases", "recomputed_ppl", "sink_share", "verdicts"},
+    "serving": {"repeated", "beside", "verdicts"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
 
@@ -50,7 +51,10 @@ def test_every_benchmark_is_here() -> None:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=pytest.mark.slow) if x == "peers" else x for x in sorted(KEYS)],
+    [
+        pytest.param(x, marks=pytest.mark.slow) if x in ("peers", "serving") else x
+        for x in sorted(KEYS)
+    ],
 )
 def test_document(name: str, load: Any, capsys: pytest.CaptureFixture[str]) -> None:
     load(name).main(["--smoke", "--json", "--repeats", "2", "--threads", "1"])

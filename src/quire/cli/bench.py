@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quire.cli.bench_serve import Load, measure_server
 from quire.cli.console import INTERRUPTED, err, quiet_transformers, say, spinner, write
 from quire.codecs.recipe import available, parse_recipe
 from quire.errors import ConfigError
@@ -24,15 +25,16 @@ def command(
         str,
         typer.Argument(
             metavar="CASE",
-            help="decode, prefill, concurrent, shared-prefix, or prefix-trace TRACE.jsonl.",
+            help="decode, prefill, concurrent, shared-prefix, prefix-trace TRACE.jsonl, or serve URL.",
         ),
     ],
     trace: Annotated[
         str | None,
         typer.Argument(
-            metavar="TRACE",
+            metavar="TRACE|URL",
             show_default=False,
-            help="Of prefix-trace: requests in Mooncake's format, replayed through the index without a model.",
+            help="Of prefix-trace: requests in Mooncake's format, replayed through the index without a model. "
+            "Of serve: a running server.",
         ),
     ] = None,
     model: Annotated[
@@ -107,6 +109,87 @@ def command(
             help="Of prefix-trace: lru or cost (default).",
         ),
     ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            show_default=False,
+            help="Of serve: requests a second, at random times; default: 1.",
+            rich_help_panel="Load on a server",
+        ),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            show_default=False,
+            help="Of serve: how many; default: 60, or all of a trace.",
+            rich_help_panel="Load on a server",
+        ),
+    ] = None,
+    shared: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            show_default=False,
+            help="Of serve: first tokens that all prompts have in common.",
+            rich_help_panel="Load on a server",
+        ),
+    ] = None,
+    trace_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Of serve: send the requests of this trace instead, at its times.",
+            rich_help_panel="Load on a server",
+        ),
+    ] = None,
+    shrink: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            show_default=False,
+            help="Of serve: lengths of the trace are divided by it.",
+            rich_help_panel="Load on a server",
+        ),
+    ] = None,
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            show_default=False,
+            help="Of serve: times of the trace are divided by it.",
+            rich_help_panel="Load on a server",
+        ),
+    ] = None,
+    good_first: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            show_default=False,
+            help="Of serve: a good answer has its first token by then.",
+            rich_help_panel="Load on a server",
+        ),
+    ] = None,
+    good_between: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            show_default=False,
+            help="Of serve: a good answer has its tokens so far apart, on average.",
+            rich_help_panel="Load on a server",
+        ),
+    ] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Of serve: distributions of the waits, .png or .svg.",
+            rich_help_panel="Load on a server",
+        ),
+    ] = None,
     json: Annotated[
         bool,
         typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
@@ -118,6 +201,26 @@ def command(
 
     [dim]quire bench decode --random 1.1b --ctx 512 --out 64[/dim]
     """
+    load = Load(
+        trace,
+        model,
+        rate,
+        requests,
+        ctx,
+        out,
+        shared,
+        trace_file,
+        shrink,
+        speed,
+        good_first,
+        good_between,
+        plot,
+        seed,
+    )
+    if case == "serve":
+        measure_server(load, json=json)
+        return
+    load.refuse(case)
     if case == "prefix-trace":
         _replay(trace, capacity_blocks or "unlimited", evict or "cost", json=json)
         return
@@ -135,8 +238,8 @@ def command(
     from quire.models.prepack import check_weights
     from quire.plan.layout import check_config
 
-    shared = case == "shared-prefix"
-    asked = Case(case, ctx, batch, out, seed, (64 if own is None else own) if shared else own or 0)
+    sharing = case == "shared-prefix"
+    asked = Case(case, ctx, batch, out, seed, (64 if own is None else own) if sharing else own or 0)
     recipes = kv or ["auto"]
     for recipe in recipes:
         parse_recipe(recipe)
@@ -145,7 +248,7 @@ def command(
         raise ConfigError(f"--repeats must be at least 1, not {repeats}")
     make_backend(attention)
     check_weights(weights)
-    share = arena_bytes(memory, "cpu") // (len(recipes) * (2 if shared else 1))
+    share = arena_bytes(memory, "cpu") // (len(recipes) * (2 if sharing else 1))
     if random is not None:
         if model is not None:
             raise ConfigError("--random makes a model and --model names one; drop one of them")

@@ -130,8 +130,7 @@ class _Answer:
     async def events(self, *, usage: bool) -> AsyncIterator[bytes]:
         """The answer in chunks."""
         async for at, delta in self.run.deltas():
-            if delta.text or delta.logprobs or delta.finish_reason is not None:
-                yield event({**self.head, "choices": [self._part(at, delta)]})
+            yield event({**self.head, "choices": [self._part(at, delta)]})
         if usage:
             yield event({**self.head, "choices": [], "usage": self.run.usage().openai()})
 
