@@ -81,6 +81,7 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
     "negative temperature": (TEXT, text(temperature=-0.1), 400, "temperature"),
     "tiny temperature": (TEXT, text(temperature=1e-9), 400, "temperature"),
     "top_p of 0": (TEXT, text(top_p=0), 400, "top_p"),
+    "top_k beyond any vocabulary": (TEXT, text(top_k=2**63), 400, "top_k"),
     "negative seed": (TEXT, text(seed=-5), 400, "seed"),
     "negative n": (TEXT, text(n=-1), 400, "n:"),
     "best_of": (TEXT, text(best_of=3), 400, "best_of"),

@@ -18,7 +18,7 @@ import pytest
 
 from quire.serve.config import ServeConfig
 from quire.serve.service import Service
-from served import serving
+from served import serving, wait_for
 
 
 @pytest.mark.parametrize("text", ["hello", "h\u00e9 \U0001f98a\n", ""])
@@ -214,6 +214,7 @@ def test_what_does_not_end_in_time_is_told(tiny_folder: Path) -> None:
         for _ in range(3):
             next(chunks)
         served.stop()
+        wait_for(lambda: served.service.gate.draining)
         with pytest.raises(openai.APIError, match="shutting down"):
             list(chunks)
 

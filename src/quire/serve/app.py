@@ -70,6 +70,7 @@ def build_app(service: Service) -> FastAPI:
         plain_routes,
     ):
         app.include_router(routes(service))
+    _name_models(app, service)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientGoneError, _gone)
@@ -85,6 +86,21 @@ def build_app(service: Service) -> FastAPI:
             expose_headers=["retry-after"],
         )
     return app
+
+
+def _name_models(app: FastAPI, service: Service) -> None:
+    """Lets the interface's document say which models there are."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        for form in document["components"]["schemas"].values():
+            model = form.get("properties", {}).get("model")
+            if model is not None:
+                model["enum"] = [*service.models, *([None] if "anyOf" in model else [])]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -41,7 +41,6 @@ class QuireServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM or Ctrl-C; a second Ctrl-C waits for nobody. `run` returns, and the exit code is the caller's."""
-        self.service.drain()
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         self.should_exit = True
