@@ -97,6 +97,19 @@ def test_decoding_comes_first_and_prompts_share_what_is_left() -> None:
     assert rig.step() == [("a", 1), ("b", 1), ("c", 1), ("d", 7)]
 
 
+def test_prompts_are_read_in_small_chunks_beside_those_that_decode() -> None:
+    rig = Rig(FakeRunner(), SchedulerConfig(step_tokens=64, beside_tokens=8, watermark=0.0))
+    rig.add("a", prompt=50, output=3)
+    rig.add("b", prompt=60)
+    assert rig.step() == [("a", 50), ("b", 14)]
+    assert rig.step() == [("a", 1), ("b", 8)]
+    assert rig.step() == [("a", 1), ("b", 8)]
+    assert rig.finished == ["a"]
+    assert rig.step() == [("b", 30)]
+    with pytest.raises(ConfigError, match="starve"):
+        SchedulerConfig(beside_tokens=0)
+
+
 def test_logits_are_asked_only_where_a_token_is_sampled() -> None:
     rig = Rig(FakeRunner(), SchedulerConfig(step_tokens=10))
     rig.add("a", 13)

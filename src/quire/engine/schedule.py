@@ -17,6 +17,8 @@ class SchedulerConfig:
 
     Args:
         step_tokens: most tokens computed in one step; a whole-prompt runner may exceed it with one prompt.
+        beside_tokens: most prompt tokens computed in a step in which others decode, which wait for it; None: as many
+            as are left of `step_tokens`.
         max_running: most samples in a step; the runner's `max_rows` and `step_tokens` may lower it.
         priority_step_s: seconds of waiting that are worth one level of priority.
         watermark: share of the pool that an admission must leave free while others run.
@@ -25,6 +27,7 @@ class SchedulerConfig:
     """
 
     step_tokens: int = 2048
+    beside_tokens: int | None = None
     max_running: int = 256
     priority_step_s: float = 10.0
     watermark: float = 0.01
@@ -34,6 +37,10 @@ class SchedulerConfig:
         for name in ("step_tokens", "max_running", "logits_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.beside_tokens is not None and self.beside_tokens < 1:
+            raise ConfigError(
+                f"beside_tokens={self.beside_tokens} must be at least 1, or prompts would starve"
+            )
         if not 0 < self.priority_step_s < float("inf"):
             raise ConfigError(
                 f"priority_step_s={self.priority_step_s} must be positive and finite, or the low would starve"

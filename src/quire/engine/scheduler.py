@@ -224,6 +224,8 @@ class Scheduler:
             if held != sample.held_bytes:
                 self._grow_bytes = max(self._grow_bytes, held - sample.held_bytes)
                 self._account(sample, held)
+        if placed and self.config.beside_tokens is not None:
+            plan.budget = min(plan.budget, self.config.beside_tokens)
         if plan.budget > 0 and (prefills or self._n_waiting):
             try:
                 self._prefill(plan, prefills, stalled)
