@@ -39,7 +39,7 @@ MODEL = "served"
 def server(args: argparse.Namespace) -> Iterator[Target]:
     """`quire serve`, ended with SIGTERM."""
     command = [sys.executable, "-m", "quire.cli", "serve", "--port", "0", "--name", MODEL]
-    command += ["--memory", args.memory, "--step-tokens", str(args.step_tokens)]
+    command += ["--memory", args.memory, "--beside-tokens", str(args.beside_tokens)]
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--prompt-tokens", type=int, default=1500)
     made.add_argument("--long-tokens", type=int, default=2000)
     made.add_argument("--seconds", type=int, default=10, help="long prompts, one a second")
-    made.add_argument("--step-tokens", type=int, default=256)
+    made.add_argument("--beside-tokens", type=int, default=64)
     made.add_argument("--memory", default="1GiB")
     args = made.parse_args(arguments)
     if args.smoke:

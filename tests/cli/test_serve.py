@@ -19,6 +19,7 @@ from quire.serve.keys import Caller, Keys
         (["--keys", "nowhere.json"], "nowhere.json"),
         (["--share", "prefix", "--kv", "none"], "--kv none"),
         (["--step-tokens", "0"], "step_tokens"),
+        (["--beside-tokens", "0"], "beside_tokens"),
         (["--tls-cert", "x"], "go together"),
         (["--concurrent", "0"], "concurrent"),
         (["--kv", "int5"], "int5"),

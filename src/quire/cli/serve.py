@@ -54,7 +54,8 @@ class ServeOptions(Options):
     cors: tuple[str, ...] = ()
     max_requests: int = 256
     max_running: int = 64
-    step_tokens: int = 256
+    step_tokens: int = 512
+    beside_tokens: int = 64
     max_body: int = 4 << 20
     max_samples: int = 32
     max_output_tokens: int | None = None
@@ -203,7 +204,16 @@ def command(
             _MUCH,
             "--step-tokens",
             "N",
-            "Tokens computed in a step: fewer keep others' tokens coming while a long prompt is read; default: 256.",
+            "Tokens computed in a step; default: 512.",
+        ),
+    ] = None,
+    beside_tokens: Annotated[
+        int | None,
+        _option(
+            _MUCH,
+            "--beside-tokens",
+            "N",
+            "Of these, prompt tokens beside samples that decode: fewer keep their tokens coming; default: 64.",
         ),
     ] = None,
     max_body: Annotated[
@@ -341,7 +351,11 @@ def _run(options: ServeOptions, settled: ServeConfig, listening: Any) -> int:
     engine = Engine(
         runner,
         loaded.tokenizer,
-        config=SchedulerConfig(step_tokens=options.step_tokens, max_running=options.max_running),
+        config=SchedulerConfig(
+            step_tokens=options.step_tokens,
+            beside_tokens=options.beside_tokens,
+            max_running=options.max_running,
+        ),
         eos_token_ids=loaded.eos_token_ids,
     )
     name = options.name or loaded.name
