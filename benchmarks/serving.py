@@ -40,6 +40,7 @@ def server(args: argparse.Namespace) -> Iterator[Target]:
     """`quire serve`, ended with SIGTERM."""
     command = [sys.executable, "-m", "quire.cli", "serve", "--port", "0", "--name", MODEL]
     command += ["--memory", args.memory, "--beside-tokens", str(args.beside_tokens)]
+    command += ["--max-running", str(max(args.streams) + args.seconds)]  # long prompts are let in
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -120,6 +121,9 @@ def beside(target: Target, args: argparse.Namespace, streams: int, turn: int) ->
             **{key: round(1000 * value, 3) for key, value in found.items()},
             "p99_to_p50": found["p99"] / found["p50"],
             "first_token_of_long_ms": percentiles([1000 * s.token_s[0] for s in theirs]),
+            "long_read_meanwhile": sum(
+                s.ask.at_s + s.token_s[0] < min(m.token_s[-1] for m in mine) for s in theirs
+            ),
         }
     return row
 
