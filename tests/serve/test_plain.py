@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -55,6 +56,16 @@ def test_health_runs_a_step(packaged: Any, monkeypatch: pytest.MonkeyPatch) -> N
     with packaged.http() as http:
         assert http.get("/health").json() == {"status": "ok"}
     assert packaged.engine.stats().steps > steps
+    monkeypatch.setattr(packaged.service, "last_token_s", float("-inf"))
+    submitted = packaged.engine.stats().requests
+
+    async def many() -> list[int]:
+        async with httpx.AsyncClient(base_url=packaged.url, timeout=30) as http:
+            answers = await asyncio.gather(*(http.get("/health") for _ in range(12)))
+        return [answer.status_code for answer in answers]
+
+    assert asyncio.run(many()) == [200] * 12
+    assert packaged.engine.stats().requests == submitted + 1
     monkeypatch.setattr(packaged.service, "last_token_s", float("-inf"))
 
     def broken(*_: Any, **__: Any) -> Any:

@@ -109,6 +109,7 @@ class Service:
         self.created_s = int(time.time())
         self.runs: set[Run] = set()
         self.last_token_s = float("-inf")
+        self._probing = asyncio.Lock()
         adapters = getattr(getattr(engine.runner, "adapters", None), "names", ())
         self.models: dict[str, str | None] = {name: None} | {str(a): str(a) for a in adapters}
         self.shares = getattr(engine.runner, "sharing", None) is not None
@@ -246,8 +247,12 @@ class Service:
         """Returns when the decode loop has been seen to work. Raises ApiError 503 otherwise."""
         if self.gate.draining:
             raise ApiError(503, "the server is shutting down", retry_after_s=self.config.drain_s)
-        if time.monotonic() - self.last_token_s < FRESH_S:
-            return
+        async with self._probing:  # many probes at once are one token
+            if time.monotonic() - self.last_token_s >= FRESH_S:
+                await self._probe()
+
+    async def _probe(self) -> None:
+        """One token, before all others."""
         token = min(self.engine.intake.eos_token_ids, default=0)
         params = SamplingParams(max_tokens=1, ignore_eos=True)
         share = "off" if self.shares else None
