@@ -14,7 +14,7 @@ from laws.dense import may_read, plain_spans
 from quire.attention import Attended, ReferenceBackend, Row, Step
 from quire.attention import observe as module
 from quire.attention.cpu import CpuBackend
-from quire.attention.observe import FOLDS, Fold
+from quire.attention.observe import FOLDS, Fold, Over
 from quire.attention.reference import TorchBackend
 from quire.errors import ConfigError
 from quire.kernels import native
@@ -32,9 +32,12 @@ LEVELS = [
     x for x in range(1, 9) if LIBRARY is not None and (x == LIBRARY.isa or 1 < x < LIBRARY.isa)
 ]
 folds = st.sampled_from(FOLDS)
+overs: Any = st.sampled_from([("sum", 0), ("sum", 0), ("max", 0), ("latest", 1), ("latest", 3)])
 
 
-def paid(bench: Bench, fold: Fold, last: int | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def paid(
+    bench: Bench, fold: Fold, last: int | None, over: Over = "sum", top: int = 0
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logarithms of all queries in float64, and each row's mass by position."""
     c, at, lses, masses = bench.case, 0, [], []
     for kv, row, gone in zip(bench.kv, bench.step.rows, bench.gone, strict=True):
@@ -58,7 +61,16 @@ def paid(bench: Bench, fold: Fold, last: int | None) -> tuple[torch.Tensor, list
                 lse[h] = torch.logsumexp(whole, 1)
                 p[h][:, seen] = torch.exp(s - lse[h].unsqueeze(1))
             if last is None or i >= row.stop - last:
-                mass += {"each": p, "mean": p.mean(1, True), "max": p.amax(1, True)}[fold]
+                p = {"each": p, "mean": p.mean(1, True), "max": p.amax(1, True)}[fold]
+                if over == "sum":
+                    mass += p
+                elif over == "max":
+                    mass = mass.maximum(p)
+                for x, line in zip(p.flatten(0, 1), mass.flatten(0, 1), strict=True):
+                    best = sorted(range(row.stop), key=lambda j: -x[j])[:top]
+                    for j in best:
+                        if x[j] > 0:
+                            line[j] = i + 1
             lses.append(lse.flatten())
             at += 1
         masses.append(mass.flatten(0, 1))
@@ -80,12 +92,18 @@ def ask(bench: Bench, backend: ReferenceBackend, attended: Attended, q: Any = No
 
 
 def check(
-    case: Case, backend: ReferenceBackend, fold: Fold, last: int | None, near: float
+    case: Case,
+    backend: ReferenceBackend,
+    fold: Fold,
+    last: int | None,
+    near: float,
+    how: tuple[Over, int] = ("sum", 0),
 ) -> Attended:
-    bench, attended = Bench(case), Attended(fold, last)
+    over, top = how
+    bench, attended = Bench(case), Attended(fold, last, over, top)
     out = ask(bench, backend, attended)
     assert torch.equal(out, bench.run(backend)), "asking changed the answer"
-    lse, masses = paid(bench, fold, last)
+    lse, masses = paid(bench, fold, last, over, top)
     at = 0
     for row, want in zip(bench.step.rows, masses, strict=True):
         got = attended.total(row)
@@ -123,14 +141,15 @@ rows = st.lists(
     ).filter(lambda c: not (c.split and c.heads < 2)),
     fold=folds,
     last=st.sampled_from([None, None, 1, 3]),
+    how=overs,
 )
 @settings(max_examples=max(40, settings.default.max_examples // 2), deadline=None)
 def test_the_reference_gives_softmax_probabilities(
-    case: Case, fold: Fold, last: int | None
+    case: Case, fold: Fold, last: int | None, how: tuple[Over, int]
 ) -> None:
     near = 1e-12 if case.dtype == "float64" else 1e-5
-    check(case, ReferenceBackend(), fold, last, near)
-    check(case, TorchBackend(), fold, last, near)
+    check(case, ReferenceBackend(), fold, last, near, how)
+    check(case, TorchBackend(), fold, last, near, how)
 
 
 @kernel
@@ -152,13 +171,14 @@ def test_the_reference_gives_softmax_probabilities(
     ),
     fold=folds,
     last=st.sampled_from([None, 1]),
+    how=overs,
     isa=st.sampled_from(LEVELS or [0]),
 )
 @settings(max_examples=max(50, settings.default.max_examples // 2), deadline=None)
 def test_the_kernel_gives_softmax_probabilities(
-    case: Case, fold: Fold, last: int | None, isa: int
+    case: Case, fold: Fold, last: int | None, how: tuple[Over, int], isa: int
 ) -> None:
-    check(case, CpuBackend(isa=isa), fold, last, 1e-5)
+    check(case, CpuBackend(isa=isa), fold, last, 1e-5, how)
 
 
 @kernel
@@ -182,7 +202,8 @@ def test_pieces_of_long_contexts_share_one_sum(cached: int) -> None:
     "kv", ["int8", "int4", "kivi:bits=2,residual=32", "k=int4,v=bf16;sinks=4;window=32", "fp8"]
 )
 @pytest.mark.parametrize("fold", FOLDS)
-def test_codes_and_their_raw_tail_are_paid_apart(kv: str, fold: Fold) -> None:
+@pytest.mark.parametrize("top", [0, 5])
+def test_codes_and_their_raw_tail_are_paid_apart(kv: str, fold: Fold, top: int) -> None:
     """A body and its raw companion are two parts; together they hold every position once."""
     fields = (Field("k", (64,), "float32"), Field("v", (64,), "float32"))
     layout = build_layout([KVLayer(0, 2, fields)], KVConfig(kv), dtype="float32")
@@ -201,14 +222,17 @@ def test_codes_and_their_raw_tail_are_paid_apart(kv: str, fold: Fold) -> None:
         rows.append(Row(table, n - 1, n))
     step = Step(store, layout, rows)
     q = torch.randn(2, 6, 64, generator=g)
-    mine, theirs = Attended(fold), Attended(fold)
+    over: Over = "latest" if top else "sum"
+    mine, theirs = (Attended(fold, over=over, top=top) for _ in range(2))
     CpuBackend().run(step, 0, q, scale=0.2, attended=mine)
     ReferenceBackend().run(step, 0, q.double(), scale=0.2, attended=theirs)
     torch.testing.assert_close(mine.lse.double(), theirs.lse, rtol=1e-4, atol=1e-4)
     for row in rows:
         got, want = mine.total(row).double(), theirs.total(row)
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
-        if fold != "max":
+        if top:
+            assert ((got > 0).sum(1) == top).all(), "the largest of body and tail together"
+        elif fold != "max":
             torch.testing.assert_close(got.sum(1), torch.ones(len(got)).double(), rtol=1e-4, atol=0)
 
 
@@ -227,7 +251,15 @@ def test_one_question_can_be_asked_again() -> None:
         assert torch.equal(attended.total(row), want)
 
 
-@pytest.mark.parametrize("wrong", [{"fold": "sum"}, {"last": 0}])
-def test_questions_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="each, mean, max"):
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"fold": "sum"}, "each, mean, max"),
+        ({"last": 0}, "each, mean, max"),
+        ({"over": "latest"}, "top of 1 or more"),
+        ({"top": 3}, "over='latest'"),
+    ],
+)
+def test_questions_that_mean_nothing_are_refused(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
         Attended(**wrong)

@@ -4,7 +4,8 @@
                                    │
       lse [n_tokens, H_q]  <───────┤      natural logarithm, over everything that a query read, its sink logit included
       parts: Mass per read <───────┘      p = exp(score - lse), folded over the query heads of a KV head,
-                                          added up over a row's queries
+                                          added up over a row's queries; or their largest; or, of the latest
+                                          query that paid a token one of its k largest, the position and 1
 
 The output does not change, and nothing is paid when nobody asks. The compiled kernel gives the same for single queries.
 """
@@ -12,7 +13,7 @@ The output does not change, and nothing is paid when nobody asks. The compiled k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ from quire.spec import CacheGroup
 
 Fold = Literal["each", "mean", "max"]
 FOLDS: tuple[Fold, ...] = ("each", "mean", "max")
-Over = Literal["sum", "max"]
+Over = Literal["sum", "max", "latest"]
 SCORE_BYTES = 64 << 20
 """Scores materialised at once."""
 
@@ -54,7 +55,9 @@ class Attended:
     Args:
         fold: over the query heads of a KV head: their "mean", their "max", or "each" by itself.
         last: of how many of a row's queries, from its last one back; None for all.
-        over: a row's queries: their "sum" or their "max".
+        over: a row's queries: their "sum", their "max", or "latest": one more than the position of the last query of
+            which the token was among the `top` that it paid most, over all that it reads; 0 where there is none.
+        top: for "latest"; where several are equal, all of them count.
         rows: of these rows only, and of each so many of its last queries; None for all rows alike. What else is
             answered means nothing.
 
@@ -64,6 +67,7 @@ class Attended:
     fold: Fold = "mean"
     last: int | None = None
     over: Over = "sum"
+    top: int = 0
     rows: Mapping[Row, int] | None = None
     lse: torch.Tensor = field(init=False, default_factory=lambda: torch.empty(0))
     """`[n_tokens, H_q]`; no number for queries that were not asked about."""
@@ -73,6 +77,10 @@ class Attended:
         if self.fold not in FOLDS or (self.last is not None and self.last < 1):
             raise ConfigError(
                 f"attended: fold is one of {', '.join(FOLDS)} and last at least 1, not {self.fold!r} and {self.last}"
+            )
+        if (self.over == "latest") != (self.top > 0):
+            raise ConfigError(
+                f"attended: over='latest' goes with top of 1 or more, not {self.over!r} with {self.top}"
             )
 
     def begin(self, q: torch.Tensor) -> None:
@@ -144,26 +152,78 @@ def observe(
         )
     for r in reads:
         heads = q_heads[r]
-        for tokens, s in _scores(attended, q, r, keys(r), heads, scale, softcap, window, turn):
-            at = tokens.unsqueeze(-1), heads
+        for part, s in _scores(attended, q, r, keys(r), heads, scale, softcap, window, turn):
+            at = r.tokens[:, part].unsqueeze(-1), heads
             attended.lse[at] = torch.logaddexp(
                 attended.lse[at], torch.logsumexp(s, -1).transpose(1, 2)
             )
-    for r in reads:
-        heads, kv_heads, k = q_heads[r], r.group.heads(layer), keys(r)
-        n_heads = len(heads) if attended.fold == "each" else len(kv_heads)
-        mass = torch.zeros(k.shape[0], n_heads, k.shape[2], dtype=dtype, device=q.device)
-        for tokens, s in _scores(attended, q, r, k, heads, scale, softcap, window, turn):
-            lse = attended.lse[tokens.unsqueeze(-1), heads].transpose(1, 2).unsqueeze(-1)
+
+    def paid(r: Read, k: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some of a read's queries and their probabilities `[R, heads, T, N]`, folded."""
+        heads = q_heads[r]
+        for part, s in _scores(attended, q, r, k, heads, scale, softcap, window, turn):
+            lse = attended.lse[r.tokens[:, part].unsqueeze(-1), heads].transpose(1, 2).unsqueeze(-1)
             p = torch.exp(s - torch.where(torch.isinf(lse), 0.0, lse))
             if attended.fold != "each":
                 p = p.unflatten(1, (-1, share))
                 p = p.mean(2) if attended.fold == "mean" else p.amax(2)
+            yield part, p
+
+    owners = (
+        q_heads
+        if attended.fold == "each"
+        else {r: torch.tensor(r.group.heads(layer), device=q.device) for r in reads}
+    )
+    best = attended.lse.new_zeros(*q.shape[:2], attended.top)
+    if attended.over == "latest":
+        for r in reads:
+            for part, p in paid(r, keys(r)):
+                _better(best, (r.tokens[:, part].unsqueeze(-1), owners[r]), p.transpose(1, 2))
+    for r in reads:
+        k = keys(r)
+        mass = torch.zeros(k.shape[0], len(owners[r]), k.shape[2], dtype=dtype, device=q.device)
+        for part, p in paid(r, k):
             if attended.over == "sum":
                 mass += p.sum(2)
+            elif attended.over == "latest":
+                least = best[r.tokens[:, part].unsqueeze(-1), owners[r]][..., -1].transpose(1, 2)
+                mass = torch.maximum(mass, _stamped(p, least, r.qpos[:, None, part]).amax(2))
             else:
-                torch.maximum(mass, p.amax(2), out=mass)
-        attended.parts.append(Mass(r.group, r.rows, kv_heads, r.kpos, mass))
+                mass = torch.maximum(mass, p.amax(2))
+        attended.parts.append(Mass(r.group, r.rows, r.group.heads(layer), r.kpos, mass))
+
+
+def latest(parts: Sequence[Mass], top: int) -> list[Mass]:
+    """What single queries paid, as the answer to "latest", over all parts of a row together."""
+    rows = {r: i for i, r in enumerate(dict.fromkeys(r for m in parts for r in m.rows))}
+    each = [m.mass.shape[1] // len(m.heads) for m in parts]
+    n_heads = 1 + max((h for m in parts for h in m.heads), default=-1)
+    places = []
+    for m, share in zip(parts, each, strict=True):
+        device = m.mass.device
+        heads = torch.tensor([h * share + g for h in m.heads for g in range(share)], device=device)
+        places.append((torch.tensor([rows[r] for r in m.rows], device=device)[:, None], heads))
+    if not parts:
+        return []
+    best = parts[0].mass.new_zeros(len(rows), n_heads * max(each), top)
+    for m, at in zip(parts, places, strict=True):
+        _better(best, at, m.mass)
+    out = []
+    for m, at in zip(parts, places, strict=True):
+        stops = torch.tensor([r.stop - 1 for r in m.rows], device=m.mass.device)
+        out.append(replace(m, mass=_stamped(m.mass, best[at][..., -1], stops[:, None])))
+    return out
+
+
+def _better(best: torch.Tensor, at: tuple[torch.Tensor, ...], p: torch.Tensor) -> None:
+    """The `top` largest of what is there and of `p: [..., N]`."""
+    best[at] = torch.cat([best[at], p], -1).topk(best.shape[-1]).values
+
+
+def _stamped(p: torch.Tensor, least: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`p: [..., N]` to position + 1 of its query where it is not below `least: [...]`, to 0 elsewhere."""
+    hit = (p >= least.unsqueeze(-1)) & (p > 0)
+    return hit * (positions + 1).to(p.dtype).unsqueeze(-1)
 
 
 def _scores(
@@ -176,22 +236,21 @@ def _scores(
     softcap: float | None,
     window: int | None,
     turn: Turned | None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens `[R, T]` and their scores `[R, heads, T, N]`, a few of a row's queries at a time."""
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some of a row's queries at a time, and their scores `[R, heads, T, N]`."""
     mask, first = r.mask(window), r.queries - attended.asks(r)
     k = k.to(attended.lse.dtype).transpose(-1, -2)
     rows = max(1, SCORE_BYTES // (8 * k.shape[0] * len(heads) * max(1, k.shape[3])))
     for at in range(first, r.queries, rows):
-        stop = min(r.queries, at + rows)
-        tokens = r.tokens[:, at:stop]
-        mine = q[tokens][:, :, heads]
+        part = slice(at, min(r.queries, at + rows))
+        mine = q[r.tokens[:, part]][:, :, heads]
         if r.sinks and turn is not None:
-            mine = turn(r, mine, slice(at, stop))
+            mine = turn(r, mine, part)
         mine = mine.to(k.dtype).transpose(1, 2)  # [R, heads, T, D]
         grouped = mine.reshape(mine.shape[0], k.shape[1], -1, mine.shape[3])
         s = (torch.matmul(grouped, k) * scale).view(*mine.shape[:3], -1)
         if softcap is not None:
             s = torch.tanh(s / softcap) * softcap
         if mask is not None:
-            s = s.masked_fill(~mask[:, at:stop].unsqueeze(1), float("-inf"))
-        yield tokens, s
+            s = s.masked_fill(~mask[:, part].unsqueeze(1), float("-inf"))
+        yield part, s

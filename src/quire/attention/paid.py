@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from quire.attention.observe import Attended, Mass
+from quire.attention.observe import Attended, Mass, latest
 from quire.attention.read import Read, index
 from quire.kernels import native
 from quire.kernels.native import DecodeArgs
@@ -41,13 +41,15 @@ class Paid:
 
     def answer(self, layer: int, kv_heads: int, flat: torch.Tensor, attended: Attended) -> None:
         """What the kernel left, as the reads' masses."""
+        parts = []
         for r, at, positions in self.reads:
             heads = r.group.heads(layer)
             n_rows, n_slots = positions.shape
             mass = flat[at : at + n_rows * self.n_rows * n_slots].view(n_rows, self.n_rows, n_slots)
             if len(heads) < kv_heads:
                 mass = mass.unflatten(1, (kv_heads, -1))[:, list(heads)].flatten(1, 2)
-            attended.parts.append(Mass(r.group, r.rows, heads, positions, mass))
+            parts.append(Mass(r.group, r.rows, heads, positions, mass))
+        attended.parts += latest(parts, attended.top) if attended.over == "latest" else parts
 
 
 def plan_paid(single: Sequence[Read], n_rows: int) -> Paid:
