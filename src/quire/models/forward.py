@@ -66,8 +66,8 @@ class Watcher(Protocol):
         """Questions about a layer."""
         ...
 
-    def take(self, layer: int, q: torch.Tensor, answers: Sequence[Attended]) -> None:
-        """Their answers, and the layer's queries `[n_tokens, H_q, D]`."""
+    def take(self, layer: int, q: torch.Tensor, scale: float, answers: Sequence[Attended]) -> None:
+        """Their answers, the layer's queries `[n_tokens, H_q, D]`, and what their scores are multiplied by."""
         ...
 
     def note(self, layer: int, hidden: torch.Tensor) -> None:
@@ -179,7 +179,7 @@ class Forward:
             )
             for more in questions[1:]:  # policies that add up differently share a step
                 self.backend.run(self.step, layer, flat, **options, attended=more)
-            self.watch.take(layer, flat, questions)
+            self.watch.take(layer, flat, scale, questions)
         out = self.rows(out)
         return out if t == self.queries else out[:, self.queries - t :]
 

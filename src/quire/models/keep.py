@@ -14,6 +14,8 @@ from __future__ import annotations
 from functools import cached_property, partial
 from typing import Any
 
+import torch
+
 from quire.errors import ConfigError, InvariantError
 from quire.models.keeper import Keeper
 from quire.plan.layout import Layout
@@ -75,7 +77,18 @@ class Rules:
         """`Seen.turn` for a layer; None where the model cannot say how."""
         if not self._rotary:
             return None
-        return partial(self.bridge.turner(), layer)
+        turn = partial(self.bridge.turner(), layer)
+        names = self.bridge.field_names(layer)
+        if names[0] != "latent":
+            return turn
+        fields = (f for g in self.layout.spec if g.holds(layer) for f in self.layout.fields_of(g))
+        rotated = next(f.shape[-1] for f in fields if f.name == names[1])
+
+        def turn_last(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+            still, rest = x[..., :-rotated], turn(x[..., -rotated:], by)
+            return torch.cat([still.expand(*rest.shape[:-1], -1), rest], -1)
+
+        return turn_last
 
     @property
     def shares(self) -> bool:
@@ -92,6 +105,8 @@ class Rules:
         """The most tokens held at once on the way to `n_tokens`, copies while tokens are dropped included."""
         if not self.scores:
             return n_tokens
+        if not self.policy.bounded:
+            return 2 * n_tokens
         first = min(n_tokens, prompt_tokens)
         kept = self.kept_tokens(n_tokens) + self.policy.every
         return int(min(2 * n_tokens, max(first + self.kept_tokens(first), 2 * kept)))
@@ -152,12 +167,16 @@ def _check(bridge: Any, keep: Keep, spec: Any) -> None:
     if keep.spans:
         return
     policy = keep.policy
-    mla = bridge.shape.mla
-    if policy.by_head and mla:
+    if policy.by_head and bridge.shape.mla:
         raise ConfigError(
             f"{who}: this model keeps one latent for all heads, so heads cannot have budgets of their own; "
-            f"use the policy in brackets alone, or pyramid"
+            "layers can: pyramid(h2o:budget=0.2)"
         )
+    if policy.turns:
+        try:
+            bridge.turner()
+        except ConfigError as e:
+            raise ConfigError(f"{who}: {e}; use snapkv or keydiff") from e
     if policy.notes and bridge.compiled is not None:
         raise ConfigError(
             f"{who}: it looks at hidden states, which compiled code does not show; drop compile"

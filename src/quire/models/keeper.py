@@ -44,6 +44,7 @@ class Keeper:
         self.lines: dict[str, _Line] = {}
         self.queries: dict[int, torch.Tensor] = {}
         """Layer to `[n, H_q, D]`: the last queries, at the positions before `seen`."""
+        self.scales: dict[int, float] = {}
         self.seen = 0
 
     # -- what the table asks ---------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class Keeper:
             name: _Line(*(None if x is None else x.clone() for x in (line.mass, line.notes)))
             for name, line in self.lines.items()
         }
-        twin.queries = dict(self.queries)
+        twin.queries, twin.scales = dict(self.queries), dict(self.scales)
         return twin
 
     def reset(self) -> None:
@@ -111,12 +112,12 @@ class Keeper:
         """Books what the policy noted of new tokens, `[tiles, n]`."""
         self._line(chain, "notes", slots)[tiles, slots] = notes
 
-    def remember(self, layer: int, q: torch.Tensor, stop: int) -> None:
+    def remember(self, layer: int, q: torch.Tensor, scale: float, stop: int) -> None:
         """Keeps the last of the queries `q: [n, H_q, D]` that end at `stop`."""
         last = self.rules.policy.last_queries
         old = self.queries.get(layer)
         both = q.float() if old is None else torch.cat([old, q.float()])
-        self.queries[layer] = both[-last:].clone()
+        self.queries[layer], self.scales[layer] = both[-last:].clone(), scale
         self.seen = stop
 
     def _line(self, chain: Chain, what: str, slots: torch.Tensor | slice) -> torch.Tensor:
@@ -211,7 +212,7 @@ class Keeper:
                 own = torch.from_numpy(np.array(positions[tiles])).long().to(rules.bridge.device)
                 kept = inside(own, always)
                 seen = self._show(table, chain, layer, tiles, own, low)
-                found = policy.score(seen)
+                found = policy.score(seen) if low else own.float()
                 if found.shape != own.shape:
                     raise InvariantError(
                         f"{policy.name}: scores of {tuple(found.shape)} for {tuple(own.shape)} tokens"
@@ -293,6 +294,7 @@ class Keeper:
             mass=mass,
             queries=queries,
             query_positions=at,
+            scale=self.scales.get(layer, 1.0),
             notes=cut(line.notes),
             turn=rules.turn(layer),
         )

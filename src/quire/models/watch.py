@@ -34,11 +34,11 @@ class Watch:
         for row, keeper in keepers.items():
             n, policy = keeper.asked(row), keeper.rules.policy
             if n:
-                self._asked.setdefault((policy.fold, policy.over), {})[row] = n
+                self._asked.setdefault((policy.fold, policy.over, policy.top), {})[row] = n
         self._places: dict[tuple[int, int, int], Any] = {}
         self._found: list[tuple[Keeper, Chain, slice, Any, torch.Tensor]] = []
         self._notes: list[tuple[Keeper, Chain, slice, slice, torch.Tensor]] = []
-        self._queries: list[tuple[Keeper, int, torch.Tensor, int]] = []
+        self._queries: list[tuple[Keeper, int, torch.Tensor, float, int]] = []
 
     @classmethod
     def over(cls, step: Step) -> Watch | None:
@@ -49,9 +49,9 @@ class Watch:
     def ask(self, layer: int) -> list[Attended]:
         """Questions about one layer."""
         out = []
-        for (fold, over), rows in self._asked.items():
+        for (fold, over, top), rows in self._asked.items():
             if any(layer in k.rules.layers for k in (self.keepers[r] for r in rows)):
-                out.append(Attended(fold, over=over, rows=rows))
+                out.append(Attended(fold, over=over, top=top, rows=rows))
         return out
 
     def note(self, layer: int, hidden: torch.Tensor) -> None:
@@ -70,15 +70,15 @@ class Watch:
                     (keeper, chain, slice(tile, tile + len(heads)), slots, x[list(heads)])
                 )
 
-    def take(self, layer: int, q: torch.Tensor, answers: Sequence[Attended]) -> None:
-        """Answers about a layer, and its queries `[n_tokens, H_q, D]`."""
+    def take(self, layer: int, q: torch.Tensor, scale: float, answers: Sequence[Attended]) -> None:
+        """Answers about a layer, its queries `[n_tokens, H_q, D]`, and what their scores are multiplied by."""
         for row, keeper in self.keepers.items():
             if keeper.rules.policy.last_queries and layer in keeper.rules.layers:
                 first = self.firsts[row]
                 stop = first + row.stop - row.start
                 last = keeper.rules.policy.last_queries
                 self._queries.append(
-                    (keeper, layer, q[max(first, stop - last) : stop].clone(), row.stop)
+                    (keeper, layer, q[max(first, stop - last) : stop].clone(), scale, row.stop)
                 )
         for attended in answers:
             assert attended.rows is not None
@@ -116,8 +116,8 @@ class Watch:
             keeper.add(chain, tiles, slots, mass)
         for keeper, chain, tiles, at, notes in self._notes:
             keeper.write(chain, tiles, at, notes)
-        for keeper, layer, q, stop in self._queries:
-            keeper.remember(layer, q, stop)
+        for keeper, layer, q, scale, stop in self._queries:
+            keeper.remember(layer, q, scale, stop)
 
 
 def _chains_of(table: BlockTable, layer: int) -> list[Chain]:

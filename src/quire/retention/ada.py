@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from quire.errors import ConfigError
-from quire.retention.contract import Wrapper
+from quire.retention.contract import Wrapper, check_number
 from quire.spec import Coord
 
 if TYPE_CHECKING:
@@ -30,8 +30,12 @@ class Policy(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.floor <= 1:
-            raise ConfigError(f"ada: floor={self.floor} must be a share in 0..1")
+        check_number(self.name, "floor", self.floor, 0, 1)
+        if self.inner.by_layer:
+            raise ConfigError(
+                f"ada({self.inner.name}): {self.inner.name} gives all heads of a layer the same scores, so they have "
+                "nothing to share out; use it alone, or in pyramid"
+            )
 
     def allocate(
         self, scores: Mapping[Coord, torch.Tensor], tokens: int, length: int

@@ -18,7 +18,7 @@ from quire.spec import Coord, Interval
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Budget", "Scored", "Seen", "Wrapper", "check_tokens", "parameters"]
+__all__ = ["Budget", "Scored", "Seen", "Wrapper", "check_number", "check_tokens", "parameters"]
 
 _UNITS = {
     "b": 1,
@@ -79,6 +79,14 @@ def check_tokens(policy: str, what: str, value: Any, least: int) -> None:
         raise ConfigError(f"{policy}: {what}={value} must be an integer of at least {least}")
 
 
+def check_number(policy: str, what: str, value: Any, low: float, high: float) -> None:
+    """Refuses a parameter that is no number from `low` to `high`. Raises ConfigError."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        to = f"in {low}..{high}" if high < float("inf") else f"of at least {low}"
+        raise ConfigError(f"{policy}: {what}={value} must be a number {to}")
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a policy is shown of some KV heads of one layer; T tokens each, of which it scores every one.
@@ -91,9 +99,11 @@ class Seen:
         prompt_tokens: where its prompt ended.
         mass: `[H, T]` float32, what the policy's `queries` paid to each token, if it asked.
         queries: `[share * H, N, D]` float32, the last queries after RoPE, if it asked, at `query_positions: [N]`.
+        scale: what the model multiplies the product of a query and a key by.
         notes: `[H, T]` float32, what its `note` said of each token when it came.
         read: `read("k")`, `read("v")`: `[H, T, D]` float32 as stored (keys after RoPE), decoded. Costs a pass.
-        turn: `turn(x, by)` moves rotated `x: [..., D]` on by so many positions; None where the model cannot say how.
+        turn: `turn(x, by)` moves queries or keys `x: [..., D]` on by so many positions; None where the model cannot say
+            how.
     """
 
     coords: tuple[Coord, ...]
@@ -105,6 +115,7 @@ class Seen:
     mass: torch.Tensor | None = None
     queries: torch.Tensor | None = None
     query_positions: torch.Tensor | None = None
+    scale: float = 1.0
     notes: torch.Tensor | None = None
     turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
@@ -135,16 +146,22 @@ class Scored:
     name: ClassVar[str]
     queries: ClassVar[int | Literal["all"] | None] = None
     """Whose attention it is shown as `mass`: the last N queries before tokens are dropped, all, or none."""
-    over: ClassVar[Literal["sum", "max"]] = "sum"
-    """What becomes of the probabilities that many queries pay."""
+    over: ClassVar[Literal["sum", "max", "latest"]] = "sum"
+    """What becomes of the probabilities that many queries pay, see `attention.observe.Attended`."""
     fold: ClassVar[Literal["mean", "max"]] = "mean"
     """And of those of the query heads of a KV head."""
     last_queries: ClassVar[int] = 0
     """How many of the last queries themselves it is shown."""
+    turns: ClassVar[bool] = False
+    """Whether it cannot do without `turn`."""
     notes: ClassVar[bool] = False
     """Whether it has a `note` to make of each token's hidden state."""
     by_head: ClassVar[bool] = False
     """Whether heads of one layer may keep different numbers of tokens."""
+    by_layer: ClassVar[bool] = False
+    """Whether all heads of a layer get the same scores."""
+    bounded: ClassVar[bool] = True
+    """Whether what stays is within the budget; else `allocate` decides by itself, and no wrapper may spread it."""
     repeats: ClassVar[int] = 0
     """Asks for the prompt to be read once more, so many tokens at a time, and is shown what those queries paid."""
 
@@ -159,6 +176,11 @@ class Scored:
                 f"(sinks={self.sinks}, window={self.window}, boundary={self.boundary}); take {least} or more, or "
                 "protect fewer"
             )
+
+    @property
+    def top(self) -> int:
+        """Under "latest", among how many of a query's tokens one must be."""
+        return 0
 
     def hit_limit(self, prompt_tokens: int) -> int:
         """At most so many tokens of a prompt may be found instead of computed: its queries are needed."""
@@ -203,7 +225,7 @@ class Wrapper:
 
     inner: Any = field(kw_only=True)
     name: ClassVar[str]
-    by_head: ClassVar[bool] = False
+    by_head: ClassVar[bool]  # the inner policy's, where a wrapper says nothing else
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Scored | Wrapper):
@@ -212,6 +234,18 @@ class Wrapper:
                 f"{self.name}({inner}): it spreads the budget of a policy that scores, as in "
                 f"{self.name}(snapkv:budget=0.2)"
             )
+        if not self.inner.bounded:
+            raise ConfigError(
+                f"{self.name}({self.inner.name}): {self.inner.name} decides by itself how much each head keeps; use it "
+                "without a wrapper"
+            )
+        below = self.inner
+        while isinstance(below, Wrapper):
+            if below.name == self.name:
+                raise ConfigError(
+                    f"{self.name} around {self.name} spreads nothing further; once is enough"
+                )
+            below = below.inner
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "inner":
