@@ -42,7 +42,8 @@ class Rope:
         a, b = (y[..., : d // 2], y[..., d // 2 :]) if self.halves else (y[..., ::2], y[..., 1::2])
         turned = a * cos - b * sin, b * cos + a * sin
         both = torch.cat(turned, -1) if self.halves else torch.stack(turned, -1).flatten(-2)
-        return torch.cat([both.to(x.dtype), x[..., d:]], -1)
+        still = x[..., d:].expand(*both.shape[:-1], -1)
+        return torch.cat([both.to(x.dtype), still], -1)
 
     def _waves(self, by: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines; those of the same tensor again are not computed again, since all layers ask with it."""
