@@ -1,0 +1,89 @@
+"""Policies on models of every kind of attention, and what each kind refuses."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+import zoo
+from quire.errors import ConfigError
+from quire.models.open import open_runner
+from retention.kept import PLAIN, check_kept, prompts, run, small
+
+CASES = [
+    (name, policy)
+    for name in ("gpt2", "falcon", "gemma2", "gemma3", "gpt_oss", "jamba")
+    for policy in ("snapkv", "ada(h2o)", "pyramid(keydiff)")
+] + [(name, "expected") for name in ("falcon", "gemma2", "gemma3")]
+[PROMPT] = prompts([100], zoo.VOCAB)
+
+
+@cache
+def model(name: str) -> Any:
+    return zoo.build(name)
+
+
+def full_heads(name: str) -> list[tuple[int, int]]:
+    """Coordinates that keep every token, from the configuration alone."""
+    config = model(name).config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    if name == "jamba":
+        kinds = config.layers_block_type
+    heads = (
+        1
+        if name in ("deepseek_v3", "falcon")
+        else getattr(config, "num_key_value_heads", config.num_attention_heads)
+    )
+    full = [i for i, k in enumerate(kinds) if k in ("full_attention", "attention")]
+    return [(layer, h) for layer in full for h in range(heads)]
+
+
+def works(name: str, policy: str) -> None:
+    keep = small(policy)
+    got = run(model(name), [(PROMPT, keep), (PROMPT[:60], "full")], n_tokens=10)
+    found = got.seen.of(100)
+    assert sorted(found) == [100, 108]
+    for n, kept in found.items():
+        assert sorted(kept) == full_heads(name)
+        check_kept(keep, n, 100, kept, 0.4)
+    covering = run(model(name), [(PROMPT, small(policy, "1.0"))], n_tokens=10)
+    assert covering.tokens[0] == full(name)
+
+
+@cache
+def full(name: str) -> list[int]:
+    return run(model(name), [(PROMPT, "full")], n_tokens=10).tokens[0]
+
+
+@pytest.mark.parametrize(("name", "policy"), CASES)
+def test_kinds_of_attention(name: str, policy: str) -> None:
+    works(name, policy)
+
+
+@pytest.mark.parametrize("policy", [*(p for p in PLAIN if p != "fastgen"), "pyramid(expected)"])
+def test_latents(policy: str) -> None:
+    works("deepseek_v3", policy)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "says"),
+    [
+        ("deepseek_v3", "ada(h2o)", "one latent for all heads"),
+        ("deepseek_v3", "pyramid(ada(h2o))", "one latent for all heads"),
+        ("deepseek_v3", "fastgen", "one latent for all heads"),
+        ("mistral", "h2o", "no layer of this model keeps every token"),
+        ("mamba2", "h2o", "recurrent state only|no layer of this model keeps every token"),
+        ("bloom", "h2o", "wants the whole history"),
+        ("gpt2", "expected", "no RoPE of this model explains"),
+        ("gpt_oss", "expected", "no RoPE of this model explains"),  # its sinks make states differ
+        ("jamba", "expected", "no RoPE of this model explains"),
+        ("phi3_longrope", "expected", "use snapkv or keydiff"),
+        ("llama_dynamic", "pyramid(expected)", "use snapkv or keydiff"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_the_start(name: str, keep: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as e:
+        open_runner(model(name), keep=keep, memory="8MiB")
+    assert "\n" not in str(e.value)
