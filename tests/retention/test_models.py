@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import zoo
+from quire.engine import Engine, SamplingParams
 from quire.errors import ConfigError
 from quire.models.open import open_runner
 from retention.kept import PLAIN, check_kept, prompts, run, small
@@ -87,3 +88,14 @@ def test_what_cannot_be_is_refused_at_the_start(name: str, keep: str, says: str)
     with pytest.raises(ConfigError, match=says) as e:
         open_runner(model(name), keep=keep, memory="8MiB")
     assert "\n" not in str(e.value)
+
+
+def test_sinks_as_the_runners_own_policy_in_a_narrow_window() -> None:
+    """The RoPE is found out before anything is turned back, also where the store itself holds streams."""
+    runner = open_runner(model("llama"), keep="sinks:2+window:6", memory="8MiB", block_tokens=8)
+    try:
+        [own] = Engine(runner).generate([PROMPT], SamplingParams(max_tokens=10, ignore_eos=True))
+    finally:
+        runner.close()
+    asked = run(model("llama"), [(PROMPT, "sinks:2+window:6")], n_tokens=10)
+    assert own.token_ids == asked.tokens[0]
