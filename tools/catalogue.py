@@ -1,6 +1,7 @@
-"""The codecs' page, made from their docstrings: one part per file of src/quire/codecs.
+"""Catalogues made from docstrings: one part per file of src/quire/codecs, and per file of src/quire/retention.
 
 python tools/catalogue.py --write docs/codecs.md
+python tools/catalogue.py --policies docs/retention.md     what stands above the mark in that file stays
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import argparse
 import importlib
 import re
 import sys
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ sys.path[:0] = [str(ROOT / "src")]
 
 from quire.codecs import available  # noqa: E402
 from quire.codecs.recipe import codec_class  # noqa: E402
+from quire.retention import available as policies_available  # noqa: E402
+from quire.retention.contract import Scored  # noqa: E402
+from quire.retention.recipe import policy_class  # noqa: E402
 
 HEAD = """# Codecs
 
@@ -36,6 +41,7 @@ int4;sinks=4;window=128          so many first and so many recent tokens that st
 
 D counts the channels of a head, B the tokens of a block; other letters are in [Shape letters](shapes.md).
 """
+MARK = "<!-- Below: made by `make docs` from the docstrings in src/quire/retention. -->"
 SECTION = re.compile(r"(Idea|Source|Differs|Cost|Error): ")
 
 
@@ -64,18 +70,55 @@ def paragraphs(text: str) -> list[str]:
 def part(name: str) -> str:
     """One codec."""
     cls: Any = codec_class(name)
+    lines = described(cls)
+    known = fields(cls)
+    if known:
+        about = (cls.__doc__ or "").strip().replace("Parameters ", "").replace("Parameter ", "")
+        lines += [f"**Parameters.** {about} By default {defaults(known)}.", ""]
+    return "\n".join(lines)
+
+
+def policy_part(name: str) -> str:
+    """One policy; parameters that all scores share are said once, above."""
+    cls: Any = policy_class(name)
+    common = {f.name: f.default for f in fields(Scored)} if issubclass(cls, Scored) else {}
+    own = [
+        f
+        for f in fields(cls)
+        if f.name != "inner" and (f.name not in common or f.default != common[f.name])
+    ]
+    lines = described(cls)
+    if own:
+        about = " ".join((cls.__doc__ or "").split())
+        about = re.sub(r"`Scored`'s parameters(, and |; )?", "", about)
+        about = re.sub(r"^Parameters? ", "", about)
+        about = about[:1].upper() + about[1:]
+        lines += [f"**Parameters of its own.** {about} By default {defaults(own)}.", ""]
+    return "\n".join(lines)
+
+
+def defaults(known: Sequence[Field[Any]]) -> str:
+    """Each parameter as it would be written."""
+    return ", ".join(f"`{f.name}={str(f.default).lower()}`" for f in known)
+
+
+def described(cls: Any) -> list[str]:
+    """Title, sentence and paragraphs of a class's file."""
     text = importlib.import_module(cls.__module__).__doc__ or ""
     first, _, rest = text.partition("\n")
     title, _, sentence = first.partition(": ")
     lines = [f"## {title}", "", sentence[:1].upper() + sentence[1:], ""]
     for p in paragraphs(rest):
         lines += [p, ""]
-    known = fields(cls)
-    if known:
-        defaults = ", ".join(f"`{f.name}={str(f.default).lower()}`" for f in known)
-        about = (cls.__doc__ or "").strip().replace("Parameters ", "").replace("Parameter ", "")
-        lines += [f"**Parameters.** {about} By default {defaults}.", ""]
-    return "\n".join(lines)
+    return lines
+
+
+def policies_page(old: str) -> str:
+    """What was written by hand, and all policies in the order of their names."""
+    head, mark, _ = old.partition(MARK)
+    if not mark:
+        raise SystemExit(f"no line {MARK!r}: nothing to write below")
+    return "\n".join([head + MARK, "", *(policy_part(name) for name in policies_available())])
 
 
 def page() -> str:
@@ -88,8 +131,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", type=Path, help="file to write; standard output without it")
+    parser.add_argument("--policies", type=Path, help="file whose part below the mark to write")
     options = parser.parse_args()
-    if options.write:
+    if options.policies:
+        text = policies_page(options.policies.read_text(encoding="utf-8"))
+        options.policies.write_text(text, encoding="utf-8")
+    elif options.write:
         options.write.write_text(page(), encoding="utf-8")
     else:
         print(page())

@@ -99,3 +99,10 @@ def test_sinks_as_the_runners_own_policy_in_a_narrow_window() -> None:
         runner.close()
     asked = run(model("llama"), [(PROMPT, "sinks:2+window:6")], n_tokens=10)
     assert own.token_ids == asked.tokens[0]
+
+
+@pytest.mark.parametrize("keep", ["sinks:2+window:6", small("expected")])
+def test_the_rope_is_found_under_a_codec_with_small_blocks(keep: str) -> None:
+    """What one block of the probe reads of an earlier one would be rounded."""
+    got = run(model("llama"), [(PROMPT, keep)], n_tokens=4, kv="int4", block_tokens=16)
+    assert len(got.tokens[0]) == 4
