@@ -6,11 +6,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 import zoo
 from quire.engine import Engine, SamplingParams
 from quire.errors import ConfigError
 from quire.models.open import open_runner
+from quire.retention import parse_keep
 from retention.kept import PLAIN, check_kept, prompts, run, small
 
 CASES = [
@@ -106,3 +108,23 @@ def test_the_rope_is_found_under_a_codec_with_small_blocks(keep: str) -> None:
     """What one block of the probe reads of an earlier one would be rounded."""
     got = run(model("llama"), [(PROMPT, keep)], n_tokens=4, kv="int4", block_tokens=16)
     assert len(got.tokens[0]) == 4
+
+
+def test_latents_are_turned_where_they_carry_rope() -> None:
+    runner = open_runner(model("deepseek_v3"), memory="8MiB")
+    try:
+        turn = runner.rules(parse_keep("expected")).turn(1)  # type: ignore[union-attr]
+        config, theta = model("deepseek_v3").config, 10000.0
+        still, rotated = config.kv_lora_rank, config.qk_rope_head_dim
+        x = torch.randn(2, 1, still + rotated)
+        y = turn(x, torch.arange(5))
+        assert y.shape == (2, 5, still + rotated)
+        assert torch.equal(y[..., :still], x[..., :still].expand(-1, 5, -1))
+        angles = theta ** -(torch.arange(0, rotated, 2) / rotated)
+        for by in range(5):
+            a, b = x[:, 0, still:].chunk(2, -1)
+            cos, sin = (by * angles).cos(), (by * angles).sin()
+            want = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+            torch.testing.assert_close(y[:, by, still:], want)
+    finally:
+        runner.close()

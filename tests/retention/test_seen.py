@@ -136,3 +136,28 @@ def test_heads_of_fastgen_are_those_that_transformers_own_attention_names() -> N
             assert abs(len(kept[coord]) - want) <= 4, "rounded to blocks of 8"
             sizes.add(want)
         assert len(sizes) > 1, "the control: heads differ here"
+
+
+@pytest.mark.parametrize(
+    ("policy", "want"), [("snapkv", [64, 8, 8]), ("tova", [1, 1, 1]), ("rkv", [8, 8, 8])]
+)
+def test_what_the_last_queries_paid_is_counted_once(
+    policy: str, want: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probabilities of a query sum to one; of those before tokens went last, nothing is left."""
+    cls, sums = type(parse_keep(policy).policy), []
+    score = cls.score
+
+    def noting(self: Any, seen: Seen) -> torch.Tensor:
+        assert seen.mass is not None
+        if seen.layer == 2:
+            sums.append((seen.length, seen.mass.sum(-1)))
+        found: torch.Tensor = score(self, seen)
+        return found
+
+    monkeypatch.setattr(cls, "score", noting)
+    monkeypatch.setattr(cls, "fold", "mean")
+    run(zoo.build("llama"), [(PROMPT, small(policy))])
+    assert [n for n, _ in sums] == [N, N + 8, N + 16]
+    for (_, paid), n in zip(sums, want, strict=True):
+        torch.testing.assert_close(paid, torch.full((HEADS,), float(n)), rtol=1e-4, atol=0)
