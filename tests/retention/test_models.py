@@ -128,3 +128,13 @@ def test_latents_are_turned_where_they_carry_rope() -> None:
             torch.testing.assert_close(y[:, by, still:], want)
     finally:
         runner.close()
+
+
+def test_a_layer_that_others_read_keeps_its_own_queries() -> None:
+    """Shared KV: queries of the layers above would be taken for later ones, and cuts of a prompt would show."""
+    whole, cut = (
+        run(model("gemma3n"), [(PROMPT, small("expected"))], n_tokens=2, step_tokens=n)
+        for n in (200, 17)
+    )
+    assert whole.seen.of(100) == cut.seen.of(100)
+    assert whole.tokens == cut.tokens

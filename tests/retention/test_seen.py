@@ -161,3 +161,29 @@ def test_what_the_last_queries_paid_is_counted_once(
     assert [n for n, _ in sums] == [N, N + 8, N + 16]
     for (_, paid), n in zip(sums, want, strict=True):
         torch.testing.assert_close(paid, torch.full((HEADS,), float(n)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("policy", ["h2o", "lru", "ada(h2o)"])
+def test_what_was_paid_goes_on_with_its_token(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = type(parse_keep(policy.rpartition("(")[2].rstrip(")")).policy)
+    score, seen_at = cls.score, {}  # type: ignore[var-annotated]
+
+    def noting(self: Any, seen: Seen) -> torch.Tensor:
+        assert seen.mass is not None
+        for coord, positions, mass in zip(seen.coords, seen.positions, seen.mass, strict=True):
+            paid = dict(zip(positions.tolist(), mass.tolist(), strict=True))
+            seen_at[seen.length, coord] = paid
+        found: torch.Tensor = score(self, seen)
+        return found
+
+    monkeypatch.setattr(cls, "score", noting)
+    run(zoo.build("llama"), [(PROMPT, small(policy))])
+    for layer in range(3):
+        for h in range(HEADS):
+            for n in (N + 8, N + 16):
+                before, after = seen_at[n - 8, (layer, h)], seen_at[n, (layer, h)]
+                most = n if policy == "lru" else 8
+                assert len(set(before.values())) > 10
+                for p in after.keys() & before.keys():
+                    assert before[p] - 1e-5 <= after[p] <= before[p] + most
+                assert set(after) <= {*before, *range(n - 8, n)}

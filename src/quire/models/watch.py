@@ -38,6 +38,7 @@ class Watch:
         self._places: dict[tuple[int, int, int], Any] = {}
         self._found: list[tuple[Keeper, Chain, slice, Any, torch.Tensor]] = []
         self._notes: list[tuple[Keeper, Chain, slice, slice, torch.Tensor]] = []
+        self._taken: set[int] = set()
         self._queries: list[tuple[Keeper, int, torch.Tensor, float, int]] = []
 
     @classmethod
@@ -72,8 +73,11 @@ class Watch:
 
     def take(self, layer: int, q: torch.Tensor, scale: float, answers: Sequence[Attended]) -> None:
         """Answers about a layer, its queries `[n_tokens, H_q, D]`, and what their scores are multiplied by."""
+        # Layers that read this one's cache (shared KV) come after it; their queries are not kept.
+        again = layer in self._taken
+        self._taken.add(layer)
         for row, keeper in self.keepers.items():
-            if keeper.rules.policy.last_queries and layer in keeper.rules.layers:
+            if keeper.rules.policy.last_queries and layer in keeper.rules.layers and not again:
                 first = self.firsts[row]
                 stop = first + row.stop - row.start
                 last = keeper.rules.policy.last_queries
