@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from quire.codecs import available
+from quire.retention import available as policies
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "matrix.md"
@@ -53,6 +55,16 @@ def test_no_cell_is_missing_or_untested() -> None:
     for codec in matrix.codecs():
         for batching in matrix.BATCHING:
             assert ("codec × batching", codec, batching) in page
+        if codec in matrix.stored_differently():
+            for policy in matrix.policies():
+                assert ("codec × policy", codec, policy) in page
+    for variant in matrix.VARIANTS:
+        for policy in matrix.policies():
+            assert ("attention × policy", variant, policy) in page
+    assert {p.partition("(")[0] for p in matrix.policies()} == set(policies())
+    assert {"auto", "fp8", "int8", "int4", "kivi:residual=8,group=16"} <= set(
+        matrix.stored_differently()
+    )
     tried = {recipe.partition(":")[0] for recipe in matrix.codecs()}
     assert {*available(), "auto", "none"} <= tried
     assert all(text == "yes" or text.startswith("refused [") for text in page.values())
@@ -69,6 +81,30 @@ def test_no_cell_is_missing_or_untested() -> None:
 )
 def test_some_cells_again(name: str, kv: str, batching: str, says: str) -> None:
     assert says in tool().cell(name, kv, batching)
+
+
+@pytest.mark.parametrize(
+    ("name", "kv", "policy", "says"),
+    [
+        ("llama", "kivi:residual=8,group=16", "ada(h2o)", "yes"),
+        ("deepseek_v3", "auto", "ada(h2o)", "one latent for all heads"),
+        ("mistral", "auto", "tova", "no layer of this model keeps every token"),
+        ("llama", "none", "h2o", "caches nothing|keeps no policy|none"),
+    ],
+)
+def test_some_policies_again(name: str, kv: str, policy: str, says: str) -> None:
+    assert re.search(says, tool().kept(name, kv, policy))
+
+
+def test_a_policy_that_says_something_else_in_a_batch_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrix = tool()
+    drops, covers = matrix.policies()["random"]
+    monkeypatch.setattr(matrix, "policies", lambda: {"x": (covers, drops), "y": (drops, covers)})
+    with pytest.raises(AssertionError, match="wrong text"):
+        matrix.kept("llama", "auto", "x")  # what drops tokens does not say what transformers says
+    assert matrix.kept("llama", "auto", "y") == "yes"
 
 
 def test_a_wrong_text_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,11 @@
     python tools/matrix.py --write docs/matrix.md
 
 Axes are enumerated, not listed by hand where a folder can be read: codecs from `quire.codecs`, policies from
-`quire.retention` once it exists. A cell is *yes* when the texts are those of transformers' own `generate()`, or, for a
-codec that rounds, those of the same codec with the request alone. Such codecs get blocks of 16 tokens and parameters
-with which they seal and read back within these texts. *refused* quotes the error that a user gets, from the
-same code. Anything else fails the run: there is no untested cell.
+`quire.retention`. A cell is *yes* when the texts are those of transformers' own `generate()`, or, for a codec that
+rounds, those of the same codec with the request alone. Such codecs get blocks of 16 tokens and parameters with which
+they seal and read back within these texts. With a policy it is *yes* when a request in a batch says what it says alone
+under a budget that drops tokens, and, where nothing rounds, what transformers says under one that covers all.
+*refused* quotes the error that a user gets, from the same code. Anything else fails the run: there is no untested cell.
 """
 
 from __future__ import annotations
@@ -30,9 +31,14 @@ from quire.codecs import available, parse_recipe  # noqa: E402
 from quire.engine import Engine, SamplingParams  # noqa: E402
 from quire.engine.schedule import SchedulerConfig  # noqa: E402
 from quire.models.open import open_runner  # noqa: E402
+from quire.retention import available as policies_available  # noqa: E402
+from quire.retention.contract import Wrapper  # noqa: E402
+from quire.retention.recipe import policy_class  # noqa: E402
 
 N_TOKENS = 10
 TEXTS = zoo.prompts()[:3]
+LONG_TEXTS = zoo.prompts(lengths=(70, 41))
+"""So that codecs seal blocks from which tokens can go."""
 MEMORY = "32MiB"
 
 VARIANTS = {
@@ -63,6 +69,33 @@ def codecs() -> list[str]:
     return ["auto", *(SEALS_EARLY.get(n, n) for n in available()), *MIXED, "none"]
 
 
+DROPS = "sinks=1,window=3,boundary=1,every=4"
+"""How a policy that scores drops tokens within these texts."""
+SPANS = {
+    "full": ("full", "full"),
+    "window": ("window:6", "window:4096"),
+    "sinks": ("sinks:2+window:6", "sinks:2+window:4096"),
+}
+INNER = {"ada": "h2o", "pyramid": "snapkv"}
+"""What a wrapper is tried around."""
+
+
+def policies() -> dict[str, tuple[str, str]]:
+    """Every policy of the folder, a wrapper around one: a form that drops tokens, and one that covers all."""
+    out = {}
+    for name in policies_available():
+        if name in SPANS:
+            out[name] = SPANS[name]
+        elif issubclass(policy_class(name), Wrapper):
+            inner = INNER.get(name, "keydiff")
+            out[f"{name}({inner})"] = tuple(
+                f"{name}({inner}:budget={b},{DROPS})" for b in ("0.5", "1.0")
+            )
+        else:
+            out[name] = tuple(f"{name}:budget={b},{DROPS}" for b in ("0.5", "1.0"))
+    return out  # type: ignore[return-value]
+
+
 def block_tokens(kv: str) -> int:
     """Small blocks, so that these texts take several."""
     lossy = kv != "none" and any(not c.plain for c in parse_recipe(kv).loaded())
@@ -89,9 +122,10 @@ def run_engine(
     memory: int | str = MEMORY,
     budget: int = 12,
     n: int = 1,
+    keep: str = "full",
 ) -> tuple[list[list[int]], int]:
     """Texts of a continuous batch, and how often a request was preempted."""
-    runner = open_runner(model, kv=kv, memory=memory, block_tokens=block_tokens(kv))
+    runner = open_runner(model, kv=kv, keep=keep, memory=memory, block_tokens=block_tokens(kv))
     try:
         engine = Engine(runner, config=SchedulerConfig(step_tokens=budget))
         params = SamplingParams(max_tokens=N_TOKENS, ignore_eos=True, n=n)
@@ -229,22 +263,51 @@ def cell(name: str, kv: str, batching: str) -> str:
     return "yes"
 
 
+def stored_differently() -> list[str]:
+    """Codecs to try policies on: one stands for all plain ones, whose rows are moved alike."""
+    alike = [n for n in available() if parse_recipe(n).loaded()[0].plain]
+    return [kv for kv in codecs() if kv not in alike]
+
+
+def kept(name: str, kv: str, policy: str) -> str:
+    """yes, or the refusal, for a policy. Raises AssertionError on a wrong text."""
+    model, (drops, covers) = zoo.build(name), policies()[policy]
+    texts = LONG_TEXTS if name == "llama" else TEXTS[1:]
+    try:
+        got = run_engine(model, kv, texts, keep=drops)[0]
+        want = run_engine(model, kv, texts[:1], keep=drops, budget=64)[0]
+        whole = run_engine(model, kv, TEXTS[1:2], keep=covers, budget=64)[0] if exact(kv) else []
+    except (quire.ConfigError, quire.RequestError) as e:
+        return f"refused: {str(e).removeprefix(f'keep={drops!r}: ')}"
+    assert got[:1] == want, f"{name}, kv={kv}, keep={drops}: wrong text"
+    if exact(kv):
+        assert whole == truth(name, "")[1:2], f"{name}, kv={kv}, keep={covers}: wrong text"
+    return "yes"
+
+
 def tables() -> list[Table]:
     """Every pair, the third axis at its default."""
     by_codec = Table("attention", "codec")
     by_batch = Table("attention", "batching")
     pairs = Table("codec", "batching")
+    by_policy = Table("attention", "policy")
+    both = Table("codec", "policy")
     for title, name in VARIANTS.items():
         for kv in codecs():
             by_codec.cells[title, kv] = cell(name, kv, "continuous, chunked")
         for batching in BATCHING:
             by_batch.cells[title, batching] = cell(name, "auto", batching)
+        for policy in policies():
+            by_policy.cells[title, policy] = kept(name, "auto", policy)
         print(f"  {title}", file=sys.stderr)
     for kv in codecs():
         for batching in BATCHING:
             pairs.cells[kv, batching] = cell("llama", kv, batching)
+        if kv in stored_differently():
+            for policy in policies():
+                both.cells[kv, policy] = kept("llama", kv, policy)
         print(f"  {kv}", file=sys.stderr)
-    return [by_codec, by_batch, pairs]
+    return [by_codec, by_batch, pairs, by_policy, both]
 
 
 def write(found: Sequence[Table]) -> str:
@@ -254,8 +317,10 @@ def write(found: Sequence[Table]) -> str:
         "",
         "Written by `make matrix`; every cell was run. *yes*: the texts equal transformers' own `generate()` (or,",
         "for a codec that rounds, the same codec with each request alone). A number refers to the reasons below: the",
-        "error that `quire run`, `quire.attach` or the engine gives for the same choice. Retention, sharing, tiers and",
-        "the engine's speculation have no entries yet: what does not exist is not an axis.",
+        "error that `quire run`, `quire.attach` or the engine gives for the same choice. With a policy, *yes*: what a",
+        "request says in a batch is what it says alone while tokens are dropped, and, where nothing rounds, what",
+        "transformers says under a budget that covers all. Sharing, tiers and the engine's speculation have no entries",
+        "yet.",
         "",
     ]
     reasons: list[str] = []
@@ -266,7 +331,7 @@ def write(found: Sequence[Table]) -> str:
             f"## {t.rows} × {t.columns}",
             "",
             f"| {t.rows} | "
-            + " | ".join(f"`{c}`" if t.columns == "codec" else c for c in columns)
+            + " | ".join(f"`{c}`" if t.columns in ("codec", "policy") else c for c in columns)
             + " |",
         ]
         lines.append("| --- |" + " --- |" * len(columns))
