@@ -19,7 +19,7 @@ CASES = [
     (name, policy)
     for name in ("gpt2", "falcon", "gemma2", "gemma3", "gpt_oss", "jamba")
     for policy in ("snapkv", "ada(h2o)", "pyramid(keydiff)")
-] + [(name, "expected") for name in ("falcon", "gemma2", "gemma3")]
+] + [(name, "expected") for name in ("falcon", "gemma2", "gemma3", "gpt_oss", "jamba")]
 [PROMPT] = prompts([100], zoo.VOCAB)
 
 
@@ -80,8 +80,6 @@ def test_latents(policy: str) -> None:
         ("mamba2", "h2o", "recurrent state only|no layer of this model keeps every token"),
         ("bloom", "h2o", "wants the whole history"),
         ("gpt2", "expected", "no RoPE of this model explains"),
-        ("gpt_oss", "expected", "no RoPE of this model explains"),  # its sinks make states differ
-        ("jamba", "expected", "no RoPE of this model explains"),
         ("phi3_longrope", "expected", "use snapkv or keydiff"),
         ("llama_dynamic", "pyramid(expected)", "use snapkv or keydiff"),
     ],

@@ -99,7 +99,11 @@ def _keys(bridge: Any, start: int) -> dict[int, torch.Tensor]:
     ids = torch.tensor([[(7 * i + 3) % vocab for i in range(TOKENS)]], device=model.device)
     positions = torch.arange(start, start + TOKENS, device=model.device)[None]
     run_model(model, ids, cache, shape.cache_name, shape.accepts, position_ids=positions)
-    return {layer: cache.layers[layer].keys[0].float() for layer, _ in bridge.layers()}
+    out = {}
+    for layer, names in bridge.layers():
+        found = cache.layers[layer]
+        out[layer] = (found.values if "k_rope" in names else found.keys)[0].float()
+    return out
 
 
 def _explain(
