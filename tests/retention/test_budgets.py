@@ -142,16 +142,18 @@ def test_a_pyramid_that_has_too_few_tokens_below_is_less_steep() -> None:
     }
 
 
-def test_ada_gives_each_head_its_floor_and_the_rest_to_the_best() -> None:
-    scores = tokens(n_layers=2)
-    found = parse_keep("ada(random):floor=0.2").policy.allocate(scores, 100, 1000)
+@pytest.mark.parametrize("floor", [0.2, 0.9])
+def test_ada_gives_each_head_its_floor_and_the_rest_to_the_best(floor: float) -> None:
+    scores, sure = tokens(n_layers=2), round(100 * floor)
+    found = parse_keep(f"ada(random):floor={floor}").policy.allocate(scores, 100, 1000)
     for layer in range(2):
         heads = [np.sort(scores[layer, h].numpy())[::-1] for h in range(2)]
-        rest = sorted(((x, h) for h in range(2) for x in heads[h][20:]), reverse=True)[:160]
-        assert [found[layer, h] for h in range(2)] == [
-            20 + sum(owner == h for _, owner in rest) for h in range(2)
-        ]
-        assert found[layer, 0] > found[layer, 1] >= 20
+        rest = sorted(((x, h) for h in range(2) for x in heads[h][sure:]), reverse=True)
+        owners = [owner for _, owner in rest[: 200 - 2 * sure]]
+        assert [found[layer, h] for h in range(2)] == [sure + owners.count(h) for h in range(2)]
+        assert found[layer, 0] > found[layer, 1]
+        if floor == 0.9:
+            assert found[layer, 1] == 90, "which its scores alone would not give it"
 
 
 def test_wrappers_in_either_order_spread_alike() -> None:
