@@ -278,7 +278,7 @@ def kept(name: str, kv: str, policy: str) -> str:
         want = run_engine(model, kv, texts[:1], keep=drops, budget=64)[0]
         whole = run_engine(model, kv, TEXTS[1:2], keep=covers, budget=64)[0] if exact(kv) else []
     except (quire.ConfigError, quire.RequestError) as e:
-        return f"refused: {str(e).removeprefix(f'keep={drops!r}: ')}"
+        return f"refused: {str(e).removeprefix(f'keep={drops!r}: ').replace(f'keep={drops!r}', 'keep')}"
     assert got[:1] == want, f"{name}, kv={kv}, keep={drops}: wrong text"
     if exact(kv):
         assert whole == truth(name, "")[1:2], f"{name}, kv={kv}, keep={covers}: wrong text"

@@ -9,6 +9,7 @@ from quire.models.attach import connect
 from quire.models.compiled import check_compile, compile_runner
 from quire.models.prepack import prepack
 from quire.models.runner import ModelRunner, NoCacheRunner
+from quire.retention import parse_keep
 from quire.share import parse_share
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
 
@@ -46,6 +47,10 @@ def open_runner(
         if parse_share(share).on:
             raise ConfigError(
                 f"share={share!r} finds cached prefixes and kv='none' caches nothing; drop one of them"
+            )
+        if not parse_keep(keep).full:
+            raise ConfigError(
+                f"keep={keep!r} chooses among cached tokens and kv='none' caches none; drop one of them"
             )
         if compile:
             raise ConfigError("compile is for decode steps over a cache, and kv='none' has none")
