@@ -116,7 +116,7 @@ def plain_runs(
     Args:
         limit_s: none is begun after so many seconds, except the first.
     """
-    baseline = open_cache(loaded, replace(options, kv=NO_CACHE))
+    baseline = open_cache(loaded, replace(options, kv=NO_CACHE, keep="full"))
     _warm(loaded, baseline, asks[0])
     began = time.monotonic()
     outcomes: list[Outcome] = []
