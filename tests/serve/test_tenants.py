@@ -63,3 +63,21 @@ def test_sharing_can_be_left_out(keyed: Any) -> None:
     assert cached(priority=1, keep_for_s=5) == 0
     assert cached(share="off") == 0
     assert cached(kv="fp32", keep="full", share="prefix") > GRAIN
+
+
+def test_a_request_may_choose_what_stays(keyed: Any) -> None:
+    client = keyed.client("alice")
+    prompt = "words that fill a window and then some more of them " * 3
+
+    def said(**cache: Any) -> str:
+        done = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=12, temperature=0, extra_body={"cache": cache}
+        )
+        text: str = done.choices[0].text
+        return text
+
+    full = said()
+    assert said(keep="window:1000") == full
+    assert said(keep="window:16") != full
+    assert said(keep="h2o:budget=40,sinks=2,window=8,boundary=2") != full
+    assert said() == full

@@ -64,6 +64,7 @@ class ServeOptions(Options):
     concurrent: int | None = None
     max_cache_priority: int = 1
     max_keep: float = 3600.0
+    fixed_keep: bool = False
     queue_timeout: float = 120.0
     timeout: float = 900.0
     drain: float = 30.0
@@ -252,6 +253,9 @@ def command(
         float | None,
         _option(_MUCH, "--max-keep", "SECONDS", "Longest cache.keep_for_s; default: 3600."),
     ] = None,
+    fixed_keep: Annotated[
+        bool, _option(_MUCH, "--fixed-keep", " ", "Refuse requests that ask for another --keep.")
+    ] = False,
     queue_timeout: Annotated[
         float | None,
         _option(_MUCH, "--queue-timeout", "SECONDS", "Until the first token; default: 120."),
@@ -328,6 +332,7 @@ def _config(options: ServeOptions) -> ServeConfig:
         max_output_tokens=options.max_output_tokens,
         max_cache_priority=options.max_cache_priority,
         max_keep_s=options.max_keep,
+        fixed_keep=options.fixed_keep,
         queue_timeout_s=options.queue_timeout,
         request_timeout_s=options.timeout,
         drain_s=options.drain,

@@ -29,6 +29,7 @@ class ServeConfig:
         max_output_tokens: of one sample; None: what context and cache allow.
         max_cache_priority: highest `cache.priority` of a request.
         max_keep_s: longest `cache.keep_for_s`, and time-to-live of a breakpoint.
+        fixed_keep: refuse requests that ask for another policy than the server's.
         queue_timeout_s: a request that has no first token after this is refused (503).
         request_timeout_s: a request that is not done after this is ended (504).
         drain_s: how long SIGTERM waits for running requests.
@@ -51,6 +52,7 @@ class ServeConfig:
     max_output_tokens: int | None = None
     max_cache_priority: int = 1
     max_keep_s: float = 3600.0
+    fixed_keep: bool = False
     queue_timeout_s: float = 120.0
     request_timeout_s: float = 900.0
     drain_s: float = 30.0

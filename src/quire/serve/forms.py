@@ -41,7 +41,8 @@ class CacheOptions(Form):
     """What a request may say about the cache. Extra field `cache`; `extra_body={"cache": …}` in OpenAI's client.
 
     Attributes:
-        kv, keep: the recipe and policy that it wants: those that the server runs, or a refusal.
+        kv: the recipe that it relies on: the one that the server runs, or a refusal.
+        keep: which of its tokens stay, as `"h2o:budget=0.2"`; default: what the server runs.
         share: "off": find nothing that others computed, and leave nothing.
         priority: each step is worth a doubling of its blocks' uses; the operator sets the highest.
         keep_for_s: seconds in which its blocks go only when no other block is idle; the operator sets the longest.

@@ -134,7 +134,8 @@ class Service:
             ApiError: a wish that this server does not grant.
         """
         options = options or CacheOptions()
-        for field_name, mine in (("kv", self.kv), ("keep", self.keep)):
+        fixed = {"kv": self.kv} | ({"keep": self.keep} if self.config.fixed_keep else {})
+        for field_name, mine in fixed.items():
             asked = getattr(options, field_name)
             if asked is not None and asked != mine:
                 raise ApiError(
@@ -165,6 +166,7 @@ class Service:
                 )
             hints = Hints(options.priority or 0, options.keep_for_s or 0.0)
         return {
+            "keep": options.keep,
             "share": options.share,
             "namespace": self.tenants.of(caller.name, narrow=options.salt or ""),
             "hints": hints,
