@@ -351,9 +351,9 @@ def test_an_installed_package_that_does_not_import_is_one_line(document, monkeyp
     assert refused["reason"] == "cannot be imported: No module named 'cupy'"
 
 
-def test_policies_get_rows_from_the_day_on_which_they_are_there(document, monkeypatch) -> None:
+def test_policies_that_name_themselves_get_rows(document, monkeypatch) -> None:
     made = types.ModuleType("quire.retention")
-    made.available = lambda: ("full", "h3o")  # type: ignore[attr-defined]
+    made.shown = lambda: ("h3o",)  # type: ignore[attr-defined]
     made.__spec__ = types.SimpleNamespace(name="quire.retention")  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "quire.retention", made)
     (refused,) = document(5)["panels"]["techniques"]["refused"]

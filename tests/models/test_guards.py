@@ -179,7 +179,7 @@ def test_static_cache_is_refused() -> None:
     [
         ({"kv": "int3"}, "unknown codec 'int3'; known: auto"),
         ({"kv": "bf16;skip_layers=99"}, "skip_layers must lie within"),
-        ({"keep": "h2o"}, "keep='h2o'"),
+        ({"keep": "h3o"}, "unknown policy 'h3o'"),
         ({"memory": "8 parsec"}, "unknown unit"),
         ({"memory": 1.5}, "share must lie in"),
         ({"memory": 4096}, "too small for one request"),

@@ -73,7 +73,7 @@ class _Observer:
     def ask(self, layer: int) -> list[Attended]:
         return [Attended("each", rows={self.row: self.last})]
 
-    def take(self, layer: int, q: torch.Tensor, answers: Sequence[Attended]) -> None:
+    def take(self, layer: int, q: torch.Tensor, scale: float, answers: Sequence[Attended]) -> None:
         self.paid[layer] = answers[0].total(self.row).double().cpu()
 
     def note(self, layer: int, hidden: torch.Tensor) -> None:

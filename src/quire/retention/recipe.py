@@ -60,6 +60,11 @@ def policy_class(name: str) -> type[Any]:
     raise ConfigError(f"unknown policy {name!r}; known: {', '.join(available())}")
 
 
+def shown() -> tuple[str, ...]:
+    """Policies worth a row of their own where techniques are compared: a class attribute `shown` names them."""
+    return tuple(text for n in sorted(_own()) for text in getattr(policy_class(n), "shown", ()))
+
+
 @dataclass(frozen=True)
 class Keep:
     """A parsed `keep=`: its text and its policy."""

@@ -9,7 +9,6 @@ Nothing is listed here: codecs are the files of `quire.codecs` and the entry poi
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import statistics
 import time
 from collections.abc import Sequence
@@ -110,15 +109,13 @@ def techniques(dtype: str) -> tuple[list[Technique], list[str], list[tuple[str, 
             rows = [(text, "full") for text in getattr(codec, "shown", (name,))]
             (plain if getattr(codec, "plain", False) else chosen).extend(rows)
     chosen += plain
-    chosen += [("auto", policy) for policy in _policies() if policy != "full"]
+    chosen += [("auto", policy) for policy in _policies()]
     return chosen, wider, broken
 
 
 def _policies() -> tuple[str, ...]:
-    """The retention policies, from the day on which their folder is there."""
-    if importlib.util.find_spec("quire.retention") is None:
-        return ()
-    return tuple(importlib.import_module("quire.retention").available())
+    """The retention policies that name themselves as worth a row (`shown`, as codecs do)."""
+    return tuple(importlib.import_module("quire.retention").shown())
 
 
 def name_of(technique: Technique) -> str:
