@@ -30,7 +30,7 @@ KEYS = {
     "peak": {"cases", "verdicts"},
     "latents": {"cases"},
     "sharing": {"index", "copies", "policies"},
-    "retention": {"cases"},
+    "dropping": {"cases"},
     "streaming": {"cases", "recomputed_ppl", "sink_share", "verdicts"},
     "serving": {"repeated", "beside", "verdicts"},
 }

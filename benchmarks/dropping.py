@@ -10,7 +10,7 @@ which tokens stay, only on how many. Every policy of `--keep` has a sequence of 
                 is whole when it comes, and dropped to its budget before the next
     freed       bytes that went at the pool, over what the budget says should go
 
-    python benchmarks/retention.py --ctx 16384 --keep full h2o:budget=0.2
+    python benchmarks/dropping.py --ctx 16384 --keep full h2o:budget=0.2
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
     from quire.retention import parse_keep
 
     model = random_llama(args.size, context=args.ctx + 4096, dtype=args.dtype).model
-    doc = common.document("retention", "What does dropping tokens give?", args)
+    doc = common.document("dropping", "What does dropping tokens give?", args)
     runner: Any = open_runner(model, kv=args.kv, memory=args.memory)
     ids = common.random_tokens(args.ctx + 4096, 512, args.seed)
     sides = {k: Side(runner, k, ids, args.ctx) for k in args.keep}
