@@ -43,9 +43,9 @@ def output_limit(
     policy: dict[str, Any] = {}
     if keep is not None:
         policy = {"keep": keep, "prompt_tokens": prompt_tokens}
-        longer = room.context_tokens(keep)  # type: ignore[attr-defined]
+        longer = room.context_tokens(keep, prompt_tokens)  # type: ignore[attr-defined]
         context = (
-            context if asked is None else longer
+            min(context, longer) if asked is None else longer
         )  # nobody is given a stream without end unasked
     if prompt_tokens < 1:
         raise RequestError("the prompt is empty; give at least one token")

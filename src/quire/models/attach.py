@@ -327,6 +327,7 @@ class Attachment:
         cache = kwargs.get(self.bridge.shape.cache_name)
         if (
             not isinstance(cache, KVCache)
+            or cache.driven
             or cache._token is not None
             or cache is not _own(cache, self.bridge)
         ):
@@ -344,7 +345,11 @@ class Attachment:
             kwargs = changed = shorten(cache, kwargs)
             ids = kwargs["input_ids"]
         cache.begin(
-            ids.shape[0], ids.shape[1], kwargs.get("attention_mask"), kwargs.get("position_ids")
+            ids.shape[0],
+            ids.shape[1],
+            kwargs.get("attention_mask"),
+            kwargs.get("position_ids"),
+            ids if ids.ndim == 2 else None,
         )
         self._running.append((cache, ids.shape[1]))
         return None if changed is None else (args, changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,22 @@ class Bridge:
         if found is None:
             found = self._rules[keep.text] = Rules(self, keep)
         return found
+
+    @cached_property
+    def max_context_tokens(self) -> int:
+        """The longest sequence that the model admits."""
+        return int(self._runner.max_context_tokens)
+
+    @torch.no_grad()
+    def read(self, item: Any) -> None:
+        """Computes an item for what it leaves behind, within the model's own `generate()`."""
+        self._runner.read(item)
+
+    @cached_property
+    def _runner(self) -> Any:
+        from quire.models.runner import ModelRunner  # which drives bridges
+
+        return ModelRunner(self)
 
     def cache(self) -> KVCache:
         """An empty cache for the model's own `generate()`."""

@@ -21,6 +21,7 @@ from quire.attention.read import Row
 from quire.attention.step import Step
 from quire.errors import CapacityError, ConfigError, InvariantError, RequestError
 from quire.models.forward import CURRENT, Forward
+from quire.models.repeat import repeat
 from quire.store.snapshot import load_table, read_snapshot, save_table
 from quire.store.table import BlockTable
 
@@ -135,15 +136,27 @@ class KVCache(Cache):
         """Whether it finds what others have computed and leaves what it computes; `generate()` decides that."""
         self.tokens: list[list[int]] = []
         """Where it shares: the tokens of each row, live lists that its tables follow."""
+        self.heard: list[list[int]] = []
+        """Where a policy reads them once more: the tokens of each row."""
+        self.driven = False
+        """Whether a runner drives it, and not the model's own `generate()`."""
         self._starts: list[int] = []
         self._token: Any = None
 
     # -- a forward inside generate() -----------------------------------------------------------------------------
 
     def begin(
-        self, batch: int, queries: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None
+        self,
+        batch: int,
+        queries: int,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        ids: torch.Tensor | None = None,
     ) -> None:
         """Makes room for a forward over `[batch, queries]` and makes it current.
+
+        Args:
+            ids: its tokens, where it has any.
 
         Raises:
             RequestError: the batch is not the cache's, or ids restart in spite of what is cached.
@@ -170,6 +183,7 @@ class KVCache(Cache):
         self._check_positions(position_ids, valid, counts)
         self._check_states(queries)
         self._check_keepers(queries)
+        self._hear(ids, valid)
         try:
             for table, n in zip(self.tables, counts, strict=True):
                 table.append(n, drafts=n if self._recording else 0)
@@ -190,6 +204,8 @@ class KVCache(Cache):
             now.watch.finish()
         self.unbind(self.tables)
         self.columns += queries
+        for t, row in zip(self.tables, self.heard, strict=False):
+            repeat(t, row, self.bridge.read)
         if not self._recording:
             for t in self.tables:
                 t.commit()
@@ -199,6 +215,8 @@ class KVCache(Cache):
         if self._token is not None:
             CURRENT.reset(self._token)
             self._token = None
+        for row, start in zip(self.heard, self._starts, strict=False):
+            del row[start:]
         for t, start in zip(self.tables, self._starts, strict=True):
             if t.length > start:
                 if any(c.group.recurrent for c in t.chains) and start:
@@ -234,6 +252,41 @@ class KVCache(Cache):
                 )
             if queries > 1 and table.length:
                 table.keeper.begin_prompt(table, queries)
+
+    def _hear(self, ids: torch.Tensor | None, valid: torch.Tensor | None) -> None:
+        """Notes the new tokens for a policy that reads them once more.
+
+        Raises:
+            RequestError: there are none, or some are unknown; or the context has no room for a repetition.
+        """
+        rules = self.bridge.rules(self.bridge.keep)
+        if not rules.scores or not rules.policy.repeats:
+            return
+        who = f"keep={self.bridge.keep.text!r} reads tokens once more"
+        if ids is None:
+            raise RequestError(f"{who}, and this input is embeddings; use keep='keydiff'")
+        here = torch.ones_like(ids, dtype=torch.bool).view(-1)
+        if valid is not None:
+            here = torch.zeros_like(here)
+            here[valid] = True
+        new = [r[m].tolist() for r, m in zip(ids, here.view(ids.shape), strict=True)]
+        heard = self.heard or [[] for _ in new]
+        if self.tokens:  # `shorten` has noted them already, what was found included
+            heard = [row[: len(row) - len(n)] for row, n in zip(self.tokens, new, strict=True)]
+        for table, row, more in zip(self.tables, heard, new, strict=True):
+            if len(row) != table.length:
+                raise RequestError(f"{who}, and this cache does not know all that it holds")
+            length, keeper = table.length + len(more), table.keeper
+            if not table.length or len(more) > 1:
+                rules.context_tokens(self.bridge.max_context_tokens, length)
+            elif keeper is not None:
+                need = length + keeper.spare(length)
+                if need > length and need > self.bridge.max_context_tokens:
+                    raise RequestError(
+                        f"{who}, at {length} tokens up to position {need}, and the context is "
+                        f"{self.bridge.max_context_tokens}; generate fewer, or take a smaller every or repeats"
+                    )
+        self.heard = [[*row, *more] for row, more in zip(heard, new, strict=True)]
 
     def _check_states(self, queries: int) -> None:
         if (
@@ -318,8 +371,9 @@ class KVCache(Cache):
             t.truncate(max(0, t.length + tokens_to_remove))
             t.accept(t.length)
             t.commit()
-        for table, row in zip(self.tables, self.tokens, strict=False):
-            del row[table.length :]
+        for rows in (self.tokens, self.heard):
+            for table, row in zip(self.tables, rows, strict=False):
+                del row[table.length :]
         self.columns = max(0, self.columns + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -344,6 +398,7 @@ class KVCache(Cache):
         self.tables = fresh
         if self.tokens:
             self.follow([list(self.tokens[i]) for i in order])
+        self.heard = [list(self.heard[i]) for i in order] if self.heard else []
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.reorder_cache(indices)
@@ -359,7 +414,7 @@ class KVCache(Cache):
         """Gives every block back; the cache is as new."""
         for t in self.tables:
             t.release()
-        self.tables, self.tokens, self.columns = [], [], 0
+        self.tables, self.tokens, self.heard, self.columns = [], [], [], 0
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -411,6 +466,7 @@ class KVCache(Cache):
         twin.columns, twin._recording, twin.shares = self.columns, self._recording, self.shares
         if self.tokens:
             twin.follow([list(row) for row in self.tokens])
+        twin.heard = [list(row) for row in self.heard]
         return twin
 
     def __del__(self) -> None:

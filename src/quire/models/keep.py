@@ -11,13 +11,16 @@ Chunks end there, so whoever is preempted and computed anew sees the same histor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-from quire.errors import ConfigError, InvariantError
+from quire.errors import ConfigError, InvariantError, RequestError
 from quire.models.keeper import Keeper
+from quire.models.repeat import LEAD_TOKENS
+from quire.models.rope import Regimes
 from quire.plan.layout import Layout
 from quire.retention import Keep
 from quire.spec import CacheGroup
@@ -109,7 +112,43 @@ class Rules:
             return 2 * n_tokens
         first = min(n_tokens, prompt_tokens)
         kept = self.kept_tokens(n_tokens) + self.policy.every
-        return int(min(2 * n_tokens, max(first + self.kept_tokens(first), 2 * kept)))
+        most = min(2 * n_tokens, max(first + self.kept_tokens(first), 2 * kept))
+        held = [min(due, max(first, kept)) + n for due, n in self._repeats(n_tokens, prompt_tokens)]
+        return int(max(most, *held)) if held else int(most)
+
+    # -- reading once more -------------------------------------------------------------------------------------------
+
+    def repeat_tokens(self, n_tokens: int) -> int:
+        """Drafts at once while `n_tokens` are read once more."""
+        return LEAD_TOKENS + min(int(self.policy.repeats), n_tokens)
+
+    def _repeats(self, n_tokens: int, prompt_tokens: int) -> Iterator[tuple[int, int]]:
+        """At which lengths a sequence of `n_tokens` is read once more, and with how many drafts at once."""
+        done = 0
+        if self.scores and self.policy.repeats:
+            for due in range(prompt_tokens, max(n_tokens, prompt_tokens + 1), self.policy.every):
+                if self.kept_tokens(due) < due:
+                    yield due, self.repeat_tokens(due - done)
+                    done = due
+
+    def context_tokens(self, context: int, prompt_tokens: int) -> int:
+        """The longest sequence whose repetitions, too, lie within a context.
+
+        Raises:
+            RequestError: the prompt's own does not.
+        """
+        for due, n in self._repeats(context, prompt_tokens):
+            if due + n <= context:
+                continue
+            if due > prompt_tokens:
+                return due
+            room = context - due - LEAD_TOKENS
+            raise RequestError(
+                f"keep={self.keep.text!r}: the prompt of {due} tokens is read once more behind itself, {n} tokens at a "
+                f"time, and the context is {context}; "
+                + (f"repeats={room} or less would fit" if room > 0 else "take a shorter prompt")
+            )
+        return context
 
     def kept_tokens(self, length: int) -> int:
         """How many tokens of a sequence stay per layer and head on average, protected ones at least."""
@@ -170,14 +209,34 @@ def _check(bridge: Any, keep: Keep, spec: Any) -> None:
     if policy.by_head and bridge.shape.mla:
         raise ConfigError(
             f"{who}: this model keeps one latent for all heads, so heads cannot have budgets of their own; "
-            "layers can: pyramid(h2o:budget=0.2)"
+            + (
+                "use uniform=true"
+                if policy.name in ("kvzip", "kvzap")
+                else "layers can: pyramid(h2o:budget=0.2)"
+            )
         )
     if policy.turns:
         try:
             bridge.turner()
         except ConfigError as e:
             raise ConfigError(f"{who}: {e}; use snapkv or keydiff") from e
+    if policy.repeats:
+        _check_repeats(bridge, who)
     if policy.notes and bridge.compiled is not None:
         raise ConfigError(
             f"{who}: it looks at hidden states, which compiled code does not show; drop compile"
+        )
+
+
+def _check_repeats(bridge: Any, who: str) -> None:
+    """What is read once more is forgotten again, which not every model's cache can do."""
+    if bridge.has_state:
+        raise ConfigError(
+            f"{who}: it reads the prompt once more and forgets that again, which recurrent state cannot; use keydiff"
+        )
+    kind = Regimes(bridge.model).kind
+    if kind != "fixed":
+        raise ConfigError(
+            f"{who}: it reads the prompt once more behind itself, and this model's RoPE ({kind}) turns keys by the "
+            "length of the whole sequence; use keydiff"
         )

@@ -46,10 +46,15 @@ class Keeper:
         """Layer to `[n, H_q, D]`: the last queries, at the positions before `seen`."""
         self.scales: dict[int, float] = {}
         self.seen = 0
+        self.repeated = 0
+        """Tokens before it were read once more already, for a policy that wants that."""
+        self.repeating = False
 
     # -- what the table asks ---------------------------------------------------------------------------------------
 
     def before_append(self, table: BlockTable, n_tokens: int) -> None:
+        if self.repeating:
+            return
         if not self.due:
             self.prompt_tokens = self.due = table.length + n_tokens
         if table.length == table.committed == self.due:
@@ -59,6 +64,11 @@ class Keeper:
             raise InvariantError(
                 f"a chunk of {n_tokens} tokens from {table.length} on passes {self.due}, where tokens go"
             )
+
+    def spare(self, length: int) -> int:
+        if not self.repeats_at(length):
+            return 0
+        return self.rules.repeat_tokens(length - self.repeated)
 
     def until(self, start: int, stop: int) -> int:
         if not self.due:
@@ -74,11 +84,12 @@ class Keeper:
             for name, line in self.lines.items()
         }
         twin.queries, twin.scales = dict(self.queries), dict(self.scales)
+        twin.repeated = self.repeated
         return twin
 
     def reset(self) -> None:
         self.prompt_tokens = self.due = self.first or 0
-        self.seen = 0
+        self.seen = self.repeated = 0
         self.lines, self.queries = {}, {}
 
     def begin_prompt(self, table: BlockTable, n_tokens: int) -> None:
@@ -89,6 +100,8 @@ class Keeper:
     def asked(self, row: Row) -> int:
         """How many of the row's last queries are to be watched."""
         queries = self.rules.policy.queries
+        if self.repeating:
+            return row.stop - row.start
         if queries is None:
             return 0
         if queries == "all":
@@ -133,6 +146,22 @@ class Keeper:
             setattr(line, what, grown)
             found = grown
         return found
+
+    # -- reading once more -------------------------------------------------------------------------------------------
+
+    def repeats_at(self, length: int) -> bool:
+        """Whether tokens are about to go at this length that were not read once more yet."""
+        if self.repeating or length != self.due or not self.rules.policy.repeats:
+            return False
+        return self.repeated < length and self.rules.kept_tokens(length) < length
+
+    def forget_behind(self, table: BlockTable, length: int) -> None:
+        """What was booked at the places of tokens from `length` on means nothing: these tokens are gone."""
+        for chains in families(table).values():
+            for chain in chains:
+                line = self.lines.get(chain.group.name)
+                if line is not None and line.mass is not None:
+                    line.mass[:, chain.slot(length) :] = 0
 
     # -- dropping ----------------------------------------------------------------------------------------------------
 
@@ -282,7 +311,7 @@ class Keeper:
             queries = q[:, mine].transpose(0, 1)
             at = torch.arange(self.seen - q.shape[0], self.seen, device=q.device)
         mass = cut(line.mass)
-        if policy.queries is not None and mass is None:
+        if (policy.queries is not None or policy.repeats) and mass is None:
             mass = torch.zeros(positions.shape, device=positions.device)
         return Seen(
             coords=tuple((layer, h) for h in chain.group.heads(layer)),

@@ -18,6 +18,7 @@ from quire.models.forward import CURRENT
 from quire.models.hf_cache import KVCache
 from quire.models.keep import Rules
 from quire.models.prepack import Prepacked
+from quire.models.repeat import repeat
 from quire.models.rope import Regimes
 from quire.models.sharing import AdapterDigests
 from quire.retention import Keep
@@ -64,6 +65,7 @@ class ModelRunner:
         self.chunked_prefill = bridge.chunked_prefill
         self.max_rows: int | None = None
         self.cache = KVCache(bridge)
+        self.cache.driven = True
         self.adapters = bridge.adapters
         self.sharing = bridge.sharing
         self.audit = bridge.audit
@@ -114,11 +116,18 @@ class ModelRunner:
         most = rules.most_tokens(n_tokens, prompt_tokens)
         return self.bridge.store.fits(most, chunk_tokens=min(chunk, most), groups=rules.groups)
 
-    def context_tokens(self, keep: Keep | None = None) -> int:
-        """The longest sequence that can be attended to: without end where a window bounds every distance."""
-        if keep is None or not self.rules(keep).endless:
+    def context_tokens(self, keep: Keep | None = None, prompt_tokens: int = 0) -> int:
+        """The longest sequence that can be attended to: without end where a window bounds every distance.
+
+        Raises:
+            RequestError: its policy reads such a prompt once more, and that does not fit.
+        """
+        if keep is None:
             return self.max_context_tokens
-        return UNBOUNDED_TOKENS
+        rules = self.rules(keep)
+        if rules.endless:
+            return UNBOUNDED_TOKENS
+        return rules.context_tokens(self.max_context_tokens, prompt_tokens)
 
     def usage(self) -> Usage:
         return self.bridge.store.usage()
@@ -145,6 +154,17 @@ class ModelRunner:
             `[sum(item.logits), vocab] float32`, in item order.
         """
         self.adapters.use(adapter)
+        logits = self._forward(items)
+        for item in items:
+            if item.table.keeper is not None:
+                repeat(item.table, item.tokens, self.read)
+        return logits
+
+    def read(self, item: Item) -> None:
+        """Computes an item for what it leaves behind; within a forward, under its adapter."""
+        self._run([item])
+
+    def _forward(self, items: Sequence[Item]) -> torch.Tensor:
         batches = self._batches(items)
         if len(batches) == 1:
             return self._run(items)

@@ -18,7 +18,16 @@ from quire.spec import Coord, Interval
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Budget", "Scored", "Seen", "Wrapper", "check_number", "check_tokens", "parameters"]
+__all__ = [
+    "Budget",
+    "Scored",
+    "Seen",
+    "Wrapper",
+    "check_number",
+    "check_tokens",
+    "parameters",
+    "share_out",
+]
 
 _UNITS = {
     "b": 1,
@@ -97,7 +106,7 @@ class Seen:
         positions: `[H, T]` int64, true position of each token, ascending; heads may keep different ones.
         length: of the sequence.
         prompt_tokens: where its prompt ended.
-        mass: `[H, T]` float32, what the policy's `queries` paid to each token, if it asked.
+        mass: `[H, T]` float32, what the policy's `queries` (or those of its `repeats`) paid to each token, if it asked.
         queries: `[share * H, N, D]` float32, the last queries after RoPE, if it asked, at `query_positions: [N]`.
         scale: what the model multiplies the product of a query and a key by.
         notes: `[H, T]` float32, what its `note` said of each token when it came.
@@ -162,8 +171,6 @@ class Scored:
     """Whether all heads of a layer get the same scores."""
     bounded: ClassVar[bool] = True
     """Whether what stays is within the budget; else `allocate` decides by itself, and no wrapper may spread it."""
-    repeats: ClassVar[int] = 0
-    """Asks for the prompt to be read once more, so many tokens at a time, and is shown what those queries paid."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", Budget.parse(self.budget, f"{self.name}: budget"))
@@ -180,6 +187,11 @@ class Scored:
     @property
     def top(self) -> int:
         """Under "latest", among how many of a query's tokens one must be."""
+        return 0
+
+    @property
+    def repeats(self) -> int:
+        """Asks for what was read to be read once more before tokens go, so many at a time; `mass` is theirs."""
         return 0
 
     def hit_limit(self, prompt_tokens: int) -> int:
@@ -258,6 +270,18 @@ class Wrapper:
         """As `Scored.allocate`."""
         found: dict[Coord, int] = self.inner.allocate(scores, tokens, length)
         return found
+
+
+def share_out(scores: Mapping[Coord, torch.Tensor], tokens: int) -> dict[Coord, int]:
+    """How many of the best `tokens` per head on average each head has, the scores of all heads together."""
+    import torch
+
+    coords = list(scores)
+    every = torch.cat([scores[c] for c in coords])
+    owner = torch.cat([torch.full((len(scores[c]),), i) for i, c in enumerate(coords)])
+    best = owner[every.topk(min(tokens * len(coords), len(every))).indices.cpu()]
+    counts: list[int] = torch.bincount(best, minlength=len(coords)).tolist()
+    return dict(zip(coords, counts, strict=True))
 
 
 def parameters(policy: Any) -> dict[str, Any]:

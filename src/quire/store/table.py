@@ -39,6 +39,10 @@ class Keeper(Protocol):
         """Compacts, where the committed length says so. Raises CapacityError; the table is unchanged then."""
         ...
 
+    def spare(self, length: int) -> int:
+        """Tokens of room besides, for what will be read once more and forgotten when `length` tokens are computed."""
+        ...
+
     def until(self, start: int, stop: int) -> int:
         """How far [start, stop) may be computed before tokens must go: start < it <= stop."""
         ...
@@ -97,7 +101,8 @@ class BlockTable:
             )
         length = self.length + n_tokens
         accepted = length - drafts if drafts < n_tokens else self.accepted
-        self._reserve(length, accepted)
+        spare = 0 if self.keeper is None else self.keeper.spare(length)
+        self._reserve(length + spare, accepted)
         self.length, self.accepted = length, accepted
 
     def accept(self, n_tokens: int) -> None:
