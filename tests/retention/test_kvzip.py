@@ -200,3 +200,25 @@ def test_embeddings_cannot_be_repeated() -> None:
         embeds = model.get_input_embeddings()(torch.tensor([TEXT]))
         with pytest.raises(RequestError, match="embeddings"):
             model(inputs_embeds=embeds, past_key_values=attached.cache())
+
+
+def test_generate_tells_policies_what_was_paid() -> None:
+    """Any that asks for the attention of the prompt's own queries."""
+    from quire.retention.h2o import Policy as H2O
+
+    model, shown = zoo.build("llama"), []
+
+    def score(self: H2O, seen: Any) -> torch.Tensor:
+        shown.append(seen.mass.clone())
+        return seen.mass
+
+    keep = KEEP.replace("kvzip", "h2o").replace("repeats=16,", "")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        attach(model, keep=keep, block_tokens=8, memory="32MiB"),
+    ):
+        patch.setattr(H2O, "score", score)
+        model.generate(torch.tensor([TEXT]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert shown
+    for mass in shown:  # every query pays 1 in all
+        torch.testing.assert_close(mass.sum(1), torch.full((2,), 60.0), atol=1e-3, rtol=1e-4)
