@@ -204,11 +204,11 @@ def test_embeddings_cannot_be_repeated() -> None:
 
 def test_generate_tells_policies_what_was_paid() -> None:
     """Any that asks for the attention of the prompt's own queries."""
-    from quire.retention.h2o import Policy as H2O
+    from quire.retention.h2o import Policy as Paid
 
     model, shown = zoo.build("llama"), []
 
-    def score(self: H2O, seen: Any) -> torch.Tensor:
+    def score(self: Paid, seen: Any) -> torch.Tensor:
         shown.append(seen.mass.clone())
         return seen.mass
 
@@ -217,7 +217,7 @@ def test_generate_tells_policies_what_was_paid() -> None:
         pytest.MonkeyPatch.context() as patch,
         attach(model, keep=keep, block_tokens=8, memory="32MiB"),
     ):
-        patch.setattr(H2O, "score", score)
+        patch.setattr(Paid, "score", score)
         model.generate(torch.tensor([TEXT]), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert shown
     for mass in shown:  # every query pays 1 in all

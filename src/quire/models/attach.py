@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MethodType
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from quire.models.adapters import Adapters, unwrap
 from quire.models.bridge import WAYS, Bridge, make_backend
 from quire.models.forward import NAME
 from quire.models.hf_cache import KVCache
+from quire.models.load import weights_digest
 from quire.models.memory import arena_bytes
 from quire.models.patches import Patches, cached_heads
 from quire.models.prepack import check_weights
@@ -32,7 +34,7 @@ from quire.models.rope import Regimes
 from quire.models.runner import ModelRunner
 from quire.models.sharing import open_sharing, shorten
 from quire.plan.layout import KVLayer, Layout, build_layout, check_config
-from quire.retention import parse_keep
+from quire.retention import Keep, parse_keep
 from quire.share import parse_share
 from quire.spec import Full, KVConfig
 from quire.store.store import BlockStore
@@ -105,7 +107,8 @@ def connect(
             reasons.append(f"{candidate}: {one_line(e)}")
             continue
         try:
-            layout = _layout(model, shape, candidate, config, dtype)
+            keep = parse_keep(config.keep).bound(partial(weights_digest, model))
+            layout = _layout(model, shape, candidate, config, dtype, keep)
             store = BlockStore(layout.spec, total_bytes, device=str(model.device))
             bridge = Bridge(model, candidate, shape, layout, store, patches, adapters, attention)
         except BaseException:
@@ -115,7 +118,7 @@ def connect(
             chunked and Regimes(model).chunked_prefill and not restarts_scan(model)
         )
         try:
-            bridge.keep = parse_keep(config.keep)
+            bridge.keep = keep
             bridge.rules(bridge.keep)
             bridge.sharing = open_sharing(bridge, config)
             bridge.audit = parse_share(config.share).audit
@@ -166,7 +169,9 @@ def _enter(way: str, shape: Shape, patches: Patches) -> bool:
     return ok
 
 
-def _layout(model: Any, shape: Shape, way: str, config: KVConfig, dtype: str) -> Layout:
+def _layout(
+    model: Any, shape: Shape, way: str, config: KVConfig, dtype: str, keep: Keep | None = None
+) -> Layout:
     layers = shape.layers
     if way == "dense":
         layers = [
@@ -179,7 +184,7 @@ def _layout(model: Any, shape: Shape, way: str, config: KVConfig, dtype: str) ->
             replace(x, heads=heads.get(x.layer, x.heads)) if isinstance(x, KVLayer) else x
             for x in layers
         ]
-    return build_layout(layers, config, dtype=dtype, shared=shape.shared)
+    return build_layout(layers, config, dtype=dtype, shared=shape.shared, keep=keep)
 
 
 @torch.inference_mode()

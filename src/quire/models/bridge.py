@@ -19,7 +19,9 @@ from quire.models.adapters import Adapters
 from quire.models.compiled import Compiled
 from quire.models.forward import Forward, Watcher, windows_of
 from quire.models.hf_cache import KVCache
+from quire.models.hidden import note_hidden
 from quire.models.keep import Rules
+from quire.models.load import weights_digest
 from quire.models.patches import Patches
 from quire.models.prepack import Prepacked, prepack
 from quire.models.probe import Shape
@@ -92,6 +94,7 @@ class Bridge:
         self._turner: Turner | None = None
         self.observer: Callable[[Step], Watcher] | None = None
         """Stands in for the policies' watch, for who wants to see attention (`quire.evaluate.attention`)."""
+        self._noting = False
         self._windows = windows_of(layout.spec.groups)
         self._names = {
             layer: tuple(f.name for f in layout.fields_of(g))
@@ -141,8 +144,17 @@ class Bridge:
         """What a policy means for this model. Raises ConfigError where it cannot be had."""
         found = self._rules.get(keep.text)
         if found is None:
-            found = self._rules[keep.text] = Rules(self, keep)
+            found = Rules(self, keep.bound(lambda: self.digest))
+            if found.scores and found.policy.notes and not self._noting:
+                self._noting = True
+                self.patches.also(note_hidden(self.model, found.layers))
+            self._rules[keep.text] = found
         return found
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights, whatever dtype they are in, before they were packed."""
+        return weights_digest(self.model)
 
     @cached_property
     def max_context_tokens(self) -> int:
@@ -246,6 +258,8 @@ class Bridge:
 
     def prepack(self, weights: str) -> None:
         """Packs the model's linear layers until `close`, see `models.prepack`. Raises ConfigError."""
+        if weights != "plain":
+            _ = self.digest  # of the weights as they were
         self.weights = prepack(self.model, weights)
         if self.weights is not None:
             self.patches.also(self.weights.restore)

@@ -389,3 +389,16 @@ def fingerprint(parameters: Iterable[tuple[str, Any]]) -> str:
         some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().contiguous()
         found.update(some.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 over the weights whatever they are computed in: names, shapes and a sample, as bfloat16 has it."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        found.update(f"{name} {tuple(p.shape)}\n".encode())
+        flat = p.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().contiguous()
+        found.update(some.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

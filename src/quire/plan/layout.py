@@ -84,6 +84,7 @@ def build_layout(
     dtype: str,
     shared: Mapping[int, int] | None = None,
     codecs: Mapping[str, KVCodec] | None = None,
+    keep: Keep | None = None,
 ) -> Layout:
     """Groups the layers by form.
 
@@ -92,11 +93,12 @@ def build_layout(
         config: the user's choices.
         dtype: what the model computes in.
         codecs: replaces the recipe's codecs by field name (`""` for all); for codecs that are not registered.
+        keep: the configuration's policy, bound to the model where it has learned of one.
 
     Raises:
         ConfigError: the recipe cannot serve this model.
     """
-    keep = parse_keep(config.keep)
+    keep = keep or parse_keep(config.keep)
     recipe = parse_recipe(config.kv)
     if codecs is None:
         recipe.check_options()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quire.errors import ConfigError
+from quire.retention.maps import Digest
 from quire.spec import Coord, Interval
 
 if TYPE_CHECKING:
@@ -263,6 +264,11 @@ class Wrapper:
         if name.startswith("__") or name == "inner":
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+    def bound(self, digest: Digest) -> Any:
+        """As `Keep.bound`, for the policy within."""
+        bound = getattr(self.inner, "bound", None)
+        return self if bound is None else replace(self, inner=bound(digest))
 
     def allocate(
         self, scores: Mapping[Coord, torch.Tensor], tokens: int, length: int

@@ -20,9 +20,10 @@ from typing import Any
 
 from quire.errors import ConfigError
 from quire.retention.contract import Wrapper
+from quire.retention.maps import Digest
 from quire.spec import SpanPolicy
 
-_NOT_POLICIES = frozenset({"recipe", "contract"})
+_NOT_POLICIES = frozenset({"recipe", "contract", "maps"})
 
 
 def _others() -> Iterable[Any]:
@@ -81,6 +82,15 @@ class Keep:
     def spans(self) -> bool:
         """Whether it narrows what queries read, rather than score tokens."""
         return isinstance(self.policy, SpanPolicy)
+
+    def bound(self, digest: Digest) -> Keep:
+        """The same with what its policy has learned of the model whose weights have that digest.
+
+        Raises:
+            ConfigError: it needs that and has nothing.
+        """
+        bound = getattr(self.policy, "bound", None)
+        return self if bound is None else Keep(self.text, bound(digest))
 
 
 @cache
