@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fit_kvzap
 import zoo
 from models.driving import engine_texts, runner_for
 from quire import attach, packaged
@@ -148,4 +149,33 @@ def test_the_packaged_model_has_a_map_in_any_dtype(dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_pretrained(packaged.path(), dtype=dtype).eval()
     runner = open_runner(model, keep="kvzap:budget=0.5", memory="64MiB")
     assert sorted(runner.rules(runner.keep).policy.maps) == list(range(6))  # type: ignore[union-attr]
+    runner.close()
+
+
+def test_the_fit_finds_a_linear_map_again() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(8, 2), torch.tensor([3.0, -40.0])
+    sums = fit_kvzap.Sums(8, 2)
+    for n in range(20):
+        x = torch.randn(50, 8)
+        sums.add(x, x @ weight + bias, held=n % 10 == 9)
+    found = sums.solve(1e-9)
+    torch.testing.assert_close(found[:-1].float(), weight, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[-1].float(), bias, atol=1e-4, rtol=1e-4)
+    assert min(sums.r2(found)) > 0.999
+    drawn = sums.solve(1e6)
+    assert drawn[:-1].abs().max() < 1e-3
+    assert abs(float(drawn[-1, 1]) + 40) < 1, "the bias is not drawn to zero"
+
+
+def test_fitting_a_small_model_gives_a_map_that_it_takes(tmp_path: Path) -> None:
+    model = zoo.build("llama")
+    torch.manual_seed(0)
+    samples = [torch.randint(1, zoo.VOCAB, (80,)).tolist() for _ in range(10)]
+    tensors, good = fit_kvzap.fit(model, iter(samples), 64, 1e-4)
+    path = tmp_path / "map.safetensors"
+    save_file(tensors, path, {"digest": weights_digest(model)})
+    assert sorted(good) == [0, 1, 2]
+    runner = runner_for(model, keep=f"kvzap:map={path},{PARAMETERS}")
+    assert len(engine_texts(runner, TEXTS, 12)[0]) == 12
     runner.close()
