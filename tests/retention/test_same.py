@@ -82,7 +82,7 @@ def everything() -> Outcome:
     return run(model(), [(TEXTS[0], "full")])
 
 
-@pytest.mark.parametrize("policy", [*available(), *WRAPPED])
+@pytest.mark.parametrize("policy", [*(p for p in available() if p != "kvzap"), *WRAPPED])
 def test_a_budget_that_covers_all_gives_what_full_gives(policy: str) -> None:
     full = everything()
     keep = {

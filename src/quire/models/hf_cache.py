@@ -203,8 +203,6 @@ class KVCache(Cache):
         if now is not None and now.watch is not None:
             now.watch.finish()
         self.unbind(self.tables)
-        if now is not None and now.watch is not None:
-            now.watch.finish()
         self.columns += queries
         for t, row in zip(self.tables, self.heard, strict=False):
             repeat(t, row, self.bridge.read)
