@@ -67,7 +67,7 @@ def test_a_policy_says_what_it_is_and_what_it_costs(name: str) -> None:
     )
     assert all(head in text for head in wanted)
     common = {f.name for f in fields(Scored)} if issubclass(cls, Scored) else set()
-    for parameter in fields(cls):
+    for parameter in (f for f in fields(cls) if f.init):
         if parameter.name not in {"inner", *common}:
             assert f"`{parameter.name}`" in cls.__doc__, "each parameter is explained"
 

@@ -84,7 +84,7 @@ def policy_part(name: str) -> str:
     common = {f.name: f.default for f in fields(Scored)} if issubclass(cls, Scored) else {}
     own = [
         f
-        for f in fields(cls)
+        for f in (x for x in fields(cls) if x.init)
         if f.name != "inner" and (f.name not in common or f.default != common[f.name])
     ]
     lines = described(cls)

@@ -25,9 +25,7 @@ SMALL = "sinks=2,window=4,boundary=3,every=8"
 """Protects little, so that short prompts have something to lose."""
 OWN_TESTS = ("kvzip", "kvzap")
 """What reads a prompt twice, or needs a map of its model, has files of its own."""
-PLAIN = tuple(
-    n for n in available() if issubclass(policy_class(n), Scored) and n not in OWN_TESTS
-)
+PLAIN = tuple(n for n in available() if issubclass(policy_class(n), Scored) and n not in OWN_TESTS)
 """Policies that score."""
 WRAPPED = ("ada(h2o)", "pyramid(snapkv)", "ada(pyramid(keydiff))", "pyramid(ada(expected))")
 
