@@ -113,7 +113,7 @@ def beside(target: Target, args: argparse.Namespace, streams: int, turn: int) ->
             b - a
             for s in mine
             for a, b in pairwise(s.token_s)
-            if a >= begun and (not theirs or b >= 1.0)
+            if a >= begun and (not theirs or b >= 1.0 or args.smoke)
         ]
         found = percentiles(gaps)
         assert found is not None

@@ -62,6 +62,8 @@ class Prompts:
             raise ApiError(
                 400, "this model has no chat template; use /v1/completions", code="no_chat_template"
             )
+        if not turns:
+            raise ApiError(400, "the messages hold no text; give some", param="messages")
         goes_on = answer and turns[-1]["role"] == "assistant"
         try:
             return str(
