@@ -59,4 +59,10 @@ def attach(
             f"share={share!r}: generate() does not say which adapter it runs with; serve adapters through "
             "quire.Engine, which does, or use share='off'"
         )
+    if bridge.sharing is not None and bridge.rules(bridge.keep).scores:
+        bridge.close()
+        raise ConfigError(
+            f"share={share!r} and keep={keep!r}: generate() finds prefixes for whole batches, and a policy that scores "
+            "must see every prompt; quire.Engine does both, or use share='off'"
+        )
     return Attachment(bridge)

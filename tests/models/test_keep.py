@@ -143,6 +143,8 @@ def test_a_conversation_drops_at_the_end_of_each_turn(model: Any, keep: str) -> 
 
 def test_what_cannot_go_with_it_says_so(model: Any, tmp_path: Path) -> None:
     keep, ids = KEEPS[0], torch.tensor([PROMPTS[0]])
+    with pytest.raises(ConfigError, match=r"quire\.Engine does both"):
+        quire.attach(model, keep=keep, share="prefix", memory="8MiB", block_tokens=4)
     with quire.attach(model, keep=keep, memory="8MiB", block_tokens=4) as attached:
         cache = attached.cache()
         model.generate(ids, past_key_values=cache, max_new_tokens=NEW, pad_token_id=0)
