@@ -27,26 +27,9 @@ def tool() -> ModuleType:
     return module
 
 
-def cells() -> dict[tuple[str, str, str], str]:
-    """(section, row, column) to text."""
-    found: dict[tuple[str, str, str], str] = {}
-    section, head = "", []
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("## "):
-            section, head = line[3:], []
-        elif line.startswith("|") and not line.startswith("| ---"):
-            parts = [p.strip().strip("`") for p in line.strip("|").split("|")]
-            if head:
-                found.update(
-                    {(section, parts[0], c): p for c, p in zip(head, parts[1:], strict=True)}
-                )
-            else:
-                head = parts[1:]
-    return found
-
-
 def test_no_cell_is_missing_or_untested() -> None:
-    matrix, page = tool(), cells()
+    matrix = tool()
+    page = matrix.read(PAGE.read_text(encoding="utf-8"))
     for variant in matrix.VARIANTS:
         for codec in matrix.codecs():
             assert ("attention × codec", variant, codec) in page
@@ -67,7 +50,23 @@ def test_no_cell_is_missing_or_untested() -> None:
     )
     tried = {recipe.partition(":")[0] for recipe in matrix.codecs()}
     assert {*available(), "auto", "none"} <= tried
-    assert all(text == "yes" or text.startswith("refused [") for text in page.values())
+    assert all(text == "yes" or text.startswith("refused: ") for text in page.values())
+
+
+def test_only_what_is_named_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = tool()
+    old = matrix.read(PAGE.read_text(encoding="utf-8"))
+    tried: list[tuple[str, ...]] = []
+    monkeypatch.setattr(matrix, "cell", lambda *a: tried.append(a) or "tried")
+    monkeypatch.setattr(matrix, "kept", lambda *a: tried.append(a) or "tried")
+    new = matrix.read(matrix.write(matrix.tables(["tova"], old)))
+    changed = {cell for cell in old if new[cell] != old[cell]}
+    assert set(new) == set(old)
+    assert {a[2] for a in tried} == {"tova"}
+    assert changed == {cell for cell in old if "tova" in cell}
+    tried.clear()
+    matrix.tables(["tova"], {c: t for c, t in old.items() if "int4" not in c})
+    assert {a[1] for a in tried if a[2] != "tova"} == {"int4"}  # what the page lacks is tried too
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Which choices compose: tries every pair and writes yes, or refused with the reason, to a table.
 
     python tools/matrix.py --write docs/matrix.md
+    python tools/matrix.py --write docs/matrix.md --only kvarn duo     a new one's cells; the page's others stay
 
 Axes are enumerated, not listed by hand where a folder can be read: codecs from `quire.codecs`, policies from
 `quire.retention`. A cell is *yes* when the texts are those of transformers' own `generate()`, or, for a codec that
@@ -13,10 +14,11 @@ under a budget that drops tokens, and, where nothing rounds, what transformers s
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ VARIANTS = {
 }
 
 
-SEALS_EARLY = {"kivi": "kivi:residual=8,group=16"}
+SEALS_EARLY = {"kivi": "kivi:residual=8,group=16", "kvarn": "kvarn:tile=16"}
 """How a codec seals within these texts, where it would not by itself."""
 MIXED = ["k=fp32,v=bf16", "bf16;skip_layers=0", "k=int8,v=int4", "int4;sinks=4;window=8"]
 
@@ -285,29 +287,54 @@ def kept(name: str, kv: str, policy: str) -> str:
     return "yes"
 
 
-def tables() -> list[Table]:
-    """Every pair, the third axis at its default."""
+def tables(
+    only: Sequence[str] = (), old: dict[tuple[str, str, str], str] | None = None
+) -> list[Table]:
+    """Every pair, the third axis at its default; with `only`, cells of `old` that name none of these as they stand."""
     by_codec = Table("attention", "codec")
     by_batch = Table("attention", "batching")
     pairs = Table("codec", "batching")
     by_policy = Table("attention", "policy")
     both = Table("codec", "policy")
+
+    def fill(t: Table, row: str, column: str, tried: Callable[[], str]) -> None:
+        known = (old or {}).get((f"{t.rows} × {t.columns}", row, column))
+        wanted = any(n in re.split(r"\W+", f"{row} {column}") for n in only)
+        t.cells[row, column] = tried() if known is None or wanted or not only else known
+
     for title, name in VARIANTS.items():
         for kv in codecs():
-            by_codec.cells[title, kv] = cell(name, kv, "continuous, chunked")
+            fill(by_codec, title, kv, partial(cell, name, kv, "continuous, chunked"))
         for batching in BATCHING:
-            by_batch.cells[title, batching] = cell(name, "auto", batching)
+            fill(by_batch, title, batching, partial(cell, name, "auto", batching))
         for policy in policies():
-            by_policy.cells[title, policy] = kept(name, "auto", policy)
+            fill(by_policy, title, policy, partial(kept, name, "auto", policy))
         print(f"  {title}", file=sys.stderr)
     for kv in codecs():
         for batching in BATCHING:
-            pairs.cells[kv, batching] = cell("llama", kv, batching)
+            fill(pairs, kv, batching, partial(cell, "llama", kv, batching))
         if kv in stored_differently():
             for policy in policies():
-                both.cells[kv, policy] = kept("llama", kv, policy)
+                fill(both, kv, policy, partial(kept, "llama", kv, policy))
         print(f"  {kv}", file=sys.stderr)
     return [by_codec, by_batch, pairs, by_policy, both]
+
+
+def read(page: str) -> dict[tuple[str, str, str], str]:
+    """The cells of a page, by section, row and column, with their reasons written out."""
+    reasons = dict(re.findall(r"^(\d+)\. (.*)$", page, re.MULTILINE))
+    found: dict[tuple[str, str, str], str] = {}
+    section, head = "", []
+    for line in page.splitlines():
+        if line.startswith("## "):
+            section, head = line[3:], []
+        elif line.startswith("|") and not line.startswith("| ---"):
+            name, *cells = (p.strip().strip("`") for p in line.strip("|").split("|"))
+            for column, text in zip(head, cells, strict=bool(head)):
+                number = re.fullmatch(r"refused \[(\d+)\]", text)
+                found[section, name, column] = f"refused: {reasons[number[1]]}" if number else text
+            head = head or cells
+    return found
 
 
 def write(found: Sequence[Table]) -> str:
@@ -361,9 +388,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", type=Path, help="file to write; standard output without it")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="codecs and policies to try again"
+    )
     options = parser.parse_args()
+    unknown = set(options.only) - {*available(), *policies_available()}
+    if unknown or (options.only and not options.write):
+        parser.error(
+            f"--only takes codecs and policies, beside --write; unknown: {sorted(unknown)}"
+        )
     torch.set_num_threads(1)
-    page = write(tables())
+    old = read(options.write.read_text(encoding="utf-8")) if options.only else None
+    page = write(tables(options.only, old))
     if options.write:
         options.write.write_text(page, encoding="utf-8")
     else:

@@ -38,6 +38,14 @@ for _bits in (2, 4):
         FORMULAS[f"kivi:bits={_bits},residual=40,group={_g}"] = both(
             lambda b, d, g=_g, bits=_bits: [b * d * bits / 8, *[2 * b * d / g] * 2]
         )
+FORMULAS["kvarn"] = (
+    lambda b, d: [b * d / 2, *[2 * d * b / 128] * 2, 2 * b],
+    lambda b, d: [b * d / 4, *[2 * b] * 2, 2 * d * b / 128],
+)
+FORMULAS["kvarn:key_bits=2,value_bits=4,tile=32"] = (
+    lambda b, d: [b * d / 4, *[2 * d * b / 32] * 2, 2 * b],
+    lambda b, d: [b * d / 2, *[2 * b] * 2, 2 * d * b / 32],
+)
 
 
 def spec_of(kv: str, d: int, block: int, heads: int = 2, layers: int = 2) -> CacheSpec:
@@ -98,6 +106,8 @@ REFUSED: dict[str, Callable[[int, int], bool]] = {
         for bits in (2, 4)
         for g in (16, 32, 64)
     },
+    "kvarn": lambda d, b: b not in (32, 128),
+    "kvarn:key_bits=2,value_bits=4,tile=32": lambda d, b: b % 32 != 0,
 }
 """Shapes (D, B) that a recipe says no to."""
 
@@ -111,6 +121,8 @@ REFUSED: dict[str, Callable[[int, int], bool]] = {
         ("int4:group=32", 0.32),
         ("kivi", 0.20),
         ("kivi:bits=4", 0.33),
+        ("kvarn", 0.22),
+        ("kvarn:key_bits=2", 0.16),
     ],
 )
 def test_share_of_bf16_at_32k_tokens(kv: str, most: float) -> None:

@@ -130,7 +130,16 @@ def test_fp8(form: str, top: float, step: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "kv", ["int8", "int4", "int4:rotate=false", "kivi", "fp8", "fp8:scale=token"]
+    "kv",
+    [
+        "int8",
+        "int4",
+        "int4:rotate=false",
+        "kivi",
+        "kvarn:tile=32,rotate=false",
+        "fp8",
+        "fp8:scale=token",
+    ],
 )
 def test_nothing_known_becomes_no_number(kv: str) -> None:
     """Zeros, infinities and what float16 cannot hold give finite scales: a scale of 0 is not divided by."""
@@ -160,6 +169,10 @@ def test_nothing_known_becomes_no_number(kv: str) -> None:
         ("kivi:residual=-1", "it is a number of tokens, 0 or more"),
         ("kivi:residual=all", "it is a number of tokens, 0 or more"),
         ("kivi:group=8", "group=8 is not served; known: 16, 32, 64, 128"),
+        ("kvarn:key_bits=3", "key_bits=3 is not served; known: 2, 4"),
+        ("kvarn:value_bits=8", "value_bits=8 is not served; known: 2, 4"),
+        ("kvarn:tile=8", "tile=8 is not served; known: 16, 32, 64, 128"),
+        ("kvarn:rotate=no", "rotate=no is not served; known: true, false"),
     ],
 )
 def test_wrong_parameters_are_refused_in_one_line(text: str, says: str) -> None:
@@ -180,6 +193,8 @@ def test_wrong_parameters_are_refused_in_one_line(text: str, says: str) -> None:
         ("kivi", "v", 80, "do not divide v's 80; use group=16"),
         ("kivi", "v", 24, "use int8 or fp8"),
         ("kivi", "latent", 64, "use int8, fp8 or int4"),
+        ("kvarn:key_bits=2", "k", 72, "a head_dim that is a multiple of 16 works"),
+        ("kvarn:tile=32", "v", 61, "use rotate=false, or codec fp8"),
         ("kivi", "k_rope", 64, "use int8, fp8 or int4"),
     ],
 )

@@ -30,6 +30,9 @@ RECIPES = (
     "kivi:bits=4",
     "kivi:group=16",
     "kivi:bits=4,group=64",
+    "kvarn:key_bits=2,tile=32",
+    "kvarn:value_bits=4,tile=64",
+    "kvarn:tile=16,rotate=false",
 )
 """Every codec of the folder as it comes, and what else its parameters make of it."""
 
