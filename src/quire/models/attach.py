@@ -18,6 +18,7 @@ from quire.models.adapters import Adapters, unwrap
 from quire.models.bridge import WAYS, Bridge, make_backend
 from quire.models.forward import NAME
 from quire.models.hf_cache import KVCache
+from quire.models.keep import bind
 from quire.models.load import weights_digest
 from quire.models.memory import arena_bytes
 from quire.models.patches import Patches, cached_heads
@@ -107,7 +108,7 @@ def connect(
             reasons.append(f"{candidate}: {one_line(e)}")
             continue
         try:
-            keep = parse_keep(config.keep).bound(partial(weights_digest, model))
+            keep = bind(parse_keep(config.keep), shape, partial(weights_digest, model))
             layout = _layout(model, shape, candidate, config, dtype, keep)
             store = BlockStore(layout.spec, total_bytes, device=str(model.device))
             bridge = Bridge(model, candidate, shape, layout, store, patches, adapters, attention)

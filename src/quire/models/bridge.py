@@ -20,7 +20,7 @@ from quire.models.compiled import Compiled
 from quire.models.forward import Forward, Watcher, windows_of
 from quire.models.hf_cache import KVCache
 from quire.models.hidden import note_hidden
-from quire.models.keep import Rules
+from quire.models.keep import Rules, bind
 from quire.models.load import weights_digest
 from quire.models.patches import Patches
 from quire.models.prepack import Prepacked, prepack
@@ -144,7 +144,7 @@ class Bridge:
         """What a policy means for this model. Raises ConfigError where it cannot be had."""
         found = self._rules.get(keep.text)
         if found is None:
-            found = Rules(self, keep.bound(lambda: self.digest))
+            found = Rules(self, bind(keep, self.shape, lambda: self.digest))
             if found.scores and found.policy.notes and not self._noting:
                 self._noting = True
                 self.patches.also(note_hidden(self.model, found.layers))

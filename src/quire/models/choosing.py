@@ -5,19 +5,16 @@ A unit is a token, or a whole block where a codec's tokens can only be kept toge
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from quire.plan.kept import part_sizes
 from quire.spec import Coord
 from quire.store.compact import Part
 
 __all__ = ["by_block", "inside", "make_parts"]
-
-MAX_PARTS = 16
-"""At most so many chains of one group: where heads' budgets differ more finely they are rounded to fewer sizes."""
 
 
 def inside(positions: torch.Tensor, intervals: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -44,37 +41,22 @@ def make_parts(
     size: int,
     unit: int,
 ) -> list[Part]:
-    """Coordinates by how many units they keep, at most `MAX_PARTS` sizes, and their slots.
+    """Coordinates by how many units they keep, in few sizes (`plan.kept.part_sizes`), and their slots.
 
     Args:
         grain: numbers of units are multiples of it (a lossy body keeps whole blocks).
         size: tokens per block; where sizes differ at all they are whole blocks, which costs nothing.
         unit: tokens per unit.
     """
-    step = grain
-    if len(set(counts.values())) > 1:
-        step = math.lcm(grain, max(1, size // unit))
-    while True:
-        sizes = {
-            c: _rounded(n, step, len(scores[c]), grain, int(safe[c].sum()))
-            for c, n in counts.items()
-        }
-        if len(set(sizes.values())) <= MAX_PARTS:
-            break
-        step *= 2
+    have = {c: len(s) for c, s in scores.items()}
+    sure = {c: int(x.sum()) for c, x in safe.items()}
+    sizes = part_sizes(counts, have, sure, grain, max(1, size // unit))
     parts = []
     for n in sorted(set(sizes.values())):
         coords = tuple(sorted(c for c, m in sizes.items() if m == n))
         slots = np.stack([_best(scores[c], safe[c], n, unit) for c in coords])
         parts.append(Part(coords, slots))
     return parts
-
-
-def _rounded(n: int, step: int, most: int, grain: int, least: int) -> int:
-    """To the nearest step, never below what is protected nor above what is there, in whole grains."""
-    top = most // grain * grain
-    n = max(round(n / step) * step if step > 1 else n, -(-least // grain) * grain)
-    return min(n, top)
 
 
 def _best(scores: torch.Tensor, safe: torch.Tensor, n: int, unit: int) -> np.ndarray:

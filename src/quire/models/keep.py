@@ -19,16 +19,18 @@ import torch
 
 from quire.errors import ConfigError, InvariantError, RequestError
 from quire.models.keeper import Keeper
-from quire.models.repeat import LEAD_TOKENS
 from quire.models.rope import Regimes
+from quire.plan.kept import Kept, refuse_nothing_to_drop, retained
 from quire.plan.layout import Layout
-from quire.retention import Keep
-from quire.spec import CacheGroup
+from quire.retention import Keep, parse_keep
+from quire.retention.contract import LEAD_TOKENS
+from quire.retention.maps import Digest
+from quire.spec import CacheGroup, Sinks
 from quire.store.chain import Chain, sinks_of
 from quire.store.store import BlockStore
 from quire.store.table import BlockTable
 
-__all__ = ["Rules"]
+__all__ = ["Rules", "bind"]
 
 
 class Rules:
@@ -49,19 +51,22 @@ class Rules:
         spec = self.layout.narrowed(keep)
         self.groups: tuple[CacheGroup, ...] | None = None
         """What its tables hold instead of the store's own groups, where queries read less or more."""
-        if [g.span for g in spec] != [g.span for g in self.layout.spec]:
+        if [(g.span, g.coords) for g in spec] != [(g.span, g.coords) for g in self.layout.spec]:
             self.groups = spec.groups
         self.scores = not keep.spans and not keep.full
         _check(bridge, keep, spec)
-        bodies = _retained(spec)
+        bodies = retained(spec)
         self.layers = sorted({layer for g in bodies for layer in g.layers})
         self.bytes_per_token = sum(g.bytes_per_token for g in bodies)
+        self.kept = Kept(self.layout, self.policy, self.bytes_per_token)
 
     @property
     def endless(self) -> bool:
         """Whether all reads lie within windows, whatever the length, and positions have no end of their own."""
         groups = self.groups or self.layout.spec.groups
         bounded = all(g.recurrent or sum(g.span.reach(1 << 40)) < 1 << 39 for g in groups)
+        if any(type(getattr(g.span, "inner", g.span)) is Sinks for g in groups):
+            return False  # read at their true distance, which grows
         return bounded and self.keep.spans and not self.keep.full and self._rotary
 
     @cached_property
@@ -152,8 +157,7 @@ class Rules:
 
     def kept_tokens(self, length: int) -> int:
         """How many tokens of a sequence stay per layer and head on average, protected ones at least."""
-        protected = self.policy.sinks + self.policy.window + self.policy.boundary
-        return int(max(protected, self.policy.budget.tokens_of(length, self.bytes_per_token)))
+        return self.kept.tokens(length)
 
     def apply(self, table: BlockTable, prompt_tokens: int | None) -> None:
         """Puts a sequence of the store under the policy.
@@ -171,14 +175,15 @@ class Rules:
             table.keeper = Keeper(self, prompt_tokens)
 
 
-def _retained(spec: Any) -> list[CacheGroup]:
-    """Groups that tokens can be dropped from."""
-    far, raws = 1 << 40, {g.raw for g in spec}
-    return [
-        g
-        for g in spec
-        if not g.recurrent and g.name not in raws and g.span.needs(far) == ((0, far),)
-    ]
+def bind(keep: Keep, shape: Any, digest: Digest) -> Keep:
+    """The policy with what it has learned of a model of that shape.
+
+    Raises:
+        ConfigError: it treats heads differently and the model has none to tell apart, or it knows nothing of the model.
+    """
+    if shape.mla:
+        keep.check_latents()
+    return keep.bound(digest)
 
 
 def _check(bridge: Any, keep: Keep, spec: Any) -> None:
@@ -189,11 +194,7 @@ def _check(bridge: Any, keep: Keep, spec: Any) -> None:
         raise ConfigError(
             f"{who}: this model's own attention wants the whole history (way 'dense'); use keep='full'"
         )
-    plain = bridge.layout.narrowed(Keep("full", None))
-    if not _retained(plain):
-        raise ConfigError(
-            f"{who}: no layer of this model keeps every token, so there is nothing to drop; use keep='full'"
-        )
+    refuse_nothing_to_drop(who, bridge.layout.narrowed(parse_keep("full")))
     if any(sinks_of(g.span) for g in spec):
         if bridge.shape.mla:
             raise ConfigError(
@@ -206,15 +207,6 @@ def _check(bridge: Any, keep: Keep, spec: Any) -> None:
     if keep.spans:
         return
     policy = keep.policy
-    if policy.by_head and bridge.shape.mla:
-        raise ConfigError(
-            f"{who}: this model keeps one latent for all heads, so heads cannot have budgets of their own; "
-            + (
-                "use uniform=true"
-                if policy.name in ("kvzip", "kvzap")
-                else "layers can: pyramid(h2o:budget=0.2)"
-            )
-        )
     if policy.turns:
         try:
             bridge.turner()

@@ -12,7 +12,8 @@ import torch
 from quire.attention.read import Row
 from quire.errors import InvariantError
 from quire.models.choosing import by_block, inside, make_parts
-from quire.models.moving import read_field, row_mover, unit_tokens
+from quire.models.moving import read_field, row_mover
+from quire.plan.kept import unit_tokens
 from quire.retention.contract import Seen
 from quire.spec import Coord, Residual
 from quire.store.chain import Chain

@@ -12,34 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from quire.codecs.coded import Coded
+from quire.plan.kept import unit_tokens
 from quire.plan.layout import Layout
-from quire.spec import CacheGroup, Field, KVCodec, Site
+from quire.spec import Field, Site
 from quire.store.chain import Chain
 from quire.store.compact import Move, move_rows
 from quire.store.store import BlockStore
 
-__all__ = ["read_field", "row_mover", "unit_tokens"]
-
-
-def unit_tokens(layout: Layout, group: CacheGroup) -> int:
-    """Tokens that can only be kept or dropped together: 1, or a whole block."""
-    codecs = layout.codecs_of(group)
-    sites = layout.sites_of(group)
-    return 1 if all(_by_token(codecs[s.name], s) for s in sites) else group.block_tokens
-
-
-def _by_token(codec: KVCodec, site: Site) -> bool:
-    """Whether what a codec stores of one token does not depend on its neighbours."""
-    if codec.plain or all(f.per == "token" for f in codec.stored(site)):
-        return True
-    packing = codec.packing(site)
-    return (
-        isinstance(codec, Coded)
-        and packing is not None
-        and bool(packing.bits)
-        and packing.scaled == "token"
-    )
+__all__ = ["read_field", "row_mover"]
 
 
 def read_field(

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LEAD_TOKENS", "Piece", "repeat"]
+from quire.retention.contract import LEAD_TOKENS
 
-LEAD_TOKENS = 8
-"""Of the piece before, so that the model knows where it is."""
+__all__ = ["Piece", "repeat"]
 
 
 @dataclass

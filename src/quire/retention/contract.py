@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "LEAD_TOKENS",
     "Budget",
     "Scored",
     "Seen",
@@ -29,6 +30,9 @@ __all__ = [
     "parameters",
     "share_out",
 ]
+
+LEAD_TOKENS = 8
+"""Of the piece before, where tokens are read once more piece by piece, so that the model knows where it is."""
 
 _UNITS = {
     "b": 1,
@@ -227,6 +231,15 @@ class Scored:
         """
         return {coord: min(tokens, len(s)) for coord, s in scores.items()}
 
+    def expect(self, free: Mapping[Coord, int], tokens: int, length: int) -> dict[Coord, int]:
+        """As `allocate`, where nothing is scored yet: of heads with so many unprotected tokens each, what they keep.
+
+        On average, where scores decide which head keeps how many (`by_head`); at most, where nothing bounds them.
+        """
+        if not self.bounded:
+            return dict(free)
+        return {coord: min(tokens, n) for coord, n in free.items()}
+
     def note(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """A number per token and KV head of a layer, `[T, H_kv]`, from what enters its attention, `[T, width]`."""
         raise NotImplementedError
@@ -275,6 +288,11 @@ class Wrapper:
     ) -> dict[Coord, int]:
         """As `Scored.allocate`."""
         found: dict[Coord, int] = self.inner.allocate(scores, tokens, length)
+        return found
+
+    def expect(self, free: Mapping[Coord, int], tokens: int, length: int) -> dict[Coord, int]:
+        """As `Scored.expect`: heads share out among themselves what the inner policy gives them."""
+        found: dict[Coord, int] = self.inner.expect(free, tokens, length)
         return found
 
 

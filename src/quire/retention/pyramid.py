@@ -12,7 +12,7 @@ Cost: layers keep different numbers of tokens, each number a chain of blocks of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -37,17 +37,27 @@ class Policy(Wrapper):
     def allocate(
         self, scores: Mapping[Coord, torch.Tensor], tokens: int, length: int
     ) -> dict[Coord, int]:
-        layers = sorted({layer for layer, _ in scores})
-        most = min(len(s) for c, s in scores.items() if c[0] == layers[0])
+        out: dict[Coord, int] = {}
+        for coords, n in self._layers({c: len(s) for c, s in scores.items()}, tokens):
+            out |= self.inner.allocate({c: scores[c] for c in coords}, n, length)
+        return out
+
+    def expect(self, free: Mapping[Coord, int], tokens: int, length: int) -> dict[Coord, int]:
+        out: dict[Coord, int] = {}
+        for coords, n in self._layers(free, tokens):
+            out |= self.inner.expect({c: free[c] for c in coords}, n, length)
+        return out
+
+    def _layers(self, free: Mapping[Coord, int], tokens: int) -> Iterator[tuple[list[Coord], int]]:
+        """Each layer's heads, and what they keep on average."""
+        layers = sorted({layer for layer, _ in free})
+        most = min(n for c, n in free.items() if c[0] == layers[0])
         tokens = min(tokens, most)
         low = tokens / self.beta
         high = 2 * tokens - low
         if high > most:
             high, low = float(most), 2 * tokens - most
         step = (high - low) / max(1, len(layers) - 1)
-        out: dict[Coord, int] = {}
         for i, layer in enumerate(layers):
-            mine = {c: s for c, s in scores.items() if c[0] == layer}
             n = tokens if len(layers) == 1 else int(high - i * step)
-            out |= self.inner.allocate(mine, n, length)
-        return out
+            yield [c for c in free if c[0] == layer], n

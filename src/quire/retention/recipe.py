@@ -83,6 +83,20 @@ class Keep:
         """Whether it narrows what queries read, rather than score tokens."""
         return isinstance(self.policy, SpanPolicy)
 
+    def check_latents(self) -> None:
+        """Refuses what tells heads apart, for models that keep one latent for all of them. Raises ConfigError."""
+        if not getattr(self.policy, "by_head", False):
+            return
+        instead = "layers can: pyramid(h2o:budget=0.2)"
+        if self.spans:
+            instead = "use window:N or keydiff"
+        elif hasattr(self.policy, "uniform"):
+            instead = "use uniform=true"
+        raise ConfigError(
+            f"keep={self.text!r}: this model keeps one latent for all heads, so heads cannot have budgets of their "
+            f"own; {instead}"
+        )
+
     def bound(self, digest: Digest) -> Keep:
         """The same with what its policy has learned of the model whose weights have that digest.
 
