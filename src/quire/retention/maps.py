@@ -1,7 +1,8 @@
 """What some policies have learned of one model: files that name the model by the digest of its weights. Not a policy.
 
 kvzap.safetensors    tensors L.weight [H_kv, width], L.bias [H_kv] of each layer L; the digest in the metadata
-duo.json             {"digest": ..., "heads": [[layer, head], ...]}, those that need the whole context first
+duo.json             {"digest": ..., "heads": [[layer, head], ...]}, those that need the whole context first; what
+                     else is there says how they were found
 """
 
 from __future__ import annotations
