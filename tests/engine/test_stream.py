@@ -28,8 +28,11 @@ class Gated(FakeRunner):
         super().__init__(*args, **kwargs)
         self.gate = threading.Event()
         self.gate.set()
+        self.waits = threading.Event()
 
     def forward(self, items: Any, adapter: str | None = None) -> torch.Tensor:
+        if not self.gate.is_set():
+            self.waits.set()
         assert self.gate.wait(PATIENCE_S)
         return super().forward(items, adapter)
 
@@ -278,3 +281,29 @@ def test_the_driver_sees_a_request_that_was_slow_to_be_queued(
 
     with Engine(FakeRunner()) as engine:
         run(main(engine))
+
+
+def test_a_look_comes_between_two_steps() -> None:
+    """While nobody steps it is at once, else at the next step; its error is whose asked, and the engine goes on."""
+
+    async def work() -> None:
+        runner = Gated(vocab_size=32)
+        with Engine(runner) as engine:
+            assert engine.between(lambda: 5).result(0) == 5
+            stream = engine.submit([1, 2, 3], LONG)
+            await anext(stream)
+            runner.gate.clear()
+            await until(runner.waits.is_set)
+            busy = engine.between(lambda: engine.stats().steps)
+            broken = engine.between(lambda: 1 / 0)
+            await asyncio.sleep(0.05)
+            assert not busy.done()
+            runner.gate.set()
+            assert await asyncio.wrap_future(busy) >= 1
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.wrap_future(broken)
+            await anext(stream)
+            stream.close()
+            await until_idle(engine)
+
+    asyncio.run(work())

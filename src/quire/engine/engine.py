@@ -13,9 +13,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from quire.engine.audit import Auditor
 from quire.engine.core import Core, EngineStats
@@ -36,6 +37,7 @@ __all__ = ["Engine"]
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Delta], None]
+T = TypeVar("T")
 
 
 class Engine:
@@ -78,7 +80,7 @@ class Engine:
         self.intake = Intake(runner, runner.vocab_size, tokenizer, eos_token_ids, clock)
         self.core = Core(runner, self.scheduler, tokenizer, clock, self._deliver, auditor)
         self._requests: dict[str, Request] = {}  # submitted and unfinished
-        self._inbox: deque[Request | str] = deque()  # new requests, and ids to cancel
+        self._inbox: deque[Request | str | Callable[[], None]] = deque()  # ids are to be cancelled
         self._out: list[Delta] = []
         self._ids = itertools.count()
         self._submitted = 0
@@ -193,8 +195,10 @@ class Engine:
             order = inbox.popleft()
             if isinstance(order, Request):
                 self.core.add(order)
-            else:
+            elif isinstance(order, str):
                 self.core.cancel(order)
+            else:
+                order()
 
     def _turn(self) -> None:
         """One step, its deltas delivered."""
@@ -421,6 +425,30 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and queues, as a snapshot."""
         return self.core.stats(requests=self._submitted, live_requests=len(self._requests))
+
+    def between(self, work: Callable[[], T]) -> Future[T]:
+        """Call `work` where no step runs: now if nobody is stepping, else before the next step.
+
+        For a look at what steps change. Everybody's tokens wait for it, so it should take a millisecond at most.
+
+        Returns:
+            Its result, or its error.
+        """
+        future: Future[T] = Future()
+
+        def order() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = work()
+            except Exception as error:  # noqa: BLE001 - handed to whoever asked
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._inbox.append(order)
+        self._take_up()
+        return future
 
     def held_bytes(self) -> dict[str, int]:
         """What each live request's tables reference now; blocks that samples share count for each of them."""

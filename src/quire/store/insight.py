@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from quire.errors import CapacityError
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from quire.store.table import BlockTable
 
 __all__ = ["Explainer", "Ghost", "GhostFigures", "Miss", "Shadow", "counting_store"]
+
+MOST_HASHES = 1024
+"""For one miss, looking for it in other namespaces: about a millisecond. A long prompt is tried in fewer of them."""
 
 Reason = Literal["differs", "evicted", "never stored", "other namespace"]
 
@@ -59,9 +63,10 @@ class Explainer:
         sharing: the cache.
         clock: seconds.
         remember: evicted chunks that are remembered, the latest ones.
-        namespaces: that are tried for "other namespace", the latest ones.
+        namespaces: that are tried for "other namespace", the latest ones first.
 
-    Cost: on an eviction a dictionary entry; on a miss a hash per chunk and other namespace.
+    Cost: on an eviction a dictionary entry; on a miss a hash per chunk and other namespace, at most
+    `MOST_HASHES`, or one namespace.
     """
 
     def __init__(
@@ -138,7 +143,8 @@ class Explainer:
         grain, index = self.sharing.grain, self.sharing.index
         if len(rest) < grain * TOKEN_BYTES:
             return None
-        for namespace, other_base in self._namespaces:
+        tries = max(1, MOST_HASHES // (chunk + 1))
+        for namespace, other_base in islice(reversed(self._namespaces), tries + 1):
             if (namespace, other_base) == (own, base):
                 continue
             there = Path(self.sharing, namespace, other_base, path.tokens)

@@ -214,6 +214,10 @@ class BlockPool:
         self.since[block] = self.arena.clock
         self._link_idle(block, queue)
 
+    def copies(self) -> tuple[array[int], bytes, array[int], bytes]:
+        """For a census: (references, names and locations by id; by slab whether it is the pool's), as they are now."""
+        return self._refs[:], bytes(self._named), self._where[:], bytes(self._owned)
+
     @property
     def free(self) -> int:
         """Blocks that can be taken without clearing another pool's slab or evicting."""

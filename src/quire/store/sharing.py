@@ -29,6 +29,10 @@ from quire.store.table import BlockTable
 __all__ = ["Hints", "Namespace", "Path", "Sharing", "SharingStats", "Tenants"]
 
 
+MOST_ROOTS = 1024
+"""Namespaces whose tree can still be shown."""
+
+
 @dataclass(slots=True)
 class SharingStats:
     """Counters since the start. Tokens are of look-ups: each is asked for once.
@@ -96,6 +100,8 @@ class Sharing:
         """Which request took memory last."""
         self.promised: dict[bytes, Path] = {}
         """Names of chunks that somebody is computing."""
+        self.roots: dict[bytes, bytes] = {}
+        """Name of the empty prefix -> salt, of the private namespaces that looked last: where trees begin."""
         for group in store.spec.groups:
             store.pool_for(group).adopt(make_eviction(evict, group.block_tokens, clock))
         far = 1 << 40
@@ -147,6 +153,8 @@ class Sharing:
         own = namespace or Namespace()
         path = Path(self, own, self.base + adapter, tokens)
         path.hints, path.label, path.adapter = hints, label, adapter
+        if not path.public:
+            self._note_root(path.names[0], own.salt)
         path.limit = max(0, len(tokens) - 1 if limit is None else limit)
         path.nodes = self._walk(path, packed(tokens[: path.limit]))
         path.found = len(path.nodes) if self._full_only else self._boundary(path.nodes)
@@ -206,6 +214,12 @@ class Sharing:
         self.index.pools[column].policy.hint(block, hints.priority, hints.keep_for_s)
 
     # -- within --------------------------------------------------------------------------------------------------
+
+    def _note_root(self, name: bytes, salt: bytes) -> None:
+        self.roots.pop(name, None)
+        self.roots[name] = salt
+        if len(self.roots) > MOST_ROOTS:
+            del self.roots[next(iter(self.roots))]
 
     def _walk(self, path: Path, blob: bytes) -> list[int]:
         """The nodes of the prefix's chunks; -1 where one is missing that windows may do without."""
