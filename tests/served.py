@@ -75,7 +75,9 @@ def serving(
     from quire.models.open import open_runner
 
     loaded = load_model(check_source(source, dtype="float32"))
-    runner = open_runner(loaded.model, kv="fp32", share="prefix", memory="64MiB", block_tokens=16)
+    runner = open_runner(
+        loaded.model, kv="fp32", share="prefix:explain=on", memory="64MiB", block_tokens=16
+    )
     engine = Engine(
         runner,
         loaded.tokenizer,

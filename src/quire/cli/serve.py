@@ -68,6 +68,7 @@ class ServeOptions(Options):
     queue_timeout: float = 120.0
     timeout: float = 900.0
     drain: float = 30.0
+    no_dashboard: bool = False
 
     def check(self) -> None:
         """See `Options.check`."""
@@ -149,7 +150,7 @@ def command(
             _CACHE,
             "--share",
             "MODE",
-            "auto (default): prefix where the model allows it; prefix, prefix:evict=lru|cost, or off.",
+            "auto (default): prefix:explain=on where the model allows it; prefix, prefix:evict=lru|cost, or off.",
         ),
     ] = None,
     host: Annotated[
@@ -192,6 +193,9 @@ def command(
             _WHO, "--cors", "ORIGIN", "Let this web page call; may be repeated. Default: none."
         ),
     ] = None,
+    no_dashboard: Annotated[
+        bool, _option(_WHO, "--no-dashboard", " ", "Serve no page at /.")
+    ] = False,
     max_requests: Annotated[
         int | None,
         _option(_MUCH, "--max-requests", "N", "Running and waiting; more get 429. Default: 256."),
@@ -336,6 +340,7 @@ def _config(options: ServeOptions) -> ServeConfig:
         queue_timeout_s=options.queue_timeout,
         request_timeout_s=options.timeout,
         drain_s=options.drain,
+        dashboard=not options.no_dashboard,
     )
 
 
@@ -374,6 +379,8 @@ def _run(options: ServeOptions, settled: ServeConfig, listening: Any) -> int:
             who = f"{len(settled.keys.by_digest)} keys" if settled.keys else "no keys"
             cache = "prefixes shared" if service.shares else "nothing shared"
             say(f"serving {name!r} at {scheme}://{shown}:{port}/v1 ({who}, {cache})")
+            if settled.dashboard:
+                say(f"dashboard: {scheme}://{shown}:{port}/")
 
     make_server(service, started).run(sockets=[listening])
     runner.close()
@@ -390,7 +397,7 @@ def _open(loaded: Loaded, options: ServeOptions) -> Any:
         return open_cache(loaded, options)
     if options.kv != NO_CACHE:
         try:
-            return open_cache(loaded, replace(options, share="prefix"))
+            return open_cache(loaded, replace(options, share="prefix:explain=on"))
         except ConfigError as e:
             refused = e
         runner = open_cache(loaded, replace(options, share="off"))

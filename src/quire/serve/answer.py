@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import StreamingResponse
 
 from quire.engine import SamplingParams, TokenLogprob
-from quire.serve.errors import ApiError, as_api_error, document
+from quire.serve.errors import ApiError, as_api_error, document, event
 from quire.serve.forms import OpenAISampling, SamplingForm
 from quire.serve.grammar import Grammar
 from quire.serve.prompt import Prompts
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EventStream",
     "chat_logprobs",
-    "event",
     "new_id",
     "openai_sampling",
     "sampling",
@@ -79,12 +77,6 @@ def openai_sampling(form: OpenAISampling, grammar: Grammar | None, **more: Any) 
         except ValueError as e:
             raise ApiError(400, "logit_bias maps token ids to numbers", param="logit_bias") from e
     return sampling(form, constraint=grammar, **(wanted | more))
-
-
-def event(content: Mapping[str, Any], name: str | None = None) -> bytes:
-    """One server-sent event."""
-    head = "" if name is None else f"event: {name}\n"
-    return f"{head}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode("ascii")
 
 
 class EventStream(StreamingResponse):

@@ -17,6 +17,7 @@ from quire.engine.sharing import sharing_report
 from quire.errors import QuireError
 from quire.serve.chat import chat_routes
 from quire.serve.completions import completion_routes
+from quire.serve.dashboard import dashboard_routes
 from quire.serve.errors import ApiError, as_api_error, reply
 from quire.serve.guard import Guard
 from quire.serve.messages import message_routes
@@ -68,6 +69,7 @@ def build_app(service: Service) -> FastAPI:
         response_routes,
         message_routes,
         plain_routes,
+        dashboard_routes,
     ):
         app.include_router(routes(service))
     _name_models(app, service)

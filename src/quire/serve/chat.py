@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from quire.engine import Delta, RequestOutput
-from quire.serve.answer import EventStream, chat_logprobs, event, new_id, openai_sampling
-from quire.serve.errors import ApiError, JSONReply
+from quire.serve.answer import EventStream, chat_logprobs, new_id, openai_sampling
+from quire.serve.errors import ApiError, JSONReply, event
 from quire.serve.forms import ChatForm, ToolChoice
 from quire.serve.grammar import wanted_grammar
 from quire.serve.prompt import as_turns

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from quire.engine import Completion, Delta, RequestOutput
-from quire.serve.answer import EventStream, event, new_id, openai_sampling, text_logprobs
-from quire.serve.errors import ApiError, JSONReply
+from quire.serve.answer import EventStream, new_id, openai_sampling, text_logprobs
+from quire.serve.errors import ApiError, JSONReply, event
 from quire.serve.forms import CompletionForm
 from quire.serve.grammar import wanted_grammar
 from quire.serve.service import Run, Service, unless_gone

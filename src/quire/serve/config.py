@@ -33,6 +33,7 @@ class ServeConfig:
         queue_timeout_s: a request that has no first token after this is refused (503).
         request_timeout_s: a request that is not done after this is ended (504).
         drain_s: how long SIGTERM waits for running requests.
+        dashboard: a page at `/`; its figures are at `/v1/kv/stats` in any case.
 
     Raises:
         ConfigError: a value out of range, or an address that needs keys.
@@ -56,6 +57,7 @@ class ServeConfig:
     queue_timeout_s: float = 120.0
     request_timeout_s: float = 900.0
     drain_s: float = 30.0
+    dashboard: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

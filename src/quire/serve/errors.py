@@ -1,17 +1,18 @@
-"""What a client is told when something is wrong: a status, one line, and the error's shape in each dialect."""
+"""What a client is told when something is wrong, in each dialect; and how JSON travels, whole or as events."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
 
 from quire.errors import CapacityError, QuireError, RequestError
 
-__all__ = ["ApiError", "JSONReply", "as_api_error", "document", "reply"]
+__all__ = ["ApiError", "JSONReply", "as_api_error", "document", "event", "reply"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,12 @@ def document(error: ApiError, path: str) -> dict[str, Any]:
             "code": error.code,
         }
     }
+
+
+def event(content: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One server-sent event."""
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode("ascii")
 
 
 def reply(error: ApiError, path: str) -> JSONReply:

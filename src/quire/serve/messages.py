@@ -15,8 +15,8 @@ from pydantic import Field
 from starlette.responses import Response
 
 from quire.engine import Completion, Delta
-from quire.serve.answer import EventStream, event, new_id, sampling
-from quire.serve.errors import ApiError, JSONReply
+from quire.serve.answer import EventStream, new_id, sampling
+from quire.serve.errors import ApiError, JSONReply, event
 from quire.serve.forms import CacheOptions, Form, SamplingForm
 from quire.serve.service import Run, Service, Usage, unless_gone
 from quire.serve.tools import Call, Reader, ToolUse, plan_tools

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,11 @@ from prometheus_client.core import (
     Metric,
 )
 
+from quire.serve.recent import Recent
+
 if TYPE_CHECKING:
     from quire.engine import EngineStats
+    from quire.engine.request import RequestFigures
     from quire.serve.service import Usage
 
 __all__ = ["Histogram", "Meters"]
@@ -67,6 +71,9 @@ class Meters:
         self.whole = Histogram(WHOLE_S)
         self.by_tenant: dict[str, Counter[str]] = {}
         self.refusals: Counter[tuple[str, str]] = Counter()
+        self.misses: Counter[tuple[str, str]] = Counter()
+        self.recent: dict[str | None, Recent] = {None: Recent(4096)}
+        """By tenant, and of all under None."""
         self.stats: Callable[[], EngineStats] | None = None
         self.sharing: Callable[[], dict[str, Any] | None] = lambda: None
         self.registry = CollectorRegistry(auto_describe=False)
@@ -75,6 +82,45 @@ class Meters:
     def refused(self, tenant: str, reason: str) -> None:
         """A request was told to come back."""
         self.refusals[tenant, reason] += 1
+
+    def first_token(self, tenant: str, seconds: float) -> None:
+        """A request has its first token, so long after it was let in."""
+        self.first.observe(seconds)
+        now = time.monotonic()
+        for recent in self._recent(tenant):
+            recent.first_s.append((now, seconds))
+
+    def next_token(self, tenant: str, seconds: float) -> None:
+        """A sample has a token, so long after the one before."""
+        self.between.observe(seconds)
+        now = time.monotonic()
+        for recent in self._recent(tenant):
+            recent.between_s.append((now, seconds))
+
+    def tokens(self, tenant: str, series: str, n_tokens: int) -> None:
+        """Tokens of one of the `recent.SERIES`."""
+        for recent in self._recent(tenant):
+            recent.count(series, n_tokens)
+
+    def looked(self, tenant: str, figures: RequestFigures, grain: int) -> None:
+        """A prompt was looked up: how much of it was found, in chunks of `grain` tokens, and why no more."""
+        if figures.admitted_s is None:
+            return
+        row = self.by_tenant.setdefault(tenant, Counter())
+        if not figures.cached_tokens:
+            row["missed"] += 1
+        elif figures.miss is None and figures.prompt_tokens - figures.cached_tokens <= grain:
+            row["found"] += 1
+        else:
+            row["partly"] += 1
+        if figures.miss is not None:
+            self.misses[tenant, figures.miss.reason] += 1
+
+    def _recent(self, tenant: str) -> tuple[Recent, Recent]:
+        mine = self.recent.get(tenant)
+        if mine is None:
+            mine = self.recent[tenant] = Recent()
+        return mine, self.recent[None]
 
     def ended(self, tenant: str, usage: Usage, seconds: float, *, done: bool) -> None:
         """A request has left, done or not."""
@@ -125,6 +171,9 @@ class Meters:
             ("prompt", "quire_prompt_tokens", "Prompt tokens."),
             ("cached", "quire_cached_prompt_tokens", "Prompt tokens that were found in the cache."),
             ("output", "quire_output_tokens", "Output tokens."),
+            ("found", "quire_prompts_found", "Prompts of which all was found that could be."),
+            ("partly", "quire_prompts_partly_found", "Prompts whose beginning was found."),
+            ("missed", "quire_prompts_missed", "Prompts of which nothing was found."),
             ("done", "quire_requests_done", "Requests answered to the end."),
             ("broken", "quire_requests_broken", "Requests that failed or whose client went away."),
         ):
@@ -132,14 +181,15 @@ class Meters:
             for tenant, row in list(self.by_tenant.items()):
                 family.add_metric([self.model, tenant], row[key])
             yield family
-        refused = CounterMetricFamily(
-            "quire_requests_refused",
-            "Requests told to come back.",
-            labels=["model_name", "tenant", "reason"],
-        )
-        for (tenant, reason), count in list(self.refusals.items()):
-            refused.add_metric([self.model, tenant, reason], count)
-        yield refused
+        for name, what, counts in (
+            ("quire_requests_refused", "Requests told to come back.", self.refusals),
+            ("quire_prefix_misses", "Why no more of a prompt was found.", self.misses),
+        ):
+            labels = ["model_name", "tenant", "reason"]
+            family = CounterMetricFamily(name, what, labels=labels)
+            for (tenant, reason), count in list(counts.items()):
+                family.add_metric([self.model, tenant, reason], count)
+            yield family
         for key, name, what in (
             ("prompt", "vllm:prompt_tokens", "Prompt tokens."),
             ("output", "vllm:generation_tokens", "Output tokens."),

@@ -10,8 +10,8 @@ from pydantic import Field
 from starlette.responses import Response
 
 from quire.engine import Completion, Delta
-from quire.serve.answer import EventStream, event, new_id, sampling
-from quire.serve.errors import ApiError, JSONReply
+from quire.serve.answer import EventStream, new_id, sampling
+from quire.serve.errors import ApiError, JSONReply, event
 from quire.serve.forms import (
     CacheOptions,
     Form,

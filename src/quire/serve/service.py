@@ -28,6 +28,7 @@ from quire.serve.grammar import Grammar, Grammars, GrammarSource
 from quire.serve.keys import Caller
 from quire.serve.metrics import Meters
 from quire.serve.prompt import Prompts
+from quire.serve.watch import Watch
 from quire.store.namespace import Hints, Tenants
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ HEALTH_S = 10.0
 
 FRESH_S = 2.0
 """So long ago may the last token be to count as a sign of life."""
+
+MOST_OWNERS = 4096
 
 T = TypeVar("T")
 
@@ -105,7 +108,10 @@ class Service:
         )
         self.gate = Gate(config)
         self.tenants = Tenants(secret)
+        self.owners: dict[bytes, str] = {}
+        """Salt -> tenant, of those who asked last: whose a tree of prefixes is."""
         self.meters = Meters(name)
+        self.watch = Watch(self)
         self.created_s = int(time.time())
         self.runs: set[Run] = set()
         self.last_token_s = float("-inf")
@@ -165,12 +171,20 @@ class Service:
                     param="cache",
                 )
             hints = Hints(options.priority or 0, options.keep_for_s or 0.0)
+        namespace = self.tenants.of(caller.name, narrow=options.salt or "")
+        self._note(namespace.salt, caller.name)
         return {
             "keep": options.keep,
             "share": options.share,
-            "namespace": self.tenants.of(caller.name, narrow=options.salt or ""),
+            "namespace": namespace,
             "hints": hints,
         }
+
+    def _note(self, salt: bytes, tenant: str) -> None:
+        self.owners.pop(salt, None)
+        self.owners[salt] = tenant
+        if len(self.owners) > MOST_OWNERS:
+            del self.owners[next(iter(self.owners))]
 
     async def grammar(self, source: GrammarSource | None) -> Grammar | None:
         """Compiles what a request's output must follow."""
@@ -276,6 +290,7 @@ class Service:
     def drain(self) -> None:
         """No new requests from now on."""
         self.gate.draining = True
+        self.watch.close()
 
     def abort(self) -> None:
         """End every request with an error that its client is told."""
@@ -302,6 +317,7 @@ class Run:
         default_factory=asyncio.Queue
     )
     _last_s: dict[tuple[int, int], float] = field(default_factory=dict)
+    _looked: set[int] = field(default_factory=set)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """(number of the prompt, delta) of all prompts, as they come.
@@ -362,6 +378,11 @@ class Run:
         if self.entry.open:
             usage = self.usage()
             done = bool(self.streams) and len(self.outputs) == len(self.streams)
+            sharing = self.service.engine.opener.sharing
+            if sharing is not None:
+                for stream in self.streams:
+                    figures = stream.request.figures
+                    self.service.meters.looked(self.caller.name, figures, sharing.grain)
             self.entry.leave(usage.prompt_tokens - usage.cached_tokens + usage.output_tokens)
             self.service.meters.ended(
                 self.caller.name, usage, time.monotonic() - self.began_s, done=done
@@ -392,15 +413,21 @@ class Run:
 
     def _observe(self, at: int, delta: Delta) -> None:
         now = self.service.last_token_s = time.monotonic()
-        meters = self.service.meters
+        meters, tenant = self.service.meters, self.caller.name
         if delta.token_ids:
             place = (at, delta.index)
             if place in self._last_s:
-                meters.between.observe(now - self._last_s[place])
+                meters.next_token(tenant, now - self._last_s[place])
             elif not self.started:
-                meters.first.observe(now - self.began_s)
+                meters.first_token(tenant, now - self.began_s)
             self._last_s[place] = now
             self.started = True
+            meters.tokens(tenant, "output", len(delta.token_ids))
+        if at not in self._looked:
+            self._looked.add(at)
+            figures = self.streams[at].request.figures
+            meters.tokens(tenant, "found", figures.cached_tokens)
+            meters.tokens(tenant, "computed", figures.prompt_tokens - figures.cached_tokens)
         if delta.output is not None:
             self.outputs[at] = delta.output
 
