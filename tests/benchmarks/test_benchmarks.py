@@ -33,6 +33,7 @@ KEYS = {
     "dropping": {"cases"},
     "streaming": {"cases", "recomputed_ppl", "sink_share", "verdicts"},
     "serving": {"repeated", "beside", "verdicts"},
+    "watching": {"looks", "misses"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from quire.errors import CapacityError
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Explainer", "Ghost", "GhostFigures", "Miss", "Shadow", "counting_store"]
 
 MOST_HASHES = 1024
-"""For one miss, looking for it in other namespaces: about a millisecond. A long prompt is tried in fewer of them."""
+"""For one miss, looking for it in other namespaces: a few milliseconds. What would take more is not found out."""
 
 Reason = Literal["differs", "evicted", "never stored", "other namespace"]
 
@@ -65,8 +64,8 @@ class Explainer:
         remember: evicted chunks that are remembered, the latest ones.
         namespaces: that are tried for "other namespace", the latest ones first.
 
-    Cost: on an eviction a dictionary entry; on a miss a hash per chunk and other namespace, at most
-    `MOST_HASHES`, or one namespace.
+    Cost: on an eviction a dictionary entry; on a miss a hash per other namespace and chunk that it has, at most
+    `MOST_HASHES`.
     """
 
     def __init__(
@@ -143,15 +142,23 @@ class Explainer:
         grain, index = self.sharing.grain, self.sharing.index
         if len(rest) < grain * TOKEN_BYTES:
             return None
-        tries = max(1, MOST_HASHES // (chunk + 1))
-        for namespace, other_base in islice(reversed(self._namespaces), tries + 1):
+        blob = packed(path.tokens[: chunk * grain])
+        width, left = grain * TOKEN_BYTES, MOST_HASHES
+        before = [blob[i : i + width] for i in range(0, len(blob), width)]
+        for namespace, other_base in reversed(self._namespaces):
             if (namespace, other_base) == (own, base):
                 continue
             there = Path(self.sharing, namespace, other_base, path.tokens)
-            for i in range(chunk + 1):
-                there.extend(packed(path.tokens[i * grain : (i + 1) * grain]))
-            if index.find(there.names[-1], rest) >= 0:
-                return Miss(at, "other namespace")
+            for each in before:
+                node = index.find(there.extend(each), each)
+                left -= 1
+                if left <= 0:
+                    return None
+                if node < 0 and self.sharing.gapless:
+                    break  # what comes behind cannot be there either
+            else:
+                if index.find(chunk_name(there.parent(chunk), rest), rest) >= 0:
+                    return Miss(at, "other namespace")
         return None
 
 

@@ -204,6 +204,11 @@ class Sharing:
         path = self.promised.get(name)
         return path is not None and path.owner < owner
 
+    @property
+    def gapless(self) -> bool:
+        """Whether a chunk is only there behind all chunks before it: some group forgets nothing behind a window."""
+        return bool(self._full)
+
     def check_hints(self) -> None:
         """Raises RequestError where the policy takes no hints."""
         if not self.index.pools[0].policy.hints:
