@@ -1,8 +1,8 @@
 """What does a dashboard cost those who wait for tokens, and what does the reason of every miss?
 
 The engine's thread gives a look's time once a second while anybody looks on: a census of all blocks and the hottest
-branches of the prefix tree, on caches of up to a million blocks. Beside it what a worker thread does with the copies. Then
-a miss behind a common beginning, with 64 namespaces that could have it, explained and not. Without torch.
+branches of the prefix tree, on caches of up to a million blocks. Beside it what a worker thread does with the copies.
+Then a miss behind a common beginning, with 64 namespaces that could have it, explained and not. Without torch.
 
     python benchmarks/watching.py
 """

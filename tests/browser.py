@@ -17,22 +17,25 @@ FLAGS = (
 )
 
 CONTRAST = """
-const parse = (c) => (c.match(/[\\d.]+/g) || []).map(Number);
+const brush = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+const parse = (c) => {
+  brush.clearRect(0, 0, 1, 1); brush.fillStyle = c; brush.fillRect(0, 0, 1, 1);
+  const [r, g, b, a] = brush.getImageData(0, 0, 1, 1).data;
+  return [r, g, b, a / 255];
+};
+const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3]));
 const linear = (v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
 const light = (c) => [.2126, .7152, .0722].reduce((sum, w, i) => sum + w * linear(c[i] / 255), 0);
 const ground = (node) => {
-  for (; node; node = node.parentElement) {
-    const c = parse(getComputedStyle(node).backgroundColor);
-    if (c.length && (c[3] ?? 1) > .99) return c;
-  }
-  return matchMedia("(prefers-color-scheme: dark)").matches ? [0, 0, 0] : [255, 255, 255];
+  if (!node) return matchMedia("(prefers-color-scheme: dark)").matches ? [0, 0, 0] : [255, 255, 255];
+  const own = parse(getComputedStyle(node).backgroundColor);
+  return own[3] > .99 ? own : over(own, ground(node.parentElement));
 };
 const out = [];
 for (const node of document.querySelectorAll("body *")) {
   const said = [...node.childNodes].filter((n) => n.nodeType === 3).map((n) => n.data.trim()).join(" ").trim();
   if (!said || !node.checkVisibility({ visibilityProperty: true }) || node.closest(":disabled, noscript")) continue;
-  const ink = parse(getComputedStyle(node).color), paper = ground(node);
-  const mixed = ink.slice(0, 3).map((v, i) => v * (ink[3] ?? 1) + paper[i] * (1 - (ink[3] ?? 1)));
+  const paper = ground(node), mixed = over(parse(getComputedStyle(node).color), paper);
   const [a, b] = [light(mixed), light(paper)].sort((x, y) => y - x);
   if ((a + .05) / (b + .05) < arguments[0]) out.push([said.slice(0, 40), (a + .05) / (b + .05)]);
 }

@@ -9,7 +9,7 @@ import torch
 
 import zoo
 from quire.errors import ConfigError, RequestError
-from quire.evaluate.attention import SINK_SHARE, look
+from quire.evaluate.attention import FAR_TOKENS, SINK_SHARE, SINK_TOKENS, look
 from quire.models.open import open_runner
 
 TEXT = zoo.prompts(lengths=(37,))[0]
@@ -42,11 +42,26 @@ def test_it_is_the_models_own(name: str, chosen: int) -> None:
         assert h.reads == pytest.approx(p[at, : at + 1].tolist(), abs=2e-5)
         heavy = p.sum(0).sort(descending=True).values[: math.ceil(0.2 * n)].sum() / p.sum()
         assert h.heavy_share == pytest.approx(float(heavy), abs=1e-4)
-        assert h.sinks == tuple(j for j in range(8) if received[j] > SINK_SHARE)
+        far = p[FAR_TOKENS:].mean(0)
+        assert h.sinks == tuple(j for j in range(8) if far[j] > SINK_SHARE)
     mean = torch.stack([a[:, at, : at + 1] for a in want]).flatten(0, 1).mean(0)
     assert seen.mean_reads() == pytest.approx(mean.tolist(), abs=2e-5)
     assert runner.usage().held_bytes == 0
     assert runner.bridge.observer is None
+    runner.close()
+
+
+@pytest.mark.parametrize("n", [2, SINK_TOKENS - 1, SINK_TOKENS])
+def test_a_short_prompt_has_no_sinks_to_speak_of(n: int) -> None:
+    """Where all attention is spread evenly, no head has a sink; of a few tokens nothing is said."""
+    model = zoo.build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.zero_()
+    runner = open_runner(model, memory="8MiB", block_tokens=4)
+    seen = look(runner, TEXT[:n])
+    assert seen.heads[0].received[0] > (0.12 if n >= SINK_TOKENS else 0.1)
+    assert {h.sinks for h in seen.heads} == ({()} if n >= SINK_TOKENS else {None})
     runner.close()
 
 

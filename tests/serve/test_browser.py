@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,3 +156,36 @@ def test_a_closed_tab_ends_its_stream(packaged: Any, browser: Any) -> None:
     assert packaged.service.watch._seats
     browser.get("about:blank")
     wait_for(lambda: not packaged.service.watch._seats)
+
+
+def test_the_page_of_an_attention_is_legible(browser: Any, tmp_path: Path) -> None:
+    """`quire inspect --attention … --html`: what it shades most, on every screen."""
+    from quire.cli.inspect import _page
+
+    words = ["<s>", "a", "<b>", "↵", *(f" word{i}" for i in range(60))]
+    n = len(words)
+    reads = [1 / (1 + i) for i in range(n)]
+    head = {
+        "received": reads,
+        "heavy_share": 0.5,
+        "sinks": [0],
+        "reads": [x / sum(reads) for x in reads],
+    }
+    document = {
+        "model": "tiny & small",
+        "kv": "fp32",
+        "tokens": [{"position": i, "text": w} for i, w in enumerate(words)],
+        "chosen": n - 1,
+        "heads": [{"layer": i // 4, "head": i % 4, **head} for i in range(8)],
+    }
+    page = tmp_path / "page.html"
+    page.write_text(_page(document), encoding="utf-8")
+    browser.get(page.as_uri())
+    for wide in (1280, 400):
+        for dark in (False, True):
+            screen(browser, wide, dark=dark)
+            assert browser.execute_script(CONTRAST, 4.5) == []
+            assert browser.execute_script(OVERFLOW) == []
+    assert value(browser, "document.querySelectorAll('b').length") == 0
+    left = "[...document.querySelectorAll('.map')].map(n => n.getBoundingClientRect().left)"
+    assert len(set(value(browser, left))) == 2, "a strip does not stand below its heading"

@@ -1,4 +1,4 @@
-"""`quire inspect --attention PROMPT`: what attention pays, in the terminal and as a page. --help needs no torch."""
+"""`quire inspect`: what attention pays, in the terminal and as a page; or what a server does. --help needs no torch."""
 
 from __future__ import annotations
 
@@ -23,15 +23,38 @@ STRIP = 48
 
 SHADES = " ▁▂▃▄▅▆▇█"
 TOP = 8
+DEEPEST = 0.45
+"""Opacity behind the token that is read most: its text stays legible."""
 
 
 def command(
-    attention: Annotated[
-        str,
-        typer.Option(
-            metavar="PROMPT", help="Text whose attention is looked at; @FILE reads it from a file."
+    url: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="URL",
+            show_default=False,
+            help="A running server, as http://127.0.0.1:8000: memory, prefixes, waits and use, again every second.",
         ),
-    ],
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            show_default=False,
+            help="Of that server; better in QUIRE_API_KEY, where no list of processes shows it.",
+        ),
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", metavar=" ", help="Show the server once, and end.")
+    ] = False,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPT",
+            show_default=False,
+            help="Text whose attention is looked at; @FILE reads it from a file.",
+        ),
+    ] = None,
     token: Annotated[
         int,
         typer.Option(
@@ -64,10 +87,31 @@ def command(
 ) -> None:
     """See where attention goes: mass by position, sinks, the heaviest fifth, and what one token reads.
 
+    With the URL of a server, see what goes on there: blocks, the prefixes that are used most, tokens and waits.
+
     [dim]quire inspect --attention "The cat sat on the mat, and the cat" --token -1 --html look.html[/dim]
+
+    [dim]quire inspect http://127.0.0.1:8000[/dim]
     """
 
     def work() -> int:
+        if url is not None:
+            of_a_prompt = (attention, model, dtype, html)
+            if any(x is not None for x in of_a_prompt) or (token, kv, memory) != (
+                -1,
+                "auto",
+                "0.5",
+            ):
+                raise ConfigError(
+                    "inspect shows a server, or a prompt's attention; give a URL, or --attention and what goes with it"
+                )
+            from quire.cli.live import inspect_server
+
+            return inspect_server(url, key, json=json, once=once)
+        if attention is None:
+            raise ConfigError("inspect needs --attention PROMPT, or the URL of a server")
+        if key is not None or once:
+            raise ConfigError("--key and --once are about a server; name it by its URL")
         return _run(attention, token, model, kv, dtype, memory, html, json=json)
 
     raise typer.Exit(interruptible(work))
@@ -154,7 +198,7 @@ def _document(seen: Look, words: Sequence[str]) -> dict[str, Any]:
                 "head": h.head,
                 "received": list(h.received),
                 "heavy_share": h.heavy_share,
-                "sinks": list(h.sinks),
+                "sinks": None if h.sinks is None else list(h.sinks),
                 "reads": list(h.reads),
             }
             for h in seen.heads
@@ -187,7 +231,7 @@ def _show(document: dict[str, Any]) -> None:
             Text(strip(mean, wide)),
             f"{100 * mean[0]:.1f} %",
             f"{100 * sum(h['heavy_share'] for h in mine) / len(mine):.0f} %",
-            f"{sinks} of {len(mine)} heads" if sinks else "none",
+            _of_heads(sinks, len(mine), short=mine[0]["sinks"] is None),
         )
     console.print(table)
     at = document["chosen"]
@@ -202,6 +246,12 @@ def _show(document: dict[str, Any]) -> None:
             highlight=False,
             markup=False,
         )
+
+
+def _of_heads(sinks: int, heads: int, *, short: bool) -> str:
+    if short:
+        return "too short"
+    return f"{sinks} of {heads} heads" if sinks else "none"
 
 
 def strip(values: Sequence[float], wide: int) -> str:
@@ -225,23 +275,30 @@ def strip(values: Sequence[float], wide: int) -> str:
 # -- the page ----------------------------------------------------------------------------------------------------
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fdfcf9; --line: #ccc; --hot: 190, 60, 20; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e6e1; --paper: #17181a; --line: #444; --hot: 255, 140, 70; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; padding: 1rem;
-  max-width: 70rem; }
-h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
-.words { line-height: 2; overflow-wrap: anywhere; }
-.words span { border-radius: 3px; padding: 1px 0; white-space: pre-wrap; }
-.words .chosen { outline: 2px solid rgb(var(--hot)); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; }
-td, th { padding: 2px 8px; text-align: right; white-space: nowrap; }
-th { border-bottom: 1px solid var(--line); } td.map { padding: 1px 0; } svg { display: block; }
-p.note { color: color-mix(in srgb, var(--ink) 65%, transparent); max-width: 46rem; }
+:root {
+  color-scheme: light dark; --ink: #1e2124; --soft: #5c6269; --paper: #fffefb; --line: #e2dfd7; --hot: 196, 98, 30;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e7e5e0; --soft: #a3a8ae; --paper: #15171a; --line: #2e3238; --hot: 226, 146, 74; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; padding: 20px;
+  max-width: 60rem; font-variant-numeric: tabular-nums; }
+h1 { font-size: 20px; margin: 0; } h2 { font-size: 16px; margin: 28px 0 4px; }
+p { margin: 0 0 12px; max-width: 46rem; } .note { color: var(--soft); font-size: 14px; }
+.words { line-height: 1.9; overflow-wrap: anywhere; max-width: none; }
+.words span { border-radius: 3px; padding: 2px 0; white-space: pre-wrap; }
+.words .chosen { outline: 2px solid rgb(var(--hot)); outline-offset: 1px; position: relative; }
+.scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid rgb(var(--hot)); }
+table { border-collapse: collapse; font-size: 13px; }
+td, th { padding: 3px 18px 3px 0; text-align: right; white-space: nowrap; }
+th { border-bottom: 1px solid var(--line); color: var(--soft); font-weight: 500; }
+.map { text-align: left; padding-right: 24px; } svg { display: block; background: rgba(var(--hot), .06); }
 """
 
 
 def _page(document: dict[str, Any]) -> str:
+    from quire.evaluate.attention import SINK_SHARE, SINK_TOKENS
+
     tokens, at, heads = document["tokens"], document["chosen"], document["heads"]
     mean = [sum(x) / len(heads) for x in zip(*(h["reads"] for h in heads), strict=True)]
     top = max(mean)
@@ -251,12 +308,16 @@ def _page(document: dict[str, Any]) -> str:
         share = mean[j] if j < len(mean) else 0.0
         mark = ' class="chosen"' if j == at else ""
         tip = f"{j}: {100 * share:.2f} %" if j <= at else f"{j}: after the chosen token"
-        style = f"background: rgba(var(--hot), {share / top:.3f})"
-        words.append(f'<span{mark} style="{style}" title="{tip}">{escape(t["text"])}</span>')
+        style = f"background: rgba(var(--hot), {DEEPEST * share / top:.3f})"
+        text = escape(t["text"]).replace("↵", "↵<br>")
+        words.append(f'<span{mark} style="{style}" title="{tip}">{text}</span>')
+    short = ""
+    if heads[0]["sinks"] is None:
+        short = f"; {len(tokens)} tokens are too few to tell, {SINK_TOKENS} would do"
     rows = "\n".join(
         f"<tr><td>{h['layer']}</td><td>{h['head']}</td><td class=map>{_map(h['received'])}</td>"
         f"<td>{100 * h['received'][0]:.1f} %</td><td>{100 * h['heavy_share']:.0f} %</td>"
-        f"<td>{', '.join(map(str, h['sinks'])) or '–'}</td><td class=map>{_map(h['reads'])}</td></tr>"
+        f"<td>{_sinks(h['sinks'])}</td><td class=map>{_map(h['reads'])}</td></tr>"
         for h in heads
     )
     return f"""<!doctype html>
@@ -269,13 +330,19 @@ pointer over a token for its position and share.</p>
 <p class="words">{"".join(words)}</p>
 <h2>Every head</h2>
 <p class="note">Received: what a position is paid by the average query that could read it, brighter for more
-(logarithmic). First token above 30 %: a sink. Heaviest fifth: the share of all attention that the most attended 20 % of
-the tokens get.</p>
-<div class="scroll"><table><thead><tr><th>layer</th><th>head</th><th>received, positions 0 to {len(tokens) - 1}</th>
-<th>first token</th><th>heaviest fifth</th><th>sinks</th><th>token {at} reads</th></tr></thead><tbody>
+(logarithmic). Heaviest fifth: the share of all attention that the most attended 20 % of the tokens get. Sinks: early
+positions that the average query far behind them pays more than {100 * SINK_SHARE:.0f} %{short}.</p>
+<div class="scroll" tabindex="0" role="region" aria-label="Every head"><table><thead><tr><th scope="col">layer</th>
+<th scope="col">head</th><th scope="col" class="map">received, positions 0 to {len(tokens) - 1}</th>
+<th scope="col">first token</th><th scope="col">heaviest fifth</th><th scope="col">sinks</th>
+<th scope="col" class="map">token {at} reads</th></tr></thead><tbody>
 {rows}
 </tbody></table></div></body></html>
 """
+
+
+def _sinks(positions: Sequence[int] | None) -> str:
+    return "–" if not positions else ", ".join(map(str, positions))
 
 
 def _map(values: Sequence[float], wide: int = 240) -> str:

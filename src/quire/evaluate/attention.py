@@ -21,12 +21,18 @@ from quire.attention.step import Step
 from quire.engine.runner import Item
 from quire.errors import ConfigError, RequestError
 
-__all__ = ["SINK_SHARE", "HeadSeen", "Look", "look"]
+__all__ = ["FAR_TOKENS", "SINK_SHARE", "SINK_TOKENS", "HeadSeen", "Look", "look"]
 
 SINK_SHARE = 0.3
-"""A position that receives more than this from the average query is a sink."""
+"""A position that receives more than this from the average query far behind it is a sink."""
 
 SINK_POSITIONS = 8
+FAR_TOKENS = 16
+"""Queries from this position on are far behind the first ones: evenly spread, each of these would get 6 % at most."""
+
+SINK_TOKENS = 2 * FAR_TOKENS
+"""Shorter prompts cannot tell a sink from a token that is read because there are few."""
+
 HEAVY = 0.2
 
 
@@ -37,7 +43,8 @@ class HeadSeen:
     Args:
         received: `[n]`, see the module.
         heavy_share: of all that was paid, what the heaviest fifth of the tokens got.
-        sinks: positions among the first eight that receive more than `SINK_SHARE`.
+        sinks: positions among the first eight that receive more than `SINK_SHARE` from the average query at
+            `FAR_TOKENS` or later; None: the prompt has fewer than `SINK_TOKENS`.
         reads: `[chosen + 1]`, what the chosen token's query pays.
     """
 
@@ -45,7 +52,7 @@ class HeadSeen:
     head: int
     received: tuple[float, ...]
     heavy_share: float
-    sinks: tuple[int, ...]
+    sinks: tuple[int, ...] | None
     reads: tuple[float, ...]
 
 
@@ -113,6 +120,7 @@ def look(runner: Any, tokens: Sequence[int], chosen: int = -1) -> Look:
         )
     paid = _watched(runner, ids, 0, n, n)
     reads = _watched(runner, ids[: at + 1], at, at + 1, 1)
+    far = _watched(runner, ids, 0, n, n - FAR_TOKENS) if n >= SINK_TOKENS else None
     if not paid:
         raise ConfigError("no layer of this model attends to cached tokens")
     heads = []
@@ -122,10 +130,15 @@ def look(runner: Any, tokens: Sequence[int], chosen: int = -1) -> Look:
             received = row / could
             order = row.sort(descending=True).values
             heavy = float(order[: math.ceil(HEAVY * n)].sum() / order.sum())
-            sinks = tuple(int(j) for j in (received[:SINK_POSITIONS] > SINK_SHARE).nonzero())
+            sinks = None if far is None else _sinks(far[layer][head], n - FAR_TOKENS)
             own = tuple(reads[layer][head].tolist())
             heads.append(HeadSeen(layer, head, tuple(received.tolist()), heavy, sinks, own))
     return Look(tuple(ids), at, tuple(heads))
+
+
+def _sinks(paid: torch.Tensor, n_queries: int) -> tuple[int, ...]:
+    """Of what the last queries paid together, `[n]`."""
+    return tuple(int(j) for j in (paid[:SINK_POSITIONS] / n_queries > SINK_SHARE).nonzero())
 
 
 def _watched(
