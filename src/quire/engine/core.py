@@ -28,12 +28,16 @@ from quire.engine.runner import Runner, Usage
 from quire.engine.sampler import draw, score
 from quire.engine.schedule import SchedulerStats
 from quire.engine.scheduler import Scheduler
+from quire.engine.sharing import Opener
 from quire.engine.text import Transcript
 from quire.errors import CapacityError, RequestError
 
 __all__ = ["Core", "EngineStats"]
 
 Done = list[tuple[Sample, Delta]]
+
+PREFETCHED = 4
+"""Of the waiting, whose prefixes are brought up while others compute."""
 
 
 @dataclass(slots=True)
@@ -67,6 +71,7 @@ class Core:
         clock: seconds.
         deliver: called with every delta, in order of computation.
         auditor: computes a share of the hits again before they are used.
+        opener: the scheduler's, where it brings prefixes up from tiers.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Core:
         clock: Callable[[], float],
         deliver: Callable[[Request, Delta], None],
         auditor: Auditor | None = None,
+        opener: Opener | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
@@ -84,6 +90,7 @@ class Core:
         self.clock = clock
         self.deliver = deliver
         self.auditor = auditor
+        self.opener = opener if opener is not None and opener.tiering is not None else None
         self.live: dict[str, Request] = {}
         self.steps = self.forwards = self.output_tokens = 0
         self.finished: Counter[str] = Counter()
@@ -102,6 +109,7 @@ class Core:
     @torch.inference_mode()
     def step(self) -> None:
         """Run one step of what is there; nothing, when nothing is."""
+        self._begin_step()
         plan = self.scheduler.schedule()
         for sample in plan.failed:
             self.fail(
@@ -112,7 +120,11 @@ class Core:
                 ),
             )
         if not plan.samples:
+            if self.scheduler.loading and self.opener is not None:
+                self.opener.wait()
             return
+        if self.opener is not None:
+            self.opener.prefetch(self.scheduler.next_waiting(PREFETCHED))
         self.steps += 1
         if self.auditor is not None:
             self.auditor.run()
@@ -121,6 +133,14 @@ class Core:
             logits = self.runner.forward(items, adapter)
             self.forwards += 1
             self._accept(samples, logits)
+
+    def _begin_step(self) -> None:
+        """Samples whose prefix has come take their seats again."""
+        if self.opener is not None:
+            self.opener.begin_step(alone=not self.scheduler.running)
+            for sample in self.scheduler.loading:
+                if self.opener.arrived(sample):
+                    self.scheduler.loaded(sample)
 
     def cancel(self, request_id: str) -> None:
         """End a request where it stands; unknown ids are ignored, they may just have finished."""
@@ -294,6 +314,8 @@ class Core:
         """Finish samples; the delta of a request's last one gets the request's output."""
         for sample, delta in done:
             request = sample.request
+            if self.opener is not None:
+                self.opener.forget(sample)
             self.scheduler.finish(sample)
             self.finished[sample.finish_reason or "error"] += 1
             if request.unfinished == 0:

@@ -78,7 +78,9 @@ class Engine:
             opener=self.opener,
         )
         self.intake = Intake(runner, runner.vocab_size, tokenizer, eos_token_ids, clock)
-        self.core = Core(runner, self.scheduler, tokenizer, clock, self._deliver, auditor)
+        self.core = Core(
+            runner, self.scheduler, tokenizer, clock, self._deliver, auditor, self.opener
+        )
         self._requests: dict[str, Request] = {}  # submitted and unfinished
         self._inbox: deque[Request | str | Callable[[], None]] = deque()  # ids are to be cancelled
         self._out: list[Delta] = []
@@ -399,7 +401,10 @@ class Engine:
             self.cancel(request.request_id)
 
     def close(self) -> None:
-        """End the background thread and every request; waiting consumers get a RequestError. Idempotent."""
+        """End the background thread and every request; waiting consumers get a RequestError. Idempotent.
+
+        What is cached is written to the first tier that lasts, where the runner has one; its own `close` closes it.
+        """
         if self._closed:
             return
         self._closed = True
@@ -408,6 +413,7 @@ class Engine:
             self._drain()
             self.core.abort(RequestError("the engine was closed"))
             self._flush()
+        self.opener.flush()
 
     def __enter__(self) -> Self:
         return self

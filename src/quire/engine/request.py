@@ -24,6 +24,7 @@ from quire.store.namespace import Hints, Namespace
 
 if TYPE_CHECKING:
     from quire.engine.runner import Item, Table
+    from quire.store.fetching import Fetch
 
 __all__ = [
     "Completion",
@@ -65,6 +66,7 @@ class RequestFigures:
         prompt_tokens: tokens of the prompt.
         output_tokens: tokens sampled, all samples together.
         cached_tokens: prompt tokens found in the cache when it was first admitted; a recomputation never counts here.
+        loaded_tokens: of them, those that came from a tier.
         miss: why no more of the prompt was found; with share="prefix:explain=on".
         computed_tokens: token positions pushed through the model, recomputed ones included.
         recomputed_tokens: of those, positions that had been computed before a preemption took them.
@@ -78,6 +80,7 @@ class RequestFigures:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    loaded_tokens: int = 0
     miss: Miss | None = None
     computed_tokens: int = 0
     recomputed_tokens: int = 0
@@ -108,12 +111,16 @@ class RequestFigures:
 
 
 class State(IntEnum):
-    """Where a sample is. A new one is nowhere until the scheduler, or its first sibling's prefill, takes it up."""
+    """Where a sample is. A new one is nowhere until the scheduler, or its first sibling's prefill, takes it up.
+
+    One that is loading was next, and waits for its prefix to come from a tier; the others go on.
+    """
 
     NEW = 0
     WAITING = 1
     RUNNING = 2
     FINISHED = 3
+    LOADING = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +135,8 @@ class Sample:
         rows: rows of a batch it takes; the first sample takes its siblings' until they fork from it.
         need_bytes: what it held when it was preempted: less than that free, and admitting it would only repeat it.
         awaits: the name of a chunk of its prompt that a request before it is computing.
+        fetch: what is being brought up from the tiers for it.
+        fetched: chunks that were there when the tiers were last asked; they are asked again for more only.
     """
 
     request: Request
@@ -144,6 +153,8 @@ class Sample:
     need_bytes: int = 0
     held_bytes: int = 0
     awaits: bytes | None = None
+    fetch: Fetch | None = None
+    fetched: int = -1
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     token_times_s: list[float] = field(default_factory=list)

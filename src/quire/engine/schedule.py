@@ -58,6 +58,7 @@ class SchedulerStats:
         decode_tokens: computed one per sample and step.
         recomputed_tokens: computed a second time after a preemption (or where a fork found no room).
         stalls: times that a running sample sat out a step for want of room.
+        loading: samples whose prefix is coming from a tier.
     """
 
     admissions: int = 0
@@ -69,6 +70,7 @@ class SchedulerStats:
     forks: int = 0
     running: int = 0
     waiting: int = 0
+    loading: int = 0
 
 
 @dataclass(slots=True)

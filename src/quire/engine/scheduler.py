@@ -14,7 +14,7 @@ outrank a seat, because priorities are bounded and time passes.
 **Why it does not thrash.** A sample that finds no room and has nobody behind it stalls with what it holds; it is
 preempted only when somebody before it needs the room. Nobody enters behind a stalled sample, nor below the watermark,
 nor a preempted one before as much is free as it held. The waiting are admitted in seat order; none is skipped, but
-those who wait for one before them to compute the prefix that they share.
+those who wait for one before them to compute the prefix that they share, or for a tier to bring it.
 
 A step, from its token budget: first one token for each decoding sample, then chunks of prompts, running and waiting
 ones merged in seat order, each as large as what is left.
@@ -80,6 +80,7 @@ class Scheduler:
         self._waiting: list[tuple[Seat, Sample]] = []  # heap; stale entries are skipped
         self._n_waiting = 0
         self._aside: list[Sample] = []  # of the waiting: who follows another, during a step
+        self._loading: dict[Sample, None] = {}
         self._rows = 0
         self._arrivals = 0
         self._grow_bytes = 0  # most that one more token was seen to take
@@ -105,6 +106,8 @@ class Scheduler:
         elif sample.state is State.WAITING:
             self._n_waiting -= 1
             self._sweep()
+        elif sample.state is State.LOADING:
+            del self._loading[sample]
         sample.state = State.FINISHED
         sample.item = None
         request = sample.request
@@ -171,12 +174,13 @@ class Scheduler:
         """A snapshot; later steps do not change it."""
         now = SchedulerStats(**{n: getattr(self.counters, n) for n in SchedulerStats.__slots__})
         now.running, now.waiting = len(self._running), self._n_waiting
+        now.loading = len(self._loading)
         return now
 
     @property
     def unfinished(self) -> bool:
-        """Is anything running or waiting?"""
-        return bool(self._running) or self._n_waiting > 0
+        """Is anything running, waiting or loading?"""
+        return bool(self._running) or self._n_waiting > 0 or bool(self._loading)
 
     @property
     def running(self) -> tuple[Sample, ...]:
@@ -187,6 +191,20 @@ class Scheduler:
     def waiting(self) -> tuple[Sample, ...]:
         """Samples without, in seat order."""
         return tuple(sorted((s for _, s in self._waiting if s.state is State.WAITING), key=_seat))
+
+    @property
+    def loading(self) -> tuple[Sample, ...]:
+        """Samples that were next, and wait for a tier."""
+        return tuple(self._loading)
+
+    def next_waiting(self, n: int) -> list[Sample]:
+        """About the first `n` of the waiting: the front of the heap."""
+        return [s for _, s in self._waiting[:n] if s.state is State.WAITING]
+
+    def loaded(self, sample: Sample) -> None:
+        """Its prefix has come, or will not: it waits in its seat again."""
+        del self._loading[sample]
+        self._wait(sample)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -250,7 +268,7 @@ class Scheduler:
                 blocked = stalled is not None and stalled.seat < head.seat
                 admitted = not blocked and self._admit(head, plan)
                 if admitted is None:
-                    self._aside.append(heappop(self._waiting)[1])
+                    self._set_aside(heappop(self._waiting)[1])
                 else:
                     admitting = admitted
             elif sample is not None:
@@ -263,6 +281,15 @@ class Scheduler:
                     stalled = sample
             else:
                 break
+
+    def _set_aside(self, sample: Sample) -> None:
+        """It follows somebody before it, or its prefix is on the way: those behind it may pass."""
+        if sample.fetch is None:
+            self._aside.append(sample)
+        else:
+            sample.state = State.LOADING
+            self._n_waiting -= 1
+            self._loading[sample] = None
 
     def _chunk(self, sample: Sample, table: Table, plan: Plan) -> int:
         """Tokens of this sample to compute next; 0: not in this step."""
@@ -315,7 +342,7 @@ class Scheduler:
         """Let the first of the waiting in, if its next chunk fits without touching anyone before it.
 
         Returns:
-            None when somebody before it computes what it shares: who comes behind may be let in.
+            None when somebody before it computes what it shares, or a tier brings it: who comes behind may be let in.
         """
         if self._rows + sample.rows > self.max_rows or not self._worth_trying(sample):
             return False
@@ -429,6 +456,7 @@ class Scheduler:
         self._leave(victim)
         self._release(victim)
         victim.computed = 0
+        victim.fetched = -1
         victim.request.figures.preemptions += 1
         self.counters.preemptions += 1
         self._wait(victim)

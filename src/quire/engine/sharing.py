@@ -7,7 +7,7 @@ what they have in common lies in the cache. A promise ends with the request that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from quire.engine.engine import Engine
     from quire.engine.request import Sample
     from quire.engine.runner import Room, Table
+    from quire.store.path import Path
+    from quire.store.tiering import Tiering
+
+SHORT_S = 0.0005
+"""A tier that has nothing says so within this, and the request need not sit out a step."""
+IDLE_S = 0.01
 
 __all__ = ["Opener", "check_share", "sharing_report"]
 
@@ -54,6 +60,7 @@ class Opener:
         self.room = room
         self.auditor = auditor
         self.sharing: Sharing | None = getattr(room, "sharing", None)
+        self.tiering: Tiering | None = getattr(self.sharing, "tiering", None)
         self.adapter_digest = adapter_digest or (lambda name: name.encode())
 
     def __call__(self, sample: Sample) -> Table | None:
@@ -68,21 +75,15 @@ class Opener:
             return self.room.open(request.keep, sample.prompt_tokens)  # type: ignore[call-arg]
         if sample.awaits is not None and sharing.computing(sample.awaits, sample.seat):
             return None
-        adapter = b"" if request.adapter is None else self.adapter_digest(request.adapter)
-        limit = (sample.unscored or len(sample.tokens)) - 1  # logits from there on are wanted
-        if rules is not None and rules.scores:
-            limit = min(limit, rules.hit_limit(sample.prompt_tokens), sample.prompt_tokens)
-        path = sharing.look(
-            sample.tokens,
-            request.namespace,
-            limit=limit,
-            adapter=adapter,
-            hints=request.hints,
-            label=request.request_id,
-        )
+        path = self._look(sharing, sample, rules)
         sample.awaits = sharing.awaited(path, sample.seat)
         if sample.awaits is not None:
             return None
+        if self.tiering is not None:
+            better = self._brought_up(self.tiering, sample, path, rules)
+            if better is None:
+                return None
+            path = better
         table = sharing.take(path)
         if rules is not None:
             rules.apply(table, sample.prompt_tokens)
@@ -90,6 +91,88 @@ class Opener:
         if self.auditor is not None:
             self.auditor.found(sample, table.length)
         return table
+
+    def _look(self, sharing: Sharing, sample: Sample, rules: Any) -> Path:
+        """What the device has of a sample's tokens."""
+        request = sample.request
+        adapter = b"" if request.adapter is None else self.adapter_digest(request.adapter)
+        limit = (sample.unscored or len(sample.tokens)) - 1  # logits from there on are wanted
+        if rules is not None and rules.scores:
+            limit = min(limit, rules.hit_limit(sample.prompt_tokens), sample.prompt_tokens)
+        return sharing.look(
+            sample.tokens,
+            request.namespace,
+            limit=limit,
+            adapter=adapter,
+            hints=request.hints,
+            label=request.request_id,
+        )
+
+    # -- from the tiers ------------------------------------------------------------------------------------------
+
+    def _brought_up(self, tiering: Tiering, sample: Sample, path: Path, rules: Any) -> Path | None:
+        """The prefix once all that tiers can give is bound; None where the sample has a `fetch` to wait for."""
+        more = True
+        while True:
+            if sample.fetch is None:
+                if not more or path.found <= sample.fetched:
+                    return path
+                sample.fetched = path.found
+                sample.fetch = tiering.want(path)
+                if sample.fetch is None:
+                    return path
+                sample.fetch.done.wait(SHORT_S)
+            fetch = sample.fetch
+            if not tiering.ready(fetch) or not tiering.bind(fetch):
+                return None
+            sample.fetch, more = None, fetch.more or fetch.users > 1
+            loaded = max(0, fetch.at - fetch.found) * path.sharing.grain
+            sample.request.figures.loaded_tokens += loaded
+            path = self._look(path.sharing, sample, rules)
+
+    def arrived(self, sample: Sample) -> bool:
+        """Whether a sample that loads may ask again for its table."""
+        return sample.fetch is None or self.tiering is None or self.tiering.ready(sample.fetch)
+
+    def prefetch(self, samples: Sequence[Sample]) -> None:
+        """Brings prefixes up while others compute, and lets go down what they pushed out."""
+        if self.sharing is None or self.tiering is None:
+            return
+        self.tiering.end_schedule()
+        for sample in samples:
+            request = sample.request
+            if sample.fetch is not None or sample.fetched >= 0 or not request.share:
+                continue
+            rules = None
+            if request.keep is not None:
+                rules = self.room.rules(request.keep)  # type: ignore[attr-defined]
+                if not rules.shares:
+                    continue
+            path = self._look(self.sharing, sample, rules)
+            if self.sharing.awaited(path, sample.seat) is None:
+                sample.fetched = path.found
+                sample.fetch = self.tiering.want(path)
+
+    def begin_step(self, *, alone: bool) -> None:
+        """See `Tiering.begin_step`."""
+        if self.tiering is not None:
+            self.tiering.begin_step(alone=alone)
+
+    def wait(self) -> None:
+        """There is nothing to compute: until something arrives, or for as long as nobody notices."""
+        if self.tiering is not None:
+            self.tiering.wait(IDLE_S)
+
+    def forget(self, sample: Sample) -> None:
+        """A sample is over."""
+        if sample.fetch is not None and self.tiering is not None:
+            self.tiering.abandon(sample.fetch)
+            sample.fetch = None
+
+    def flush(self) -> None:
+        """See `Tiering.flush`."""
+        if self.tiering is not None:
+            self.tiering.flush()
 
 
 def sharing_report(engine: Engine) -> dict[str, Any] | None:
@@ -106,4 +189,6 @@ def sharing_report(engine: Engine) -> dict[str, Any] | None:
         ]
     if opener.auditor is not None:
         found["audit"] = asdict(opener.auditor.stats)
+    if opener.tiering is not None:
+        found["tiers"] = opener.tiering.report()
     return found

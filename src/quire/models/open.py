@@ -7,11 +7,13 @@ from typing import Any
 from quire.errors import ConfigError
 from quire.models.attach import connect
 from quire.models.compiled import check_compile, compile_runner
+from quire.models.load import full_digest
 from quire.models.prepack import prepack
 from quire.models.runner import ModelRunner, NoCacheRunner
 from quire.retention import parse_keep
 from quire.share import parse_share
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
+from quire.store.tiers.recipe import parse_tiers
 
 
 def open_runner(
@@ -25,6 +27,7 @@ def open_runner(
     way: str | None = None,
     weights: str = "auto",
     share: str = "off",
+    tiers: str = "",
     compile: bool = False,  # noqa: A002 - torch's own name for it
 ) -> ModelRunner | NoCacheRunner:
     """A runner over a new store, or over none at all for `kv="none"`.
@@ -36,6 +39,7 @@ def open_runner(
         attention: backend; way: forces a way into the model.
         weights: "plain", "prepacked", "int8" or "auto": what the linear layers read, see `quire.models.prepack`.
         share: "off", or "prefix": requests find what others computed before them, see `quire.store.sharing`.
+        tiers: memory below the cache's, as `"host:8GiB,disk:100GiB@/var/cache/quire"`; needs share="prefix".
         compile: decode steps run as code that torch.compile made, see `quire.models.compiled`.
 
     Raises:
@@ -43,6 +47,12 @@ def open_runner(
     """
     if compile:
         check_compile()
+    below = parse_tiers(tiers)
+    if below.on and not parse_share(share).on:
+        raise ConfigError(
+            f"tiers={tiers!r} keep blocks that are found by their prefix, and share={share!r} names none; "
+            "add share='prefix'"
+        )
     if kv == "none":
         if parse_share(share).on:
             raise ConfigError(
@@ -58,12 +68,15 @@ def open_runner(
         plain.weights = prepack(plain.model, weights)
         return plain
     config = KVConfig(kv, keep, block_tokens, share)
+    whole = full_digest(model.named_parameters()) if below.on else b""  # before they are packed
     bridge = connect(model, config, memory=memory, attention=attention, way=way, weights=weights)
     runner = ModelRunner(bridge)
-    if compile:
-        try:
+    try:
+        if compile:
             compile_runner(runner)
-        except BaseException:
-            runner.close()
-            raise
+        if below.on:
+            runner.open_tiers(below, whole + weights.encode())
+    except BaseException:
+        runner.close()
+        raise
     return runner

@@ -20,10 +20,12 @@ from quire.models.keep import Rules
 from quire.models.prepack import Prepacked
 from quire.models.repeat import repeat
 from quire.models.rope import Regimes
-from quire.models.sharing import AdapterDigests
+from quire.models.sharing import AdapterDigests, open_tiering
 from quire.retention import Keep
 from quire.spec import Usage
 from quire.store.table import BlockTable
+from quire.store.tiering import Tiering
+from quire.store.tiers.recipe import TiersConfig
 
 
 class Item(Protocol):
@@ -71,6 +73,7 @@ class ModelRunner:
         self.audit = bridge.audit
         self.adapter_digest = AdapterDigests(bridge.adapters.model)
         self.weights = bridge.weights
+        self.tiering: Tiering | None = None
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -140,8 +143,17 @@ class ModelRunner:
     def bytes_per_token(self) -> float:
         return self.bridge.layout.spec.bytes_per_token
 
+    def open_tiers(self, config: TiersConfig, weights: bytes) -> None:
+        """Puts tiers below the prefix cache; `weights` tells these from all others. Raises ConfigError."""
+        self.tiering = open_tiering(self, config, weights)
+
     def close(self) -> None:
-        """Gives the model back as it was: its attention, its cache, its weights. Idempotent."""
+        """Gives the model back as it was: its attention, its cache, its weights. Idempotent.
+
+        Tiers that last get what is cached first.
+        """
+        if self.tiering is not None:
+            self.tiering.close()
         self.bridge.close()
 
     # -- forwards ------------------------------------------------------------------------------------------------

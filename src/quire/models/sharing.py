@@ -8,12 +8,15 @@ from typing import Any
 from quire.errors import ConfigError
 from quire.models.bridge import Bridge
 from quire.models.hf_cache import KVCache
-from quire.models.load import fingerprint
+from quire.models.load import fingerprint, full_digest
 from quire.models.rope import Regimes
 from quire.share import parse_share
 from quire.spec import KVConfig
 from quire.store.sharing import Sharing
 from quire.store.snapshot import spec_digest
+from quire.store.tiering import Tiering
+from quire.store.tiers.recipe import TiersConfig, open_tiers
+from quire.store.tiers.stack import TierStack
 
 __all__ = ["AdapterDigests", "open_sharing", "shorten"]
 
@@ -124,6 +127,33 @@ def _open_alike(cache: KVCache, rows: list[list[int]], columns: int) -> int:
         found = min(ends)
 
 
+def open_tiering(runner: Any, config: TiersConfig, weights: bytes) -> Tiering:
+    """Tiers below a runner's prefix cache.
+
+    What lies in them outlives the process, so names there depend on every element of the weights and not on a sample,
+    on the form in which the linear layers read them, and on the version of the code that computes keys and values.
+
+    Args:
+        runner: a `ModelRunner` over a new store.
+        weights: digest of all of them, and the form that was asked for.
+
+    Raises:
+        ConfigError: nothing is shared, or a tier cannot be had.
+    """
+    import transformers
+
+    sharing = runner.sharing
+    if sharing is None:
+        raise ConfigError(
+            "tiers keep what a prefix cache names; open the runner with share='prefix'"
+        )
+    about = (weights, runner.weights is not None, transformers.__version__)
+    sharing.rebase(repr(about).encode())
+    runner.adapter_digest.whole = True
+    ns = sha256(b"quire tier 1" + sharing.base).digest()
+    return Tiering(sharing, TierStack(open_tiers(config), ns), config.deadline_s)
+
+
 class AdapterDigests:
     """Digests of a model's adapters, made anew when somebody loads other weights under the same name.
 
@@ -133,6 +163,8 @@ class AdapterDigests:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.whole = False
+        """Over every element instead of a sample."""
         self._known: dict[str, tuple[tuple[tuple[int, int], ...], bytes]] = {}
 
     def __call__(self, name: str) -> bytes:
@@ -142,6 +174,7 @@ class AdapterDigests:
         state = tuple((p.data_ptr(), p._version) for _, p in own)
         known = self._known.get(name)
         if known is None or known[0] != state:
-            digest = sha256(f"{name} {fingerprint(own)}".encode()).digest()
+            seen = full_digest(own).hex() if self.whole else fingerprint(own)
+            digest = sha256(f"{name} {seen}".encode()).digest()
             self._known[name] = known = state, digest
         return known[1]

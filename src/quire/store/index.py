@@ -135,6 +135,14 @@ class PrefixIndex:
         """`[n] int32`: the node's tokens."""
         return np.frombuffer(self._chunks[node], "<i4")
 
+    def chunk(self, node: int) -> bytes:
+        """The node's tokens, packed."""
+        return self._chunks[node]
+
+    def parent_name(self, node: int) -> bytes:
+        """The name that the node's own was made from."""
+        return self.name(self._parent[node])
+
     def children(self, name: bytes) -> Iterator[int]:
         """Nodes behind the prefix of that name, newest first, at most `LOOKED_AT`."""
         node = self._nodes.get(name, NONE)
@@ -211,6 +219,11 @@ class PrefixIndex:
                 if column[node] >= 0:
                     pool.unname(column[node])
                     self._detach(node, at)
+
+    def place(self, pool: BlockPool, block: int) -> tuple[int, int]:
+        """(node, column) of a named block."""
+        nodes, columns = self._owners[id(pool)]
+        return nodes[block], columns[block]
 
     def owner(self, pool: BlockPool, block: int) -> int:
         """The node of a named block."""

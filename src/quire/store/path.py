@@ -77,6 +77,13 @@ class Path:
         del self.names[known:]
         return names
 
+    def parents(self, names: Sequence[bytes]) -> list[bytes]:
+        """What each of these names of the first chunks is made from, and one more: of what comes behind them."""
+        out = [self.names[0], *names]
+        if 0 < self.public < len(out):
+            out[self.public] = sha256(out[self.public] + self.salt).digest()
+        return out
+
     def twin(self) -> Path:
         """The same place, for a fork; it promises nothing."""
         twin = object.__new__(Path)

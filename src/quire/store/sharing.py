@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quire.errors import CapacityError, RequestError
+from quire.errors import CapacityError, InvariantError, RequestError
 from quire.store.chain import GONE, Chain
 from quire.store.evict import make_eviction
 from quire.store.index import TOKEN_BYTES, PrefixIndex, chunk_name, packed
@@ -25,6 +25,9 @@ from quire.store.namespace import Hints, Namespace, Tenants
 from quire.store.path import Path
 from quire.store.store import BlockStore
 from quire.store.table import BlockTable
+
+if TYPE_CHECKING:
+    from quire.store.tiering import Tiering
 
 __all__ = ["Hints", "Namespace", "Path", "Sharing", "SharingStats", "Tenants"]
 
@@ -98,6 +101,8 @@ class Sharing:
         self.ghost = Ghost(self, ghost) if ghost else None
         self.actor = ""
         """Which request took memory last."""
+        self.tiering: Tiering | None = None
+        """Memory below the store's, where there is any."""
         self.promised: dict[bytes, Path] = {}
         """Names of chunks that somebody is computing."""
         self.roots: dict[bytes, bytes] = {}
@@ -218,6 +223,17 @@ class Sharing:
         """Passes a wish on to the pool's policy."""
         self.index.pools[column].policy.hint(block, hints.priority, hints.keep_for_s)
 
+    def rebase(self, more: bytes) -> None:
+        """Names depend on this as well. Nothing may be stored yet."""
+        if self.index.live:
+            raise InvariantError("names cannot change while the index has some")
+        self.base = sha256(self.base + more).digest()
+
+    @property
+    def full_columns(self) -> list[int]:
+        """Columns of the index whose every block a prefix needs; of the others those of `needed`."""
+        return self._full
+
     # -- within --------------------------------------------------------------------------------------------------
 
     def _note_root(self, name: bytes, salt: bytes) -> None:
@@ -248,14 +264,14 @@ class Sharing:
             if column in self._full:
                 continue
             per = self.grain // self.store.spec.groups[g].block_tokens
-            for entry in self._needed(g, chunks * self.grain):
+            for entry in self.needed(g, chunks * self.grain):
                 if entry % per == j:
                     node = nodes[entry // per]
                     if node < 0 or self.index.block(column, node) < 0:
                         return False
         return True
 
-    def _needed(self, g: int, boundary: int) -> list[int]:
+    def needed(self, g: int, boundary: int) -> list[int]:
         """Entries of a group's chain that queries from `boundary` on may read."""
         group = self.store.spec.groups[g]
         size = group.block_tokens
@@ -270,7 +286,7 @@ class Sharing:
         for g, chain in enumerate(table.chains):
             size = chain.group.block_tokens
             per, first = self.grain // size, self.index.columns.index((g, 0))
-            needed = set(self._needed(g, boundary))
+            needed = set(self.needed(g, boundary))
             for entry in range(boundary // size):
                 if entry in needed:
                     column = first + entry % per
@@ -278,6 +294,8 @@ class Sharing:
                     chain.pool.hold(block)
                     chain.pool.found(block)
                     chain.push(block)
+                    if self.tiering is not None:
+                        self.tiering.found(column, nodes[entry // per], block)
                     if path.hints is not None:
                         self.hint(column, block, path.hints)
                 else:
@@ -320,5 +338,7 @@ class Sharing:
 
     def _evicted(self, node: int, column: int) -> None:
         self.stats.evicted_blocks += 1
+        if self.tiering is not None:
+            self.tiering.evicted(node, column)
         if self.explainer is not None:
             self.explainer.evicted(self.index.name(node), self.actor)

@@ -1,0 +1,79 @@
+"""A block's bytes between the device's arena and host memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quire.spec import CacheGroup
+from quire.store.arena import Arena
+from quire.store.pool import BlockPool
+
+__all__ = ["Mover", "unmeant"]
+
+
+def unmeant(group: CacheGroup, n_tokens: int) -> list[slice]:
+    """The parts of each tile that the first `n_tokens` rows do not fill: they may hold what was somebody else's."""
+    holes, at = [], 0
+    for f in group.fields:
+        start = group.field_offsets[f.name]
+        if start > at:
+            holes.append(slice(at, start))
+        at = start + f.bytes_in(n_tokens)
+    if at < group.tile_bytes:
+        holes.append(slice(at, group.tile_bytes))
+    return holes
+
+
+class Mover:
+    """Copies blocks out of and into one arena. An arena that only counts has no bytes: nothing is moved then.
+
+    Cost: one copy of the block each way; on a GPU it waits for what the device is computing.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self._memory: np.ndarray | None = None
+        self._holes: dict[tuple[CacheGroup, int], list[slice]] = {}
+
+    @property
+    def there(self) -> bool:
+        """Whether there are bytes to move."""
+        return self.arena.device is not None
+
+    def read(self, group: CacheGroup, pool: BlockPool, block: int, n_tokens: int) -> np.ndarray:
+        """`[block_bytes] uint8`: a copy, zeros where none of its `n_tokens` tokens is."""
+        start, size = pool.byte_offset(block), pool.block_bytes
+        memory = self._host_memory()
+        if memory is not None:
+            out = memory[start : start + size].copy()
+        else:
+            out = self.arena.buffer[start : start + size].cpu().numpy()
+        key = group, n_tokens
+        holes = self._holes.get(key)
+        if holes is None:
+            holes = self._holes[key] = unmeant(group, n_tokens)
+        if holes:
+            tiles = out.reshape(len(group.coords), group.tile_bytes)
+            for hole in holes:
+                tiles[:, hole] = 0
+        return out
+
+    def write(self, pool: BlockPool, block: int, data: np.ndarray) -> None:
+        """Puts `[block_bytes] uint8` into a block."""
+        start, size = pool.byte_offset(block), pool.block_bytes
+        memory = self._host_memory()
+        if memory is not None:
+            np.copyto(memory[start : start + size], data)
+            return
+        import torch
+
+        with torch.inference_mode():  # where the arena may have been made
+            self.arena.buffer[start : start + size] = torch.from_numpy(data).to(
+                self.arena.buffer.device
+            )
+
+    def _host_memory(self) -> np.ndarray | None:
+        """The arena itself, where it lies in host memory."""
+        if self._memory is None and self.arena.buffer.device.type == "cpu":
+            self._memory = self.arena.buffer.numpy()
+        return self._memory

@@ -1,0 +1,162 @@
+"""The string form of `tiers`: `"host:8GiB,disk:100GiB@/var/cache/quire"`, the fastest first.
+
+host:SIZE             memory of this process
+disk:SIZE@FOLDER      files; what it holds is found again after a restart
+NAME:SIZE@PLACE       another package's, by its entry point in the group `quire.tiers`
+…;deadline=0.5        for all: seconds that a request waits for its blocks before it computes them; 1 by default
+…;sync=batch          of a disk: fdatasync after each batch, instead of at the end
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quire.errors import ConfigError
+from quire.store.tiers.checked import Checked
+from quire.store.tiers.contract import Tier
+
+__all__ = ["TierRecipe", "TiersConfig", "open_tiers", "parse_tiers"]
+
+EXAMPLE = "for example host:8GiB,disk:100GiB@/var/cache/quire"
+_UNITS = {"": 1, "b": 1} | {f"{u}b": 1000**i for i, u in enumerate("kmgt", 1)}
+_UNITS |= {f"{u}ib": 1024**i for i, u in enumerate("kmgt", 1)}
+OWN = ("host", "disk")
+
+
+@dataclass(frozen=True)
+class TierRecipe:
+    """One tier: its kind, its capacity, and where it lies ("" where that means nothing)."""
+
+    kind: str
+    capacity_bytes: int
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class TiersConfig:
+    """All of them, the fastest first; none: nothing leaves the device's memory.
+
+    Args:
+        deadline_s: that a request waits for blocks before it computes them.
+        sync: of disks, see `DiskTier`.
+    """
+
+    tiers: tuple[TierRecipe, ...] = ()
+    deadline_s: float = 1.0
+    sync: str = "close"
+    text: str = field(default="", compare=False)
+
+    @property
+    def on(self) -> bool:
+        """Whether there is any."""
+        return bool(self.tiers)
+
+    @property
+    def persistent(self) -> bool:
+        """Whether blocks may come back after a restart."""
+        return any(t.kind != "host" for t in self.tiers)
+
+
+def parse_tiers(text: str) -> TiersConfig:
+    """The string form as a value. Raises ConfigError with one line that says what would work."""
+    body, *options = (part.strip() for part in text.split(";"))
+    if body in ("", "none"):
+        if options:
+            raise ConfigError(f"tiers={text!r}: options without a tier mean nothing; {EXAMPLE}")
+        return TiersConfig()
+    tiers = tuple(_tier(part.strip(), text) for part in body.split(","))
+    kinds = [t.kind for t in tiers]
+    if kinds.count("host") > 1 or "host" in kinds[1:]:
+        raise ConfigError(f"tiers={text!r}: one host tier, and before all others; {EXAMPLE}")
+    places = [t.place for t in tiers if t.place]
+    if len(set(places)) < len(places):
+        raise ConfigError(f"tiers={text!r}: two tiers cannot share a place")
+    return TiersConfig(tiers, text=text, **_options(options, text, kinds))
+
+
+def _tier(part: str, text: str) -> TierRecipe:
+    found = re.fullmatch(r"([A-Za-z_][\w-]*):\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)(?:@(.+))?", part)
+    if found is None:
+        raise ConfigError(
+            f"tiers={text!r}: {part!r} is not KIND:SIZE or KIND:SIZE@PLACE; {EXAMPLE}"
+        )
+    kind, number, unit, place = found[1], found[2], found[3].lower(), found[4] or ""
+    if kind not in OWN and kind not in _others():
+        known = ", ".join((*OWN, *sorted(_others())))
+        raise ConfigError(f"tiers={text!r}: unknown tier {kind!r}; known: {known}")
+    if unit not in _UNITS:
+        raise ConfigError(
+            f"tiers={text!r}: unknown unit {found[3]!r}; known: KiB, MiB, GiB, TiB, GB"
+        )
+    if kind == "host" and place:
+        raise ConfigError(f"tiers={text!r}: host memory has no place; drop @{place}")
+    if kind == "disk" and not place:
+        raise ConfigError(
+            f"tiers={text!r}: a disk tier needs a folder, disk:{number}{found[3]}@/path"
+        )
+    n_bytes = int(float(number) * _UNITS[unit])
+    if n_bytes < 1 << 16:
+        raise ConfigError(f"tiers={text!r}: {part!r} is {n_bytes} bytes; did you mean {number}GiB?")
+    return TierRecipe(kind, n_bytes, place)
+
+
+def _options(options: list[str], text: str, kinds: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for option in filter(None, options):
+        key, _, value = (x.strip() for x in option.partition("="))
+        if key == "deadline":
+            try:
+                values["deadline_s"] = float(value)
+            except ValueError:
+                values["deadline_s"] = 0.0
+            if not 0 < values["deadline_s"] < 3600:
+                raise ConfigError(f"tiers={text!r}: deadline is seconds above 0, not {value!r}")
+        elif key == "sync":
+            if value not in ("batch", "close"):
+                raise ConfigError(f"tiers={text!r}: sync is batch or close, not {value!r}")
+            if "disk" not in kinds:
+                raise ConfigError(f"tiers={text!r}: sync is about disks and there is none")
+            values["sync"] = value
+        else:
+            raise ConfigError(f"tiers={text!r}: unknown option {key!r}; known: deadline, sync")
+    return values
+
+
+def _others() -> dict[str, Any]:
+    """Entry points of other packages, by name."""
+    from importlib.metadata import entry_points
+
+    return {e.name: e for e in entry_points(group="quire.tiers")}
+
+
+def open_tiers(config: TiersConfig) -> list[Tier]:
+    """The tiers themselves. Raises ConfigError where one cannot be had; none is left open then."""
+    made: list[Tier] = []
+    try:
+        for recipe in config.tiers:
+            made += [_open(recipe, config)]
+    except BaseException:
+        import asyncio
+
+        for tier in made:
+            asyncio.run(tier.close())
+        raise
+    return made
+
+
+def _open(recipe: TierRecipe, config: TiersConfig) -> Tier:
+    if recipe.kind == "host":
+        from quire.store.tiers.host import HostTier
+
+        return HostTier(recipe.capacity_bytes)
+    if recipe.kind == "disk":
+        from quire.store.tiers.disk import DiskTier
+
+        folder = Path(recipe.place).expanduser()
+        return DiskTier(folder, recipe.capacity_bytes, sync=config.sync)  # type: ignore[arg-type]
+    make: Callable[[int, str], Tier] = _others()[recipe.kind].load()
+    return Checked(make(recipe.capacity_bytes, recipe.place))
