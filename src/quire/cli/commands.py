@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quire import __version__
-from quire.cli import bench, claims, evaluate, inspect, plan, serve
+from quire.cli import bench, claims, evaluate, fsck, inspect, plan, serve
 from quire.cli.console import interruptible
 from quire.cli.flags import for_typer
 from quire.codecs.recipe import available
@@ -89,6 +89,16 @@ Share = Annotated[
         "--share",
         "MODE",
         "off (default), or prefix: what prompts have in common is computed once; prefix:evict=lru|cost.",
+    ),
+]
+Tiers = Annotated[
+    str | None,
+    _option(
+        _CACHE,
+        "--tiers",
+        "TIERS",
+        "Memory below the cache, as host:8GiB,disk:100GiB@DIR; a disk's blocks are found again next time. "
+        "Shares prefixes.",
     ),
 ]
 Attention = Annotated[
@@ -199,6 +209,7 @@ def run(
     attention: Attention = None,
     weights: Weights = None,
     share: Share = None,
+    tiers: Tiers = None,
     compile: Compile = False,  # noqa: A002 - the option's name
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -339,3 +350,4 @@ app.command("plan")(for_typer(plan.command))
 app.command("claims")(claims.command)
 app.command("inspect")(inspect.command)
 app.command("serve")(serve.command)
+app.command("fsck")(fsck.command)

@@ -22,7 +22,7 @@ from quire.engine.params import SamplingParams
 from quire.errors import ConfigError, RequestError
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
-__all__ = ["ChatOptions", "Options", "RunOptions", "TourOptions", "flag"]
+__all__ = ["ChatOptions", "Options", "RunOptions", "TourOptions", "check_tiers", "flag"]
 
 NO_CACHE = "none"
 """--kv none: nothing is kept, everything is computed at every step."""
@@ -88,6 +88,8 @@ class Options:
         for name in {"stop", "cors"} & set(values):
             several = values[name]
             values[name] = (several,) if isinstance(several, str) else tuple(several)
+        if values.get("tiers") and "share" in known and "share" not in values:
+            values["share"] = "prefix"  # what tiers keep is found by its prefix
         made = cls(**values, given=frozenset(given))
         made.check()
         return made
@@ -141,12 +143,29 @@ _SAMPLING = (
 )
 
 
+def check_tiers(tiers: str, share: str, kv: str) -> None:
+    """Raises ConfigError where tiers are written wrong, or have nothing to keep."""
+    from quire.store.tiers.recipe import parse_tiers
+
+    if not parse_tiers(tiers).on:
+        return
+    if kv == NO_CACHE:
+        raise ConfigError(
+            "--tiers keep cached blocks and --kv none caches nothing; drop one of them"
+        )
+    if share == "off":
+        raise ConfigError(
+            "--tiers keep what a prefix cache finds, and --share off has none; drop one of them"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Options):
     """What `quire run` does."""
 
     prompts: str | None = None
     share: str = "off"
+    tiers: str = ""
     ignore_eos: bool = False
     json: bool = False
     compare: str | None = None
@@ -155,6 +174,9 @@ class RunOptions(Options):
     def check(self) -> None:
         """See `Options.check`."""
         super().check()
+        check_tiers(self.tiers, self.share, self.kv)
+        if self.tiers and self.compare is not None:
+            raise ConfigError("--compare runs one prompt once; drop --tiers")
         if self.share != "off" and self.kv == NO_CACHE:
             raise ConfigError(
                 "--share finds cached prefixes and --kv none caches nothing; drop one of them"

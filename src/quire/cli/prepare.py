@@ -85,6 +85,7 @@ def open_cache(loaded: Loaded, options: Options) -> Any:
             attention=options.attention,
             weights=options.weights,
             share=share_of(options),
+            tiers=str(getattr(options, "tiers", "")),
             compile=options.compile,
         )
 

@@ -77,6 +77,7 @@ def _request(output: RequestOutput, outcome: Outcome, at: int) -> dict[str, Any]
     found: dict[str, Any] = {
         "prompt_tokens": figures.prompt_tokens,
         "cached_tokens": figures.cached_tokens,
+        "loaded_tokens": figures.loaded_tokens,
         "token_ids": output.token_ids,
         "text": output.text,
         "finish_reason": output.finish_reason,

@@ -70,6 +70,15 @@ def main(arguments: Sequence[str], options: RunOptions) -> int:
 
         return compare(loaded, asks[0], options)
     runner = open_cache(loaded, options)
+    try:
+        return _run(loaded, runner, asks, options)
+    finally:
+        if options.tiers:
+            runner.close()  # which writes what is cached to tiers that last
+
+
+def _run(loaded: Loaded, runner: Any, asks: Sequence[Ask], options: RunOptions) -> int:
+    """The batch, and what is shown of it."""
     trace = None
     if options.trace:
         from quire.cli.trace import Trace

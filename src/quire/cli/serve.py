@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quire.cli.console import interruptible, say, write
-from quire.cli.options import NO_CACHE, Options
+from quire.cli.options import NO_CACHE, Options, check_tiers
 from quire.codecs.recipe import available
 from quire.errors import ConfigError
 from quire.spec import DEFAULT_BLOCK_TOKENS
@@ -42,6 +42,7 @@ class ServeOptions(Options):
     """What `quire serve` does."""
 
     share: str = AUTO
+    tiers: str = ""
     name: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -75,6 +76,7 @@ class ServeOptions(Options):
         super().check()
         for name in sorted(self.given & set(_SAMPLING)):
             raise ConfigError(f"{name} belongs to each request, not to the server; drop it here")
+        check_tiers(self.tiers, self.share, self.kv)
         if self.share not in (AUTO, "off") and self.kv == NO_CACHE:
             raise ConfigError(
                 "--share finds cached prefixes and --kv none caches nothing; drop one of them"
@@ -151,6 +153,15 @@ def command(
             "--share",
             "MODE",
             "auto (default): prefix:explain=on where the model allows it; prefix, prefix:evict=lru|cost, or off.",
+        ),
+    ] = None,
+    tiers: Annotated[
+        str | None,
+        _option(
+            _CACHE,
+            "--tiers",
+            "TIERS",
+            "Memory below the cache, as host:8GiB,disk:100GiB@DIR; with a disk the cache survives a restart.",
         ),
     ] = None,
     host: Annotated[
@@ -369,7 +380,9 @@ def _run(options: ServeOptions, settled: ServeConfig, listening: Any) -> int:
         eos_token_ids=loaded.eos_token_ids,
     )
     name = options.name or loaded.name
-    service = Service(engine, settled, name, kv=options.kv, keep=options.keep)
+    tiering = getattr(runner, "tiering", None)
+    secret = None if tiering is None else tiering.secret()  # names must outlive the process as well
+    service = Service(engine, settled, name, kv=options.kv, keep=options.keep, secret=secret)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     scheme = "http" if settled.tls_cert is None else "https"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quire.engine.request import RequestFigures
     from quire.serve.service import Usage
 
+from quire.serve.tier_metrics import tier_metrics
+
 __all__ = ["Histogram", "Meters"]
 
 _STEPS = (1.0, 2.5, 5.0)
@@ -216,6 +218,7 @@ class Meters:
                 "Samples waiting.",
                 scheduler.waiting,
             ),
+            (("quire_requests_loading",), "Samples that wait for a tier.", scheduler.loading),
             (
                 ("quire_kv_held_ratio", "vllm:kv_cache_usage_perc"),
                 "Share of the cache's memory that running requests hold, 0 to 1.",
@@ -273,6 +276,8 @@ class Meters:
         ):
             for name in names:
                 yield self._one(CounterMetricFamily, name, what, report[key])
+        if "tiers" in report:
+            yield from tier_metrics(report["tiers"], self.model)
 
     def _one(self, family: Any, name: str, what: str, value: float) -> Metric:
         made: Metric = family(name, what, labels=["model_name"])

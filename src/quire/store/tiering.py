@@ -332,6 +332,14 @@ class Tiering:
             self._closed = True
             self.stack.close(timeout_s)
 
+    def secret(self) -> bytes | None:
+        """Of the first tier that lasts and keeps one; None: names end with the process."""
+        for level in self.stack.levels:
+            keeps = getattr(level.tier, "secret", None)
+            if keeps is not None:
+                return bytes(keeps())
+        return None
+
     def report(self) -> dict[str, Any]:
         """Counters as plain data."""
         stats = self.stats

@@ -95,6 +95,10 @@ class DiskTier:
         self._threads = ThreadPoolExecutor(THREADS, "quire-disk")
         self._scan()
 
+    def secret(self) -> bytes:
+        """32 bytes that belong to the folder: what names depend on that others must not guess."""
+        return self.files.secret()
+
     # -- asked ---------------------------------------------------------------------------------------------------
 
     async def lookup(self, ns: bytes, keys: Sequence[bytes]) -> int:

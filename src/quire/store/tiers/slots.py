@@ -16,6 +16,7 @@ import fcntl
 import json
 import mmap
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -155,6 +156,22 @@ class SlotFiles:
                 continue
             if n == HEADER_BYTES and buffer[0]:
                 yield slot, buffer.tobytes()
+
+    def secret(self) -> bytes:
+        """32 random bytes, made once, for its owner alone to read. Raises ConfigError."""
+        path = self.folder / "secret"
+        try:
+            if not path.exists():
+                half = path.with_suffix(".part")
+                half.touch(0o600)
+                half.write_bytes(secrets.token_bytes(32))
+                half.replace(path)
+            found = path.read_bytes()
+        except OSError as e:
+            raise ConfigError(f"{path}: {e.strerror or e}") from e
+        if len(found) != 32:
+            raise ConfigError(f"{path} is damaged; delete it, and the blocks of before are misses")
+        return found
 
     def sync(self) -> None:
         """All segments."""

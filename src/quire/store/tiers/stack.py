@@ -44,11 +44,13 @@ class Level:
     """One tier, its queue, and what it has done.
 
     Args:
+        label: its name, with its number where two have the same.
         counts: blocks by outcome of loads (hit, miss, corrupt, timeout, error) and of stores (stored, rejected,
             store_timeout, store_error); dropped: that found no room in the queue, or a tier left alone.
     """
 
     tier: Tier
+    label: str = ""
     counts: Counter[str] = field(default_factory=Counter)
     loaded_bytes: int = 0
     stored_bytes: int = 0
@@ -85,7 +87,7 @@ class Level:
         loads = ("hit", "miss", "corrupt", "timeout", "error", "failures")
         stores = ("stored", "rejected", "dropped", "store_timeout", "store_error")
         return {
-            "tier": self.tier.name,
+            "tier": self.label or self.tier.name,
             "ok": self.health.ok and not self.resting,
             "why": self.health.why,
             "blocks": self.health.blocks,
@@ -110,7 +112,11 @@ class TierStack:
     def __init__(self, tiers: Sequence[Tier], ns: bytes, *, queue_bytes: int = QUEUE_BYTES) -> None:
         self.ns = ns
         self.queue_bytes = queue_bytes
-        self.levels = [Level(t) for t in tiers]
+        names = [t.name for t in tiers]
+        self.levels = [
+            Level(t, t.name if names.count(t.name) == 1 else f"{t.name}{i}")
+            for i, t in enumerate(tiers)
+        ]
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="quire-tiers", daemon=True)

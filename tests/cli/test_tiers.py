@@ -1,0 +1,65 @@
+"""`--tiers` and `quire fsck`: what they keep, what they print, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def test_a_second_run_finds_what_the_first_left(
+    quire: Callable[..., Any], tiny: Any, tmp_path: Path
+) -> None:
+    file, folder = tmp_path / "p.jsonl", tmp_path / "cache"
+    file.write_text(json.dumps({"prompt": list(range(3, 150)), "max_tokens": 2}))
+    words = ("run", "--model", tiny, "--prompts", file, "--memory", "8MiB", "--json")
+    config = tmp_path / "c.toml"
+    config.write_text(f'[run]\ntiers = "host:1MiB,disk:8MiB@{folder}"\n')
+    first, second = (quire(*words, "--config", config) for _ in range(2))
+    assert first.code == second.code == 0, second.err
+    (before,), (after,) = first.json["requests"], second.json["requests"]
+    assert before["token_ids"] == after["token_ids"]
+    assert (before["cached_tokens"], before["loaded_tokens"]) == (0, 0)
+    assert (after["cached_tokens"], after["loaded_tokens"]) == (128, 128)
+    assert second.json["share"] == "prefix"
+    assert [t["tier"] for t in second.json["sharing"]["tiers"]["levels"]] == ["host", "disk"]
+
+    found = quire("fsck", folder)
+    assert found.code == 0, found.err
+    assert "0 bad" in found.out
+    for path in folder.glob("*.seg"):
+        raw = bytearray(path.read_bytes())
+        raw[4096 + 9] ^= 1
+        path.write_bytes(raw)
+    spoilt = quire("fsck", folder, "--json")
+    assert spoilt.code == 1
+    assert [b["why"] for b in spoilt.json["bad"]] == ["its data does not match its header"]
+    third = quire(*words, "--config", config)
+    (again,) = third.json["requests"]
+    assert again["token_ids"] == before["token_ids"]
+    assert quire("fsck", folder, "--drop").code == 0
+    assert "0 bad" in quire("fsck", folder).out
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("run", "x", "--tiers", "host"), "is not KIND:SIZE"),
+        (("run", "x", "--tiers", "tape:1GiB"), "known: host, disk"),
+        (("run", "x", "--tiers", "host:1GiB", "--share", "off"), "drop one of them"),
+        (("run", "x", "--tiers", "host:1GiB", "--kv", "none"), "drop one of them"),
+        (("run", "x", "--tiers", "host:1GiB", "--compare", "none"), "drop --tiers"),
+        (("serve", "--tiers", "disk:1GiB"), "needs a folder"),
+        (("serve", "--tiers", "host:1GiB", "--share", "off"), "drop one of them"),
+        (("fsck", "/nowhere"), "there is no folder /nowhere"),
+        (("fsck", "/"), "is no disk tier"),
+    ],
+)
+def test_what_is_refused(quire: Callable[..., Any], words: tuple[str, ...], part: str) -> None:
+    done = quire(*words)
+    assert done.code == 2
+    assert part in done.err
+    assert done.err.count("\n") == 1

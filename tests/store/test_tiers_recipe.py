@@ -1,0 +1,93 @@
+"""`tiers=` as text: what is read, and what is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from quire.errors import ConfigError
+from quire.store.tiers import recipe as module
+from quire.store.tiers.checked import Checked
+from quire.store.tiers.disk import DiskTier
+from quire.store.tiers.host import HostTier
+from quire.store.tiers.recipe import TierRecipe, open_tiers, parse_tiers
+
+
+def test_what_is_read() -> None:
+    found = parse_tiers(" host:8GiB, disk:1.5GB@/var/cache/a b ; deadline=0.25;sync=batch")
+    assert found.tiers == (
+        TierRecipe("host", 8 << 30),
+        TierRecipe("disk", 1_500_000_000, "/var/cache/a b"),
+    )
+    assert (found.deadline_s, found.sync, found.on, found.persistent) == (0.25, "batch", True, True)
+    assert not parse_tiers("").on
+    assert not parse_tiers("none").on
+    assert not parse_tiers("host:1MiB").persistent
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("host", "is not KIND:SIZE"),
+        ("host:", "is not KIND:SIZE"),
+        ("host:8GiB,", "is not KIND:SIZE"),
+        ("host:x", "is not KIND:SIZE"),
+        ("tape:8GiB", "unknown tier 'tape'; known: host, disk"),
+        ("host:8GiX", "unknown unit 'GiX'"),
+        ("host:8", "did you mean 8GiB?"),
+        ("host:1GiB@/x", "drop @/x"),
+        ("disk:1GiB", "needs a folder, disk:1GiB@/path"),
+        ("host:1GiB,host:2GiB", "one host tier"),
+        ("disk:1GiB@/x,host:1GiB", "before all others"),
+        ("disk:1GiB@/x,disk:1GiB@/x", "cannot share a place"),
+        ("host:1GiB;deadline=0", "seconds above 0"),
+        ("host:1GiB;deadline=soon", "seconds above 0"),
+        ("host:1GiB;sync=batch", "there is none"),
+        ("disk:1GiB@/x;sync=never", "batch or close"),
+        ("host:1GiB;color=red", "known: deadline, sync"),
+        (";deadline=1", "without a tier"),
+    ],
+)
+def test_what_is_refused(text: str, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_tiers(text)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tiers_of_others_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, str]] = []
+
+    def make(capacity_bytes: int, place: str) -> Any:
+        made.append((capacity_bytes, place))
+        return HostTier(capacity_bytes)
+
+    entry = SimpleNamespace(name="shelf", load=lambda: make)
+    monkeypatch.setattr(module, "_others", lambda: {"shelf": entry})
+    (tier,) = open_tiers(parse_tiers("shelf:1MiB@there"))
+    assert isinstance(tier, Checked)
+    assert made == [(1 << 20, "there")]
+
+
+def test_none_stays_open_where_one_cannot_be_had(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "letter").touch()
+    with pytest.raises(ConfigError, match="not a tier's"):
+        open_tiers(parse_tiers(f"disk:1MiB@{tmp_path}/a,disk:1MiB@{tmp_path}/b"))
+    DiskTier(tmp_path / "a", 1 << 20).files.close()  # its lock was given back
+
+
+def test_a_folder_has_one_secret(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path / "t", 1 << 20)
+    secret = tier.secret()
+    assert len(secret) == 32
+    assert tier.secret() == secret
+    path = tmp_path / "t" / "secret"
+    assert path.stat().st_mode & 0o77 == 0
+    path.write_bytes(b"short")
+    with pytest.raises(ConfigError, match="damaged"):
+        tier.secret()
+    tier.files.close()
