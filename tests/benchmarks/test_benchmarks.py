@@ -34,6 +34,7 @@ KEYS = {
     "streaming": {"cases", "recomputed_ppl", "sink_share", "verdicts"},
     "serving": {"repeated", "beside", "verdicts"},
     "watching": {"looks", "misses"},
+    "tiers": {"stores", "restart", "checksum"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
 

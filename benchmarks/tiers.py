@@ -1,0 +1,312 @@
+"""The disk tier beside plain files and SQLite, and the first token after a restart.
+
+    python benchmarks/tiers.py                       blocks of 1 MiB in a folder under the current one
+    python benchmarks/tiers.py --folder /mnt/nvme    elsewhere
+
+Every side has what it wrote on the disk when its time ends: the tier by fdatasync per batch of 16, files by fsync of
+each and of their folder, SQLite (WAL, synchronous=FULL) by a commit per 16. Reads are cold: the tier's pass the page
+cache by, the others' pages are dropped before. The tier verifies every block that it reads, the others nothing. It has
+4 threads, and so have the files of the third side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+from common import Document, Table
+
+from quire.bench.machine import Spread
+from quire.store.tiers import Block, Outcome
+from quire.store.tiers import envelope as sealing
+from quire.store.tiers.disk import DiskTier
+from quire.store.tiers.slots import buffer_of
+
+NS = b"n" * 32
+FAR = 1e18
+BATCH = 16
+SIDES = ("tier", "files", "files, 4 threads", "sqlite")
+
+
+def blocks_of(n: int, n_bytes: int, turn: int) -> list[Block]:
+    """Other bytes and names each turn; in pages of their own, as the engine's are."""
+    draw = np.random.Generator(np.random.PCG64(turn))
+    out = []
+    for i in range(n):
+        data = buffer_of(n_bytes)
+        data[:] = draw.integers(0, 256, n_bytes, np.uint8)
+        key = f"{turn:016d}{i:016d}".encode()
+        out.append(Block(key, b"p" * 32, b"\0" * 128, data))
+    return out
+
+
+def forget(path: Path) -> None:
+    """Drops a file's pages from the cache."""
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class TierSide:
+    """Our disk tier, as the engine drives it."""
+
+    def __init__(self, folder: Path, capacity_bytes: int) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.tier: Any = self.loop.run_until_complete(self._open(folder, capacity_bytes))
+
+    async def _open(self, folder: Path, capacity_bytes: int) -> DiskTier:
+        return DiskTier(folder, capacity_bytes, sync="batch")
+
+    def put(self, blocks: Sequence[Block]) -> None:
+        for at in range(0, len(blocks), BATCH):
+            part = blocks[at : at + BATCH]
+            out = self.loop.run_until_complete(self.tier.store(NS, part, deadline=FAR))
+            assert set(out) == {Outcome.STORED}, out
+
+    def cool(self) -> None:
+        """Its reads pass the page cache by."""
+
+    def get(self, wanted: Sequence[Block]) -> None:
+        for at in range(0, len(wanted), BATCH):
+            part = wanted[at : at + BATCH]
+            out = self.loop.run_until_complete(self.tier.load(NS, part, deadline=FAR))
+            assert set(out) == {Outcome.HIT}, out
+
+    def clear(self, blocks: Sequence[Block]) -> None:
+        self.loop.run_until_complete(self.tier.drop(NS, [b.key for b in blocks]))
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.tier.close())
+        self.loop.close()
+
+
+class FileSide:
+    """A file per block, renamed into place."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.pool = ThreadPoolExecutor(threads)
+
+    def _path(self, block: Block) -> Path:
+        return self.folder / block.key.decode()
+
+    def _put(self, block: Block) -> None:
+        path = self._path(block)
+        half = path.with_suffix(".part")
+        with half.open("wb", buffering=0) as f:
+            f.write(block.data.data)
+            os.fsync(f.fileno())
+        half.replace(path)
+
+    def put(self, blocks: Sequence[Block]) -> None:
+        list(self.pool.map(self._put, blocks))
+        fd = os.open(self.folder, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+    def cool(self) -> None:
+        for path in self.folder.iterdir():
+            forget(path)
+
+    def _get(self, want: Block) -> None:
+        with self._path(want).open("rb", buffering=0) as f:
+            assert f.readinto(want.data.data) == len(want.data)
+
+    def get(self, wanted: Sequence[Block]) -> None:
+        list(self.pool.map(self._get, wanted))
+
+    def clear(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            self._path(block).unlink()
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+class SqliteSide:
+    """A table of blobs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self._open()
+        self.db.execute("create table blocks (key blob primary key, data blob) without rowid")
+
+    def _open(self) -> None:
+        self.db = sqlite3.connect(self.path)
+        self.db.execute("pragma journal_mode=wal")
+        self.db.execute("pragma synchronous=full")
+
+    def put(self, blocks: Sequence[Block]) -> None:
+        for at in range(0, len(blocks), BATCH):
+            with self.db:
+                self.db.executemany(
+                    "insert into blocks values (?, ?)",
+                    [(b.key, b.data.data) for b in blocks[at : at + BATCH]],
+                )
+
+    def cool(self) -> None:
+        self.db.execute("pragma wal_checkpoint(truncate)")
+        self.db.close()
+        forget(self.path)
+        self._open()
+
+    def get(self, wanted: Sequence[Block]) -> None:
+        for want in wanted:
+            (data,) = self.db.execute(
+                "select data from blocks where key = ?", (want.key,)
+            ).fetchone()
+            want.data[:] = np.frombuffer(data, np.uint8)
+
+    def clear(self, blocks: Sequence[Block]) -> None:
+        with self.db:
+            self.db.execute("delete from blocks")
+
+    def close(self) -> None:
+        self.db.close()
+
+
+def stores(doc: Document, args: argparse.Namespace, folder: Path) -> None:
+    """Puts and cold gets of all sides, in turns."""
+    n = args.blocks
+    room = 4 * n * (args.block_bytes + 8192)
+    sides: dict[str, Any] = {
+        "tier": TierSide(folder / "tier", room),
+        "files": FileSide(folder / "files", 1),
+        "files, 4 threads": FileSide(folder / "files4", 4),
+        "sqlite": SqliteSide(folder / "blocks.db"),
+    }
+    seconds: dict[tuple[str, str], list[float]] = {
+        (s, w): [] for s in SIDES for w in ("put", "get")
+    }
+    for turn in range(args.repeats + 1):
+        blocks = blocks_of(n, args.block_bytes, turn)
+        for name, side in sides.items():
+            put = common.timed(partial(side.put, blocks), args.clock)
+            side.cool()
+            wanted = [Block(b.key, b.parent, b.tokens, buffer_of(args.block_bytes)) for b in blocks]
+            for want in wanted:
+                want.data[:] = 0
+            get = common.timed(partial(side.get, wanted), args.clock)
+            same = all(np.array_equal(a.data, b.data) for a, b in zip(wanted, blocks, strict=True))
+            if turn == 0:  # what is not counted
+                common.check(doc, f"{name} gives back what it was given", same)
+                side.clear(blocks)
+                continue
+            assert same
+            seconds[name, "put"].append(put)
+            seconds[name, "get"].append(get)
+            side.clear(blocks)
+    for side in sides.values():
+        side.close()
+    total = n * args.block_bytes
+    for name in SIDES:
+        row: dict[str, Any] = {"side": name}
+        for work in ("put", "get"):
+            mine, files = seconds[name, work], seconds["files", work]
+            row[f"{work}_mb_per_s"] = Spread.of(total / s / 1e6 for s in mine).json(digits=0)
+            row[f"{work}_to_files"] = Spread.of(
+                f / s for f, s in zip(files, mine, strict=True)
+            ).json(digits=2)
+        doc["stores"].append(row)
+
+
+def restart(doc: Document, args: argparse.Namespace, folder: Path) -> None:
+    """The packaged model's first token, cold and with what the process before left in the folder."""
+    from quire.engine import Engine, SamplingParams
+    from quire.models.load import load_model
+    from quire.models.open import open_runner
+
+    loaded = load_model()
+    prompt = common.random_tokens(args.tokens, 256, args.seed)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    for turn in range(args.repeats):
+        tiers = f"disk:1GiB@{folder}/cache{turn}"
+        seen: dict[str, Any] = {}
+        for when in ("cold", "restarted"):
+            runner: Any = open_runner(loaded.model, memory="512MiB", share="prefix", tiers=tiers)
+            with Engine(runner, loaded.tokenizer) as engine:
+                engine.generate([prompt[:40][::-1]], params)  # warm, with something else
+                (out,) = engine.generate([prompt], params)
+            runner.close()
+            seen[when] = out
+        cold, again = seen["cold"], seen["restarted"]
+        if turn == 0:
+            common.check(doc, "the same tokens after a restart", cold.token_ids == again.token_ids)
+            whole = (args.tokens - 1) // 32 * 32
+            found = (cold.figures.loaded_tokens, again.figures.loaded_tokens)
+            common.check(doc, "all whole blocks were found", found == (0, whole), found)
+        doc["restart"]["cold_s"].append(cold.figures.ttft_s)
+        doc["restart"]["restarted_s"].append(again.figures.ttft_s)
+    made = doc["restart"]
+    made["ratio"] = Spread.of(
+        a / b for a, b in zip(made["cold_s"], made["restarted_s"], strict=True)
+    ).json(digits=1)
+    for key in ("cold_s", "restarted_s"):
+        made[key] = Spread.of(made[key]).json(1e3, 1)
+
+
+def main(argv: Sequence[str] | None = None) -> Document:
+    p = common.parser(__doc__ or "")
+    p.add_argument("--folder", type=Path, default=Path(), help="on the disk that is measured")
+    p.add_argument("--blocks", type=int, default=128)
+    p.add_argument("--block-bytes", type=int, default=1 << 20)
+    p.add_argument("--tokens", type=int, default=2000, help="of the prefix that is found again")
+    p.add_argument("--parts", nargs="+", default=["stores", "restart"])
+    p.set_defaults(repeats=5)
+    args = p.parse_args(argv)
+    if args.smoke:
+        args.blocks, args.block_bytes, args.tokens = 8, 1 << 16, 200
+    if min(args.blocks, args.block_bytes, args.tokens) < 1:
+        raise SystemExit("--blocks, --block-bytes and --tokens are at least 1")
+    common.prepare(args)
+    doc = common.document("tiers", "How fast is the disk tier, and what does a restart keep?", args)
+    doc["checksum"] = {1: "sha256", 2: "xxh3"}[sealing.ALGORITHM]
+    doc["stores"], doc["restart"] = [], {"cold_s": [], "restarted_s": []}
+    folder = Path(tempfile.mkdtemp(prefix="quire-tiers-", dir=args.folder))
+    try:
+        work: dict[str, Callable[[], None]] = {
+            "stores": partial(stores, doc, args, folder),
+            "restart": partial(restart, doc, args, folder),
+        }
+        for part in args.parts:
+            common.say(f"{part}: timing")
+            work[part]()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return common.report(doc, args, tables(doc))
+
+
+def tables(doc: Document) -> list[Table]:
+    made = Table([f"MB/s ({doc['checksum']})", "put, synced", "x files", "cold get", "x files"])
+    for r in doc["stores"]:
+        made.add(
+            r["side"],
+            *(
+                f"{r[k]['median']:g} ({r[k]['min']:g} to {r[k]['max']:g})"
+                for k in ("put_mb_per_s", "put_to_files", "get_mb_per_s", "get_to_files")
+            ),
+        )
+    out = [made] if doc["stores"] else []
+    if doc["restart"]["cold_s"]:
+        first = Table(["first token, ms", "median", "min", "max"])
+        for key in ("cold_s", "restarted_s"):
+            r = doc["restart"][key]
+            first.add(key[:-2], r["median"], r["min"], r["max"])
+        out.append(first)
+    return out
+
+
+if __name__ == "__main__":
+    main()
