@@ -86,7 +86,9 @@ def test_some_cells_again(name: str, kv: str, batching: str, says: str) -> None:
     ("name", "kv", "policy", "says"),
     [
         ("llama", "kivi:residual=8,group=16", "ada(h2o)", "yes"),
+        ("llama", "int4", "duo", "yes"),
         ("deepseek_v3", "auto", "ada(h2o)", "one latent for all heads"),
+        ("deepseek_v3", "auto", "duo", "one latent for all heads"),
         ("mistral", "auto", "tova", "no layer of this model keeps every token"),
         ("llama", "none", "h2o", "chooses among cached tokens"),
     ],

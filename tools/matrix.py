@@ -7,15 +7,20 @@ Axes are enumerated, not listed by hand where a folder can be read: codecs from 
 `quire.retention`. A cell is *yes* when the texts are those of transformers' own `generate()`, or, for a codec that
 rounds, those of the same codec with the request alone. Such codecs get blocks of 16 tokens and parameters with which
 they seal and read back within these texts. With a policy it is *yes* when a request in a batch says what it says alone
-under a budget that drops tokens, and, where nothing rounds, what transformers says under one that covers all.
-*refused* quotes the error that a user gets, from the same code. Anything else fails the run: there is no untested cell.
+under a budget that drops tokens, and, where nothing rounds, what transformers says under one that covers all; `duo`
+gets a map of each model, made here. *refused* quotes the error that a user gets, from the same code. Anything else
+fails the run: there is no untested cell.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import json
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -25,13 +30,15 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT / "src")]
 
 import quire  # noqa: E402
 import zoo  # noqa: E402 - the tests' models
+from find_heads import heads_of  # noqa: E402
 from quire.codecs import available, parse_recipe  # noqa: E402
 from quire.engine import Engine, SamplingParams  # noqa: E402
 from quire.engine.schedule import SchedulerConfig  # noqa: E402
+from quire.models.load import weights_digest  # noqa: E402
 from quire.models.open import open_runner  # noqa: E402
 from quire.retention import available as policies_available  # noqa: E402
 from quire.retention.contract import Wrapper  # noqa: E402
@@ -77,6 +84,7 @@ SPANS = {
     "full": ("full", "full"),
     "window": ("window:6", "window:4096"),
     "sinks": ("sinks:2+window:6", "sinks:2+window:4096"),
+    "duo": ("duo:sinks=2,window=6,map=", "duo:retrieval=1.0,map="),
 }
 INNER = {"ada": "h2o", "pyramid": "snapkv"}
 """What a wrapper is tried around."""
@@ -271,9 +279,29 @@ def stored_differently() -> list[str]:
     return [kv for kv in codecs() if kv not in alike]
 
 
+@cache
+def heads_map(name: str) -> Path:
+    """A map of heads for a model: every other head of those that read everything first."""
+    model, heads = zoo.build(name), []
+    runner = open_runner(model, memory=MEMORY)
+    try:
+        heads = heads_of(runner.bridge.layout)  # type: ignore[union-attr]
+    except quire.ConfigError:
+        pass  # it has none, and the policy says so
+    finally:
+        runner.bridge.close()  # type: ignore[union-attr]
+    path = Path(tempfile.mkdtemp()) / "duo.json"
+    atexit.register(shutil.rmtree, path.parent)
+    order = heads[::2] + heads[1::2]
+    path.write_text(json.dumps({"digest": weights_digest(model), "heads": order}))
+    return path
+
+
 def kept(name: str, kv: str, policy: str) -> str:
     """yes, or the refusal, for a policy. Raises AssertionError on a wrong text."""
     model, (drops, covers) = zoo.build(name), policies()[policy]
+    if drops.endswith("map="):
+        drops, covers = (f"{text}{heads_map(name)}" for text in (drops, covers))
     texts = LONG_TEXTS if name == "llama" else TEXTS[1:]
     try:
         got = run_engine(model, kv, texts, keep=drops)[0]
@@ -346,8 +374,8 @@ def write(found: Sequence[Table]) -> str:
         "for a codec that rounds, the same codec with each request alone). A number refers to the reasons below: the",
         "error that `quire run`, `quire.attach` or the engine gives for the same choice. With a policy, *yes*: what a",
         "request says in a batch is what it says alone while tokens are dropped, and, where nothing rounds, what",
-        "transformers says under a budget that covers all. Sharing, tiers and the engine's speculation have no entries",
-        "yet.",
+        "transformers says under a budget that covers all; `duo` was given a map of each model. Sharing, tiers and the",
+        "engine's speculation have no entries yet.",
         "",
     ]
     reasons: list[str] = []
