@@ -235,6 +235,10 @@ def without(*names: str, **more: Any) -> dict[str, Any]:
         (without(head_dim=128, v_head_dim=-64), "v_head_dim must be .* not -64"),
         (MAMBA | {"expand": -2}, r"layer 0 would store conv0 of shape \[1, -"),
         (without(per_layer_config=7), "per_layer_config cannot be 7"),
+        (
+            without(num_hidden_layers=10**9),
+            "num_hidden_layers is 1,000,000,000, which no model has",
+        ),
     ],
 )
 def test_what_cannot_be_known_is_refused_by_name(config: dict[str, Any], words: str) -> None:

@@ -29,6 +29,7 @@ from quire.kernels import native
 from quire.kernels.native import DecodeArgs, EncodeArgs, Form, GatherArgs, Library, WriteArgs
 from quire.plan.layout import Layout
 from quire.spec import CacheGroup
+from quire.store.recent import Recent
 
 _UNKNOWN: Any = object()
 _DTYPES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
@@ -94,10 +95,14 @@ class CpuBackend(TorchBackend):
             )
         self.library = found
         self.isa = isa
-        self._spots: dict[tuple[CacheGroup, int, tuple[str, ...]], _Spot] = {}
-        self._sealing: dict[tuple[CacheGroup, CacheGroup], list[tuple[int, EncodeArgs]] | None] = {}
-        self._latents: dict[tuple[CacheGroup, ...], dict[int, Latents | None]] = {}
-        self._tiles: dict[tuple[CacheGroup, ...], dict[tuple[int, str, str], _Tiles | None]] = {}
+        self._spots: Recent[tuple[CacheGroup, int, tuple[str, ...]], _Spot] = Recent()
+        self._sealing: Recent[
+            tuple[CacheGroup, CacheGroup], list[tuple[int, EncodeArgs]] | None
+        ] = Recent()
+        self._latents: Recent[tuple[CacheGroup, ...], dict[int, Latents | None]] = Recent()
+        self._tiles: Recent[tuple[CacheGroup, ...], dict[tuple[int, str, str], _Tiles | None]] = (
+            Recent()
+        )
 
     # -- writing -------------------------------------------------------------------------------------------------
 

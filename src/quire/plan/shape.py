@@ -30,6 +30,8 @@ from quire.plan.layout import KVLayer, StateLayer
 from quire.plan.recurrent import state_fields
 from quire.spec import DTYPE_BYTES, Chunked, Field, Full, Span, Window
 
+MOST_LAYERS = 100_000
+
 HEAD_DIMS = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text"), 256),
     **dict.fromkeys(("qwen3_next", "recurrent_gemma"), 256),
@@ -174,6 +176,10 @@ def _n_layers(f: Fields) -> int:
     if listed and f.count(*LAYERS) is None:
         return len(listed)
     found = f.need("its number of layers", *DECODER_LAYERS, *LAYERS)
+    if found > MOST_LAYERS:
+        raise ConfigError(
+            f"{f.name}: {f.last} is {found:,}, which no model has; {MOST_LAYERS:,} at most"
+        )
     return 2 * found if f.kind == "longcat_flash" else found  # two attentions in each of its layers
 
 

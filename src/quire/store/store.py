@@ -13,6 +13,7 @@ from quire.errors import CapacityError
 from quire.spec import ALIGN_BYTES, DTYPE_BYTES, CacheGroup, CacheSpec, Field, Usage
 from quire.store.arena import Arena, fit_slab_bytes
 from quire.store.pool import BlockPool
+from quire.store.recent import Recent
 from quire.store.table import BlockTable, Copy
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ class BlockStore:
         self.arena = Arena(int(total_bytes), slab, device=device)
         self.tables: WeakSet[BlockTable] = WeakSet()
         self._pools: dict[int, BlockPool] = {}
-        self._views: dict[tuple[CacheGroup, int, str], torch.Tensor] = {}
-        self._slots: dict[tuple[CacheGroup, int, str], torch.Tensor] = {}
+        self._views: Recent[tuple[CacheGroup, int, str], torch.Tensor] = Recent()
+        self._slots: Recent[tuple[CacheGroup, int, str], torch.Tensor] = Recent()
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
-        self._rows: dict[tuple[CacheGroup, int, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rows: Recent[tuple[CacheGroup, int, str], tuple[torch.Tensor, torch.Tensor]] = (
+            Recent()
+        )
         for size in sorted(sizes):
             self._pools[size] = BlockPool(self.arena, size)
 
