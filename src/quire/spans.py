@@ -180,6 +180,8 @@ class Residual(Span):
         whole = min(n, self.residual_tokens + self.block_tokens - 1)
         inner = self.inner.reach(n)
         if not self.sinks:
+            if whole < inner[-1]:
+                return (whole,)  # all of it lies in the inner span's last interval
             return tuple(min(r, whole) for r in inner)
         sinks = min(n, self.sinks)
         if len(inner) > 1:  # its intervals may begin among the sinks and end in the window
