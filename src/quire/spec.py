@@ -42,6 +42,7 @@ __all__ = [
     "Streaming",
     "Usage",
     "Window",
+    "hadamard_width",
 ]
 
 ALIGN_BYTES = 64
@@ -401,6 +402,11 @@ class Site:
     def values(self) -> bool:
         """Whether it holds values only; a latent is key and value at once and laid out as a key."""
         return self.field.name == "v"
+
+
+def hadamard_width(channels: int) -> int:
+    """The largest power of two that divides `channels`: what one block of a Hadamard rotation mixes."""
+    return channels & -channels
 
 
 @dataclass(frozen=True)

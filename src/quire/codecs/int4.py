@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from quire.codecs.coded import Coded, affine_fields, choose
 from quire.errors import ConfigError
-from quire.spec import Field, Packing, Site
+from quire.spec import Field, Packing, Site, hadamard_width
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +53,6 @@ class Codec(Coded):
         return codes, *affine_fields(site, (site.width // self._group(site), site.block_tokens))
 
     def packing(self, site: Site) -> Packing:
-        from quire.ops.rotate import hadamard_width
-
         turned = hadamard_width(site.width) if self.rotate else 0
         return Packing(4, "token", self._group(site), turned, nearest=True)
 
@@ -89,7 +87,6 @@ class Codec(Coded):
 
     def error_bound(self, site: Site, x: torch.Tensor) -> torch.Tensor:
         from quire.ops.quantise import affine_bound
-        from quire.ops.rotate import hadamard_width
 
         bound: torch.Tensor = affine_bound(
             self._groups(site, self._turned(x.float())), -1, LEVELS

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 
 from quire.errors import ConfigError
+from quire.spec import hadamard_width
 
-
-def hadamard_width(channels: int) -> int:
-    """The largest power of two that divides `channels`: what one block of the rotation mixes."""
-    return channels & -channels
+__all__ = ["hadamard", "hadamard_width"]
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
