@@ -108,7 +108,7 @@ class Reader:
         kept = [c for c in self.heads if c not in set(streaming)]
         share = len(kept) / len(self.heads)
         policy = Policy(retrieval=share, sinks=self.sinks, window=self.window)
-        return Rules(self.runner.bridge, Keep("duo", policy.over([*kept, *streaming])))
+        return Rules(self.runner.bridge, Keep("duo", policy.ranked([*kept, *streaming])))
 
     def _states(self, sample: Example, rules: Rules | None) -> torch.Tensor:
         tokens, asking = sample.tokens.tolist(), _asking(sample)

@@ -272,13 +272,13 @@ def test_wrong_parameters_are_refused_in_one_line(text: str, says: str) -> None:
 
 
 def test_the_share_is_counted_in_heads_and_windows_stay() -> None:
-    policy = Policy(retrieval=0.5, sinks=2, window=5).over(ORDER)
+    policy = Policy(retrieval=0.5, sinks=2, window=5).ranked(ORDER)
     assert policy.retrieval_heads == frozenset(ORDER[:3])
     assert policy.span(1, 1, Full()) == Full()
     assert policy.span(2, 0, Full()) == Sinks(2, 5)
     assert policy.span(2, 0, Window(3)) == Window(3)
-    assert Policy(sinks=0, window=5).over(ORDER).span(2, 0, Full()) == Window(5)
-    assert not Policy(retrieval=0).over(ORDER).retrieval_heads
+    assert Policy(sinks=0, window=5).ranked(ORDER).span(2, 0, Full()) == Window(5)
+    assert not Policy(retrieval=0).ranked(ORDER).retrieval_heads
 
 
 def test_sinks_at_their_true_distance_end_where_positions_do(tmp_path: Path) -> None:
@@ -415,4 +415,4 @@ def test_latents_cannot_be_ranked() -> None:
 def test_a_keep_of_another_text_is_another_policy(tmp_path: Path) -> None:
     keep = parse_keep(mapped(tmp_path, model()))
     assert keep.spans
-    assert keep.bound(lambda: weights_digest(model())) == Keep(keep.text, keep.policy.over(ORDER))
+    assert keep.bound(lambda: weights_digest(model())) == Keep(keep.text, keep.policy.ranked(ORDER))

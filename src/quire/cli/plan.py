@@ -144,8 +144,6 @@ def command(
     recipes = kv or ["auto"]
     for recipe in recipes:
         check_config(KVConfig(recipe, keep, block_tokens))
-    if keep != "full":
-        raise ConfigError(f"--keep {keep} cannot be planned yet; what is known here is full")
     tokens = context if context is not None else first.shape.max_context or 4096
     mix = []
     if lengths is not None:

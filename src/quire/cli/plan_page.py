@@ -96,6 +96,12 @@ def _facts(d: Mapping[str, Any]) -> Table:
             ("device", f"{size(d['device_bytes'])}; allowance: {allowance}"),
             ("left for the cache", size(d["kv_room_bytes"])),
         ]
+    if d["kept_tokens"] is not None:
+        every = f"{d['kept_tokens']:,} of {d['context']:,} tokens per layer and head on average"
+        rows.append(("kept", f"{every}; per user: just before tokens go again"))
+    if d["kv_peak_bytes_per_user"] > d["kv_bytes_per_user"]:
+        peak = size(d["kv_peak_bytes_per_user"])
+        rows.append(("while a prompt is read", f"{peak} for its user; one at a time is counted"))
     if d["bytes_per_sequence"]:
         rows.append(("per sequence", f"{size(d['bytes_per_sequence'])}, whatever its length"))
     if d["bytes_per_image"] is not None:

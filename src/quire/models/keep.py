@@ -113,11 +113,12 @@ class Rules:
         """The most tokens held at once on the way to `n_tokens`, copies while tokens are dropped included."""
         if not self.scores:
             return n_tokens
-        if not self.policy.bounded:
-            return 2 * n_tokens
-        first = min(n_tokens, prompt_tokens)
-        kept = self.kept_tokens(n_tokens) + self.policy.every
-        most = min(2 * n_tokens, max(first + self.kept_tokens(first), 2 * kept))
+        first, every = min(n_tokens, prompt_tokens), self.policy.every
+        kept = self.kept_tokens(n_tokens) + every
+        times = max(0, -(-(n_tokens - prompt_tokens) // every))  # that tokens go on the way
+        most = max(n_tokens, 2 * (prompt_tokens + (times - 1) * every)) if times else n_tokens
+        if times and self.policy.bounded:
+            most = min(most, max(first + self.kept_tokens(first), 2 * kept))
         held = [min(due, max(first, kept)) + n for due, n in self._repeats(n_tokens, prompt_tokens)]
         return int(max(most, *held)) if held else int(most)
 

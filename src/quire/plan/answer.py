@@ -56,11 +56,13 @@ def answer(
         "dtype": shape.dtype,
         "block_tokens": max(g.block_tokens for g in demand.spec),
         "bytes_per_token": demand.bytes_per_token,
-        "bytes_per_token_growing": demand.spec.bytes_per_token,
+        "bytes_per_token_growing": demand.growing_bytes_per_token,
         "bytes_per_token_per_layer": {str(k): v for k, v in demand.layer_bytes_per_token.items()},
         "bytes_per_sequence": demand.bytes_per_sequence,
         "bytes_per_image": _per_image(demand),
+        "kept_tokens": None if demand.kept is None else demand.kept_tokens(tokens),
         "kv_bytes_per_user": each,
+        "kv_peak_bytes_per_user": demand.peak_bytes(tokens) * setup.ranks,
         "kv_bytes": users * each,
         "weight_bytes": _weight_bytes(demand),
         "weight_form": setup.weight_form,
@@ -68,7 +70,7 @@ def answer(
         "active_parameters": setup.parameters.active if setup.parameters else None,
         "groups": [_group(g, demand) for g in demand.spec],
         "max_trained_context": shape.max_context,
-        "assumed": list(shape.assumed),
+        "assumed": [*shape.assumed, *_assumed(demand)],
         "warnings": _warnings(setup, tokens),
     }
     document |= _fitting(demand, users, tokens)
@@ -116,6 +118,17 @@ def _group(group: CacheGroup, demand: Demand) -> dict[str, Any]:
         "block_bytes": group.block_bytes,
         "bytes_per_token": group.bytes_per_token,
     }
+
+
+def _assumed(demand: Demand) -> list[str]:
+    """What the planner cannot know of a policy."""
+    policy = demand.keep.policy
+    out = []
+    if hasattr(policy, "bound") and hasattr(policy, "map"):
+        out.append(f"a map for {policy.name} of this model: bytes are planned without it")
+    if demand.kept is not None and not policy.bounded:
+        out.append(f"{policy.name} drops nothing: how much it drops, only the text says")
+    return out
 
 
 def _warnings(setup: Setup, tokens: int) -> list[str]:

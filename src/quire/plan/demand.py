@@ -16,9 +16,11 @@ from functools import cached_property
 
 from quire.errors import ConfigError
 from quire.plan.catalogue import Device
+from quire.plan.kept import Kept, refuse_nothing_to_drop
 from quire.plan.layout import KVLayer, Layout, StateLayer, build_layout
 from quire.plan.shape import ModelShape
 from quire.plan.weights import Parameters, weight_bytes
+from quire.retention import parse_keep
 from quire.spec import DTYPE_BYTES, CacheSpec, Field, KVConfig
 
 PREFILL_TOKENS = 2048
@@ -85,6 +87,15 @@ class Demand:
             else _layout(shape, [_shard(x, ranks) for x in shape.layers], setup.config)
         )
         self._cross = self._encoder_spec()
+        self.keep = parse_keep(setup.config.keep)
+        self.kept: Kept | None = None
+        """What a policy that scores lets one rank hold; None for all others."""
+        if not self.keep.full:
+            everything = _layout(shape, shape.layers, replace(setup.config, keep="full"))
+            refuse_nothing_to_drop(f"keep={self.keep.text!r}", everything.spec)
+        if not self.keep.full and not self.keep.spans:
+            whole = Kept(self.layout, self.keep.policy).bytes_per_token
+            self.kept = Kept(self.rank_layout, self.keep.policy, whole)
 
     @property
     def spec(self) -> CacheSpec:
@@ -120,9 +131,46 @@ class Demand:
         return self.spec.bytes_per_sequence + self._cross_bytes(1)
 
     def sequence_bytes(self, n_tokens: int) -> int:
-        """What one sequence of so many tokens holds on one rank, in whole blocks."""
-        ranks = self.setup.ranks
-        return self.rank_layout.spec.bytes_for(n_tokens) + self._cross_bytes(ranks)
+        """What one sequence of so many tokens holds on one rank, in whole blocks.
+
+        Under a policy that scores: after its prompt, just before tokens go again.
+        """
+        return self.cache_bytes(n_tokens) + self._cross_bytes(self.setup.ranks)
+
+    def cache_bytes(self, n_tokens: int) -> int:
+        """The same without an encoder's keys and values."""
+        if self.kept is not None:
+            return self.kept.most_bytes(n_tokens, n_tokens)
+        return self.rank_layout.spec.bytes_for(n_tokens)
+
+    def peak_bytes(self, n_tokens: int) -> int:
+        """The most that a prompt of so many tokens holds on one rank, until it is computed.
+
+        Under a policy that scores all of it is there, and the copy of what stays; under spans what they need, and a
+        chunk of `PREFILL_TOKENS`.
+        """
+        if self.keep.full:
+            return self.sequence_bytes(n_tokens)
+        cross = self._cross_bytes(self.setup.ranks)
+        if self.kept is not None:
+            return self.kept.peak_bytes(n_tokens, PREFILL_TOKENS) + cross
+        spec = self.rank_layout.spec
+        return spec.bytes_for(n_tokens, chunk_tokens=PREFILL_TOKENS) + cross
+
+    def kept_tokens(self, n_tokens: int) -> int:
+        """Of so many tokens those that stay per layer and head on average, where all would by themselves."""
+        if self.kept is None or not self.keep.policy.bounded:
+            return n_tokens
+        return min(n_tokens, self.kept.tokens(n_tokens))
+
+    @cached_property
+    def growing_bytes_per_token(self) -> float:
+        """What one more token adds for good."""
+        if self.kept is None:
+            return self.spec.bytes_per_token
+        dropped = sum(g.bytes_per_token for g in Kept(self.layout, self.keep.policy).groups)
+        share = self.keep.policy.budget.share if self.keep.policy.bounded else 1.0
+        return self.spec.bytes_per_token - (1 - share) * dropped
 
     def _encoder_spec(self) -> CacheSpec | None:
         shape = self.setup.shape
@@ -208,13 +256,21 @@ class Demand:
             return 0
         return sum(max(SLAB_BYTES, b) for b in {g.block_bytes for g in self.rank_layout.spec})
 
+    def _apart(self, n_tokens: int) -> int:
+        """Beside what sequences hold: slack, and that one of them at a time holds the prompt it is computing."""
+        more = max(0, self.peak_bytes(n_tokens) - self.sequence_bytes(n_tokens))
+        if self.kept is not None and self.setup.headroom:
+            more += SLAB_BYTES * self.kept.pools(n_tokens)
+        return self.slack_bytes + more
+
     def fits(self, users: int, n_tokens: int) -> bool:
-        """Whether so many sequences of so many tokens fit at once."""
-        return users * self.sequence_bytes(n_tokens) + self.slack_bytes <= self.rank_kv_bytes
+        """Whether so many sequences of so many tokens fit at once, one of them computing its prompt."""
+        need = users * self.sequence_bytes(n_tokens) + self._apart(n_tokens)
+        return need <= self.rank_kv_bytes
 
     def max_users(self, n_tokens: int) -> int:
         """Most sequences of so many tokens."""
-        room = self.rank_kv_bytes - self.slack_bytes
+        room = self.rank_kv_bytes - self._apart(n_tokens)
         return max(0, room // self.sequence_bytes(n_tokens))
 
     def max_context(self, users: int) -> int | None:
@@ -227,10 +283,12 @@ class Demand:
 
     def outgrows_weights(self) -> int | None:
         """Tokens from which one user's cache is larger than the weights; None where it never is."""
-        spec, weights = self.spec, self.weight_bytes
-        if not weights or spec.bytes_for(_MOST_TOKENS) <= weights:
+        weights = self.weight_bytes
+        whole = self if self.setup.ranks == 1 else Demand(replace(self.setup, ranks=1))
+
+        if not weights or whole.cache_bytes(_MOST_TOKENS) <= weights:
             return None
-        return _last(lambda n: spec.bytes_for(n) <= weights, 0, _MOST_TOKENS) + 1
+        return _last(lambda n: whole.cache_bytes(n) <= weights, 0, _MOST_TOKENS) + 1
 
 
 def _last(holds: Callable[[int], bool], low: int, high: int) -> int:

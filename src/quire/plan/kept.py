@@ -105,6 +105,7 @@ class Kept:
         if bytes_per_token is None:
             bytes_per_token = sum(g.bytes_per_token for g in self.groups)
         self.bytes_per_token = bytes_per_token
+        self._known: dict[tuple[str, int, int], tuple[list[tuple[float, int]], int]] = {}
 
     def tokens(self, length: int) -> int:
         """How many tokens of a sequence stay per layer and head on average, protected ones at least."""
@@ -122,17 +123,19 @@ class Kept:
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
-    def held_bytes(self, length: int, prompt_tokens: int, more_tokens: int = 1) -> int:
-        """After tokens went at `length`, with so `more_tokens` in their places.
+    def held_bytes(
+        self, length: int, prompt_tokens: int, more_tokens: int = 1, drafts: int = 0
+    ) -> int:
+        """After tokens went at `length`, when the last of `more_tokens` has its place, and so many drafts behind it.
 
         Of an unbounded policy at most so much.
         """
-        total = 0.0
+        total, last = 0.0, length + more_tokens - 1
         for g in self.spec:
             if g in self.groups and self.goes(length):
-                total += self._body(g, length, prompt_tokens, more_tokens)
+                total += self._body(g, length, prompt_tokens, more_tokens, drafts)
             else:
-                total += _touched(g, length, more_tokens) * g.block_bytes
+                total += _touched(g, last, 1, drafts) * g.block_bytes
         return round(total)
 
     def most_bytes(self, length: int, prompt_tokens: int) -> int:
@@ -140,20 +143,24 @@ class Kept:
         whole = sum(_touched(g, length, 0) * g.block_bytes for g in self.spec)
         if not self.goes(length):
             return whole
-        return min(whole, self.held_bytes(length, prompt_tokens, self.policy.every))
+        every, again = self.policy.every, int(self.policy.repeats)
+        drafts = LEAD_TOKENS + min(again, every) if again else 0
+        return min(whole, self.held_bytes(length, prompt_tokens, every, drafts))
 
-    def peak_bytes(self, prompt_tokens: int) -> int:
-        """At a prompt's end: all of it, and beside it what is read once more or the copy of what stays."""
+    def peak_bytes(self, prompt_tokens: int, chunk_tokens: int = 1) -> int:
+        """At a prompt's end: all of it, and beside it what is read once more or the copy of what stays.
+
+        Or its last chunk, where that is held in another form until it is committed.
+        """
         n = prompt_tokens
         whole = self.spec.bytes_for(n)
         if not self.goes(n):
             return whole
         if self.policy.repeats:
             spare = LEAD_TOKENS + min(int(self.policy.repeats), n)
-            again = sum(
-                _touched(g, n, spare if g.raw is None else 0) * g.block_bytes for g in self.spec
-            )
+            again = sum(_touched(g, n, 0, spare) * g.block_bytes for g in self.spec)
             whole = max(whole, again)
+        whole = max(whole, self.spec.bytes_for(n, chunk_tokens=chunk_tokens))
         return max(whole, self.spec.bytes_for(n) + self._copied(n))
 
     def pools(self, length: int) -> int:
@@ -165,7 +172,7 @@ class Kept:
             if self.policy.by_head:
                 out += min(MAX_PARTS, len(g.coords))
             else:
-                found = set(self._sizes(g, length, length)[0].values())
+                found = {n for n, _ in self._sizes(g, length, length)[0]}
                 out += len(found) if len(found) > 1 else 0
         return out
 
@@ -182,8 +189,16 @@ class Kept:
 
     def _sizes(
         self, group: CacheGroup, length: int, prompt_tokens: int
-    ) -> tuple[dict[Coord, float], int]:
-        """Tokens that each coordinate keeps of those before `_low`, and that boundary."""
+    ) -> tuple[list[tuple[float, int]], int]:
+        """Tokens that the heads of each layer keep of those before `_low`, how many heads, and that boundary."""
+        key = group.name, length, prompt_tokens
+        if key not in self._known:
+            self._known[key] = self._work_out(group, length, prompt_tokens)
+        return self._known[key]
+
+    def _work_out(
+        self, group: CacheGroup, length: int, prompt_tokens: int
+    ) -> tuple[list[tuple[float, int]], int]:
         policy, raw, size = self.policy, self._raw(group), group.block_tokens
         unit, low = unit_tokens(self.layout, group), self._low(group, length)
         always = list(policy.protect(length, prompt_tokens))
@@ -191,27 +206,31 @@ class Kept:
             always.append((0, raw.span.sinks))
         sure, have = _covered(always, low, unit), low // unit
         budget = max(0, self.tokens(length) - (length - low)) // unit
-        free = dict.fromkeys(group.coords, have - sure)
+        layers = [
+            (layer, 0) for layer in group.layers
+        ]  # whose heads are alike before there are scores
+        free = dict.fromkeys(layers, have - sure)
         more = policy.expect(free, max(0, budget - sure), length)
-        counts = {c: sure + max(0, min(more[c], have - sure)) for c in group.coords}
-        if policy.by_head and policy.bounded:
-            return {c: float(n * unit) for c, n in counts.items()}, low
-        grain = 1 if raw is None else size // unit
-        every, least = dict.fromkeys(group.coords, have), dict.fromkeys(group.coords, sure)
-        found = part_sizes(counts, every, least, grain, max(1, size // unit))
-        return {c: float(n * unit) for c, n in found.items()}, low
+        counts = {c: sure + max(0, min(more[c], have - sure)) for c in layers}
+        if not policy.by_head or not policy.bounded:
+            grain = 1 if raw is None else size // unit
+            every, least = dict.fromkeys(layers, have), dict.fromkeys(layers, sure)
+            counts = part_sizes(counts, every, least, grain, max(1, size // unit))
+        return [(float(counts[c] * unit), len(group.heads(c[0]))) for c in layers], low
 
-    def _body(self, group: CacheGroup, length: int, prompt_tokens: int, more: int) -> float:
+    def _body(
+        self, group: CacheGroup, length: int, prompt_tokens: int, more: int, drafts: int
+    ) -> float:
         """Bytes of the kept tokens and of those behind them."""
         kept, low = self._sizes(group, length, prompt_tokens)
-        size, behind = group.block_tokens, length + more - low
+        size, behind = group.block_tokens, length + more + drafts - low
         if group.raw is not None:
-            blocks = sum(n / size for n in kept.values())
-            return (blocks + len(kept) * ((length + more) // size - low // size)) * group.tile_bytes
+            whole = (length + more) // size - low // size
+            return sum(h * (n / size + whole) for n, h in kept) * group.tile_bytes
         if self.policy.by_head and self.policy.bounded:
-            blocks = sum(n / size + -(-behind // size) for n in kept.values())
+            blocks = sum(h * (n / size - (-behind // size)) for n, h in kept)
         else:
-            blocks = sum(math.ceil((n + behind) / size) for n in kept.values())
+            blocks = sum(h * math.ceil((n + behind) / size) for n, h in kept)
         return blocks * group.tile_bytes
 
     def _copied(self, length: int) -> int:
@@ -219,8 +238,8 @@ class Kept:
         total = 0.0
         for g in self.groups:
             kept, low = self._sizes(g, length, length)
-            split = self.policy.by_head or len(set(kept.values())) > 1
-            blocks = sum(math.ceil(n / g.block_tokens) for n in kept.values())
+            split = self.policy.by_head or len({n for n, _ in kept}) > 1
+            blocks = sum(h * math.ceil(n / g.block_tokens) for n, h in kept)
             total += blocks * g.tile_bytes
             raw = self._raw(g)
             if raw is not None and split:
@@ -238,13 +257,12 @@ def _covered(intervals: Iterable[Interval], below: int, unit: int) -> int:
     return len(units)
 
 
-def _touched(group: CacheGroup, length: int, more: int) -> int:
-    """Blocks that tokens still needed at `length`, and so many more, lie in."""
+def _touched(group: CacheGroup, length: int, more: int, drafts: int = 0) -> int:
+    """Blocks that tokens still needed at `length`, so many more and drafts behind them lie in."""
     if group.recurrent:
         return 1
     size, end = group.block_tokens, length + more
-    if group.raw is not None:
-        end = end // size * size
+    end = end + drafts if group.raw is None else end // size * size
     blocks, done = 0, 0
     for a, b in (*group.span.needs(length), (length, end)):
         first, last = max(done, a // size), -(-min(b, end) // size)

@@ -93,12 +93,13 @@ def build_layout(
         config: the user's choices.
         dtype: what the model computes in.
         codecs: replaces the recipe's codecs by field name (`""` for all); for codecs that are not registered.
-        keep: the configuration's policy, bound to the model where it has learned of one.
+        keep: the configuration's policy, bound to the model where it has learned of one; by default as it would be
+            of a model whose map is not at hand.
 
     Raises:
         ConfigError: the recipe cannot serve this model.
     """
-    keep = keep or parse_keep(config.keep)
+    keep = keep or assume_map(parse_keep(config.keep), layers)
     recipe = parse_recipe(config.kv)
     if codecs is None:
         recipe.check_options()
@@ -121,6 +122,22 @@ def build_layout(
                 )
         made.add_tokens(x, chosen)
     return made.layout(dict(shared or {}))
+
+
+def assume_map(keep: Keep, layers: Sequence[KVLayer | StateLayer]) -> Keep:
+    """A policy that treats heads differently over these layers' heads, as far as bytes go: evenly over the layers.
+
+    Raises:
+        ConfigError: these layers have no heads to tell apart.
+    """
+    kv = [x for x in layers if isinstance(x, KVLayer)]
+    if any(f.name == "latent" for x in kv for f in x.fields):
+        keep.check_latents()
+    ranked = getattr(keep.policy, "ranked", None)
+    if ranked is None:
+        return keep
+    heads = [(x.layer, h) for x in kv if type(x.span) is Full for h in range(x.heads)]
+    return Keep(keep.text, ranked(sorted(heads, key=lambda c: (c[1], c[0]))))
 
 
 def check_config(config: KVConfig) -> None:
@@ -209,13 +226,13 @@ class _Groups:
     def _all(self, keep: Keep) -> list[tuple[CacheGroup, Mapping[str, KVCodec], tuple[Field, ...]]]:
         """Every group with its codecs and the model's own fields."""
         out: list[tuple[CacheGroup, Mapping[str, KVCodec], tuple[Field, ...]]] = []
-        count = 0
+        count, narrows = 0, keep.spans
         for key, coords in self.coords.items():
             own = self.spans[key]
             name = f"{type(own).__name__.lower()}{count}"
             parts: dict[Span, list[Coord]] = {}
             for layer, head in sorted(coords):
-                span = keep.policy.span(layer, head, own) if keep.spans else own
+                span = keep.policy.span(layer, head, own) if narrows else own
                 parts.setdefault(span, []).append((layer, head))
             for i, (span, some) in enumerate(parts.items()):
                 retention = keep.text if span != own else "full"

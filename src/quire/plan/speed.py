@@ -15,7 +15,7 @@ from quire.plan.demand import Demand
 from quire.plan.fields import Fields
 from quire.plan.layout import KVLayer
 from quire.plan.weights import Parameters
-from quire.spec import DTYPE_BYTES
+from quire.spec import DTYPE_BYTES, Full
 
 MOST_BATCH = 1 << 20
 
@@ -77,14 +77,15 @@ class Speed:
     def decode(self, batch: int, context: int) -> Floor:
         """One step in which each of `batch` sequences of `context` tokens gets its next token."""
         read = self._weights_read(batch) / self.ranks + batch * self.demand.sequence_bytes(context)
-        work = batch * (2 * self.parameters.active + self._attention(context))
+        seen = self._attention(context, self.demand.kept_tokens(context))
+        work = batch * (2 * self.parameters.active + seen)
         return Floor(
             batch, read / self.bandwidth, work / self.ranks / self.flops, self._exchange(batch)
         )
 
     def prefill_s(self, tokens: int) -> float:
         """The arithmetic of a prompt of so many tokens, alone."""
-        work = tokens * 2 * self.parameters.active + tokens * self._attention(tokens) / 2
+        work = tokens * 2 * self.parameters.active + tokens * self._attention(tokens, tokens) / 2
         return work / self.ranks / self.flops + self._exchange(tokens)
 
     def compute_bound_batch(self, context: int) -> int | None:
@@ -105,13 +106,24 @@ class Speed:
         touched = self._always + self._expert * (1 - (1 - self._chosen) ** batch)
         return self.demand.weight_bytes * touched / self.parameters.total
 
-    def _attention(self, context: int) -> float:
-        """Operations of attention for one new token: two products with every position that it sees."""
+    def _attention(self, context: int, kept: int) -> float:
+        """Operations of attention for one new token: two products with every position that it sees.
+
+        Layers that would see all of the context see so many `kept` tokens of it.
+        """
         shape = self.demand.setup.shape
-        total = 0.0
-        for x in _owners(self.demand).values():
-            seen = sum(x.span.reach(context))
-            total += 2.0 * seen * shape.heads * sum(f.shape[0] for f in x.fields)
+        spec, total = self.demand.spec, 0.0
+        raws = {g.raw for g in spec}
+        for layer, x in _owners(self.demand).values():
+            heads = seen = 0
+            for g in spec:
+                if g.holds(layer) and g.name not in raws and not g.recurrent:
+                    n = len(g.heads(layer))
+                    heads += n
+                    seen += n * min(
+                        sum(g.span.reach(context)), kept if type(g.span) is Full else context
+                    )
+            total += 2.0 * seen / heads * shape.heads * sum(f.shape[0] for f in x.fields)
         return total
 
     def _exchange(self, tokens: int) -> float:
@@ -124,10 +136,10 @@ class Speed:
         return moved / (self.link / 2)
 
 
-def _owners(demand: Demand) -> dict[int, KVLayer]:
-    """Every attending layer to the layer whose cache it reads."""
+def _owners(demand: Demand) -> dict[int, tuple[int, KVLayer]]:
+    """Every attending layer to the layer whose cache it reads, with its number."""
     shape = demand.setup.shape
-    own = {x.layer: x for x in shape.layers if isinstance(x, KVLayer)}
+    own = {x.layer: (x.layer, x) for x in shape.layers if isinstance(x, KVLayer)}
     return own | {i: own[o] for i, o in shape.shared.items() if o in own}
 
 

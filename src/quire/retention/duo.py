@@ -46,9 +46,9 @@ class Policy:
 
     def bound(self, digest: Digest) -> Policy:
         """With the map of the model whose weights have that digest. Raises ConfigError."""
-        return self.over(find(self.name, TOOL, str(self.map), "duo.json", digest(), read_heads))
+        return self.ranked(find(self.name, TOOL, str(self.map), "duo.json", digest(), read_heads))
 
-    def over(self, order: Sequence[Coord]) -> Policy:
+    def ranked(self, order: Sequence[Coord]) -> Policy:
         """With the heads in that order."""
         out = replace(self)
         object.__setattr__(out, "order", tuple(order))
