@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import openai
@@ -68,6 +69,7 @@ def serving(
     *,
     keys: dict[str, str] | None = None,
     name: str = "model",
+    tracing: Any = None,
     **scheduler: int,
 ) -> Iterator[Served]:
     """Serves a model folder, or the packaged model, at a free port."""
@@ -84,7 +86,7 @@ def serving(
         config=SchedulerConfig(**({"step_tokens": 256} | scheduler)),
         eos_token_ids=loaded.eos_token_ids,
     )
-    service = Service(engine, config, name, kv="fp32")
+    service = Service(engine, config, name, kv="fp32", tracing=tracing)
     ready = threading.Event()
     server = make_server(service, ready.set)
     listening = bind(config)

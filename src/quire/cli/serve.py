@@ -21,6 +21,7 @@ from quire.spec import DEFAULT_BLOCK_TOKENS
 if TYPE_CHECKING:
     from quire.models.load import Loaded
     from quire.serve.config import ServeConfig
+    from quire.serve.tracing import Tracing
 
 __all__ = ["ServeOptions", "command"]
 
@@ -70,6 +71,7 @@ class ServeOptions(Options):
     timeout: float = 900.0
     drain: float = 30.0
     no_dashboard: bool = False
+    otlp: str | None = None
 
     def check(self) -> None:
         """See `Options.check`."""
@@ -282,6 +284,15 @@ def command(
         float | None,
         _option(_MUCH, "--drain", "SECONDS", "For running requests after SIGTERM; default: 30."),
     ] = None,
+    otlp: Annotated[
+        str | None,
+        _option(
+            _OUTPUT,
+            "--otlp",
+            "URL",
+            "Send a span of each request to OpenTelemetry's collector, as http://127.0.0.1:4318/v1/traces.",
+        ),
+    ] = None,
     quiet: Annotated[
         bool, _option(_OUTPUT, "--quiet", " ", "Nothing on stderr but errors.")
     ] = False,
@@ -312,11 +323,16 @@ def _serve(options: ServeOptions) -> int:
         write(new_key(Path(str(options.keys)), options.new_key, operator=options.operator) + "\n")
         return 0
     settled = _config(options)
+    tracing = None
+    if options.otlp is not None:
+        from quire.serve.tracing import exporting
+
+        tracing = exporting(options.otlp)
     from quire.serve.server import bind
 
     listening = bind(settled)
     try:
-        return _run(options, settled, listening)
+        return _run(options, settled, listening, tracing)
     finally:
         listening.close()
 
@@ -355,7 +371,9 @@ def _config(options: ServeOptions) -> ServeConfig:
     )
 
 
-def _run(options: ServeOptions, settled: ServeConfig, listening: Any) -> int:
+def _run(
+    options: ServeOptions, settled: ServeConfig, listening: Any, tracing: Tracing | None
+) -> int:
     from quire.cli.prepare import load, look
 
     off = replace(options, share="off")
@@ -382,7 +400,15 @@ def _run(options: ServeOptions, settled: ServeConfig, listening: Any) -> int:
     name = options.name or loaded.name
     tiering = getattr(runner, "tiering", None)
     secret = None if tiering is None else tiering.secret()  # names must outlive the process as well
-    service = Service(engine, settled, name, kv=options.kv, keep=options.keep, secret=secret)
+    service = Service(
+        engine,
+        settled,
+        name,
+        kv=options.kv,
+        keep=options.keep,
+        secret=secret,
+        tracing=tracing,
+    )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     scheme = "http" if settled.tls_cert is None else "https"

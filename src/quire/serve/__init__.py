@@ -7,6 +7,7 @@
     chat.py completions.py responses.py messages.py plain.py          the endpoints
     tools.py     tool calls in and out                                grammar.py  JSON schemas, regexes, grammars
     metrics.py   for Prometheus                                       errors.py   what a client is told
+    tracing.py   OpenTelemetry's spans
     watch.py recent.py   what is going on, as one document            dashboard.py page/  the page at /
 
 Nothing here touches a tensor: everything goes through `quire.engine.Engine`.

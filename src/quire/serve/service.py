@@ -28,6 +28,7 @@ from quire.serve.grammar import Grammar, Grammars, GrammarSource
 from quire.serve.keys import Caller
 from quire.serve.metrics import Meters
 from quire.serve.prompt import Prompts
+from quire.serve.tracing import Tracing
 from quire.serve.watch import Watch
 from quire.store.namespace import Hints, Tenants
 
@@ -85,6 +86,7 @@ class Service:
         name: the model's, as clients write it.
         kv, keep: the recipe and policy that the engine's cache runs.
         secret: from which tenants' salts follow; None: one that ends with the process.
+        tracing: makes a span of each request; None: of none.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Service:
         kv: str = "auto",
         keep: str = "full",
         secret: bytes | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.engine = engine
         self.config = config
@@ -103,6 +106,7 @@ class Service:
         self.kv = kv
         self.keep = keep
         self.prompts = Prompts(engine.tokenizer, engine.runner.max_context_tokens)
+        self.tracing = tracing
         self.grammars = Grammars(
             engine.tokenizer, engine.runner.vocab_size, sorted(engine.intake.eos_token_ids)
         )
@@ -246,6 +250,15 @@ class Service:
             self.meters.refused(caller.name, error.code or "refused")
             raise
         run = Run(self, caller, entry)
+        if self.tracing is not None:
+            run.span = self.tracing.begin(
+                adapter or self.name,
+                caller.name,
+                max_tokens=params.max_tokens,
+                temperature=params.temperature,
+                top_p=params.top_p,
+                seed=params.seed,
+            )
         try:
             for prompt, limit in zip(prompts, limits, strict=True):
                 each = params if limit == params.max_tokens else _with_limit(params, limit)
@@ -300,6 +313,8 @@ class Service:
     def close(self) -> None:
         """End everything."""
         self.engine.close()
+        if self.tracing is not None:
+            self.tracing.close()
 
 
 @dataclass(eq=False)
@@ -313,6 +328,8 @@ class Run:
     outputs: dict[int, RequestOutput] = field(default_factory=dict)
     began_s: float = field(default_factory=time.monotonic)
     started: bool = False
+    failure: str | None = None
+    span: Any = None
     _mail: asyncio.Queue[tuple[int, Delta | Exception | None]] = field(
         default_factory=asyncio.Queue
     )
@@ -339,11 +356,15 @@ class Run:
         try:
             left = len(tasks)
             while left:
-                at, what = await self._next()
+                try:
+                    at, what = await self._next()
+                    if isinstance(what, Exception):
+                        raise as_api_error(what) from what
+                except ApiError as error:
+                    self.failure = error.code or str(error.status)
+                    raise
                 if what is None:
                     left -= 1
-                elif isinstance(what, Exception):
-                    raise as_api_error(what) from what
                 else:
                     self._observe(at, what)
                     yield at, what
@@ -383,10 +404,19 @@ class Run:
                 for stream in self.streams:
                     figures = stream.request.figures
                     self.service.meters.looked(self.caller.name, figures, sharing.grain)
+            if self.service.tracing is not None and self.span is not None:
+                self._end_span(done=done)
             self.entry.leave(usage.prompt_tokens - usage.cached_tokens + usage.output_tokens)
             self.service.meters.ended(
                 self.caller.name, usage, time.monotonic() - self.began_s, done=done
             )
+
+    def _end_span(self, *, done: bool) -> None:
+        tracing, outputs = self.service.tracing, self.outputs.values()
+        assert tracing is not None
+        reasons = [str(sample.finish_reason) for output in outputs for sample in output.outputs]
+        error = self.failure or (None if done else "cancelled")
+        tracing.ended(self.span, [s.request.figures for s in self.streams], reasons, error)
 
     async def _next(self) -> tuple[int, Delta | Exception | None]:
         """The next letter; gives up when the time is over."""
@@ -420,6 +450,8 @@ class Run:
                 meters.next_token(tenant, now - self._last_s[place])
             elif not self.started:
                 meters.first_token(tenant, now - self.began_s)
+                if self.span is not None:
+                    self.span.add_event("first token")
             self._last_s[place] = now
             self.started = True
             meters.tokens(tenant, "output", len(delta.token_ids))
