@@ -344,7 +344,7 @@ def test_a_read_error_is_an_error_and_then_a_miss(
     assert path.exists()
 
     async def call(tier: Any) -> list[Outcome]:
-        def broken(self: Any, slot: int, into: np.ndarray) -> int:
+        def broken(self: Any, slot: int, *into: np.ndarray) -> int:
             raise OSError(5, "Input/output error")
 
         with monkeypatch.context() as m:
@@ -381,7 +381,7 @@ def test_a_full_disk_rejects_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_write_error_leaves_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def call(tier: Any) -> None:
-        def broken(self: Any, slot: int, buffer: np.ndarray) -> None:
+        def broken(self: Any, slot: int, *buffers: np.ndarray) -> None:
             raise OSError(5, "Input/output error")
 
         with monkeypatch.context() as m:
@@ -391,6 +391,30 @@ def test_a_write_error_leaves_no_block(tmp_path: Path, monkeypatch: pytest.Monke
         assert await tier.store(NS, chain(0, 2), deadline=soon()) == [Outcome.STORED] * 2
 
     over(DiskTier(tmp_path / "t", ROOM_BYTES), call)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("n_bytes", [4096, 3 * 4096, 3 * 4096 + 64])
+def test_blocks_of_whole_pages(tmp_path: Path, n_bytes: int, direct: bool) -> None:
+    """Those go to and from their own memory; a page too few and one too many do not."""
+    blocks = []
+    for i in range(5):
+        b = block(i, n_bytes)
+        data = places.buffer_of(n_bytes)
+        data[:] = b.data
+        blocks.append(Block(b.key, b.parent, b.tokens, data))
+
+    async def call(tier: Any) -> None:
+        assert await tier.store(NS, blocks, deadline=soon()) == [Outcome.STORED] * 5
+        for _ in range(2):
+            wanted = [
+                Block(b.key, b.parent, b.tokens, places.buffer_of(n_bytes)) for b in reversed(blocks)
+            ]
+            assert await tier.load(NS, wanted, deadline=soon()) == [Outcome.HIT] * 5
+            for b, want in zip(reversed(blocks), wanted, strict=True):
+                assert np.array_equal(b.data, want.data)
+
+    over(DiskTier(tmp_path / "t", ROOM_BYTES, direct=direct), call)
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ since the last `fdatasync`, which comes after each batch with sync="batch" and a
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -31,6 +32,7 @@ from quire.store.tiers.slots import (
     Segment,
     SlotFiles,
     buffer_of,
+    in_pages,
     slot_bytes_for,
 )
 
@@ -41,6 +43,18 @@ Place = tuple[int, int]
 """(segment, slot)."""
 THREADS = 4
 """System calls at a time."""
+
+
+_THREAD = threading.local()
+
+
+def _spare(n_bytes: int) -> np.ndarray:
+    """A page-aligned buffer of this thread's, good until it asks again: fresh pages cost more than a copy."""
+    kept = vars(_THREAD)
+    found: np.ndarray | None = kept.get(f"of_{n_bytes}")
+    if found is None:
+        found = kept[f"of_{n_bytes}"] = buffer_of(n_bytes)
+    return found
 
 
 class DiskTier:
@@ -176,13 +190,17 @@ class DiskTier:
     def _read(ns: bytes, want: Block, segment: Segment, slot: int, deadline: float) -> Outcome:
         if monotonic() > deadline:
             return Outcome.TIMEOUT
-        buffer = buffer_of(segment.slot_bytes)
-        n = segment.read(slot, buffer)
-        data = buffer[HEADER_BYTES : HEADER_BYTES + len(want.data)]
+        if in_pages(want.data):  # straight to where it is wanted
+            head, data = _spare(HEADER_BYTES), want.data
+            n = segment.read(slot, head, data)
+        else:
+            buffer = _spare(segment.slot_bytes)
+            n = segment.read(slot, buffer)
+            head, data = buffer[:HEADER_BYTES], buffer[HEADER_BYTES : HEADER_BYTES + len(want.data)]
         if n < HEADER_BYTES + len(data):
             return Outcome.CORRUPT
-        found = check(ns, want, buffer[:HEADER_BYTES].tobytes(), data)
-        if found is Outcome.HIT:
+        found = check(ns, want, head.tobytes(), data)
+        if found is Outcome.HIT and data is not want.data:
             np.copyto(want.data, data)
         return found
 
@@ -219,9 +237,14 @@ class DiskTier:
 
     @staticmethod
     def _write(ns: bytes, block: Block, segment: Segment, slot: int, sequence: int) -> None:
-        buffer = buffer_of(segment.slot_bytes)
-        buffer[:HEADER_BYTES] = np.frombuffer(seal(ns, block, sequence), np.uint8)
-        buffer[HEADER_BYTES : HEADER_BYTES + len(block.data)] = block.data
+        sealed = np.frombuffer(seal(ns, block, sequence), np.uint8)
+        if in_pages(block.data):
+            head = _spare(HEADER_BYTES)
+            head[:] = sealed
+            segment.write(slot, head, block.data)
+            return
+        buffer, end = _spare(segment.slot_bytes), HEADER_BYTES + len(block.data)
+        buffer[:HEADER_BYTES], buffer[HEADER_BYTES:end], buffer[end:] = sealed, block.data, 0
         segment.write(slot, buffer)
 
     # -- places --------------------------------------------------------------------------------------------------

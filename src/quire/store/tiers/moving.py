@@ -7,6 +7,7 @@ import numpy as np
 from quire.spec import CacheGroup
 from quire.store.arena import Arena
 from quire.store.pool import BlockPool
+from quire.store.tiers.slots import buffer_of
 
 __all__ = ["Mover", "unmeant"]
 
@@ -27,6 +28,8 @@ def unmeant(group: CacheGroup, n_tokens: int) -> list[slice]:
 class Mover:
     """Copies blocks out of and into one arena. An arena that only counts has no bytes: nothing is moved then.
 
+    Copies begin at pages, so that a disk takes them as they are.
+
     Cost: one copy of the block each way; on a GPU it waits for what the device is computing.
     """
 
@@ -45,7 +48,8 @@ class Mover:
         start, size = pool.byte_offset(block), pool.block_bytes
         memory = self._host_memory()
         if memory is not None:
-            out = memory[start : start + size].copy()
+            out = buffer_of(size)
+            np.copyto(out, memory[start : start + size])
         else:
             out = self.arena.buffer[start : start + size].cpu().numpy()
         key = group, n_tokens

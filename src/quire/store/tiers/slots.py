@@ -26,7 +26,7 @@ import numpy as np
 from quire.errors import ConfigError
 from quire.store.tiers.envelope import HEADER_BYTES
 
-__all__ = ["Segment", "SlotFiles", "buffer_of", "slot_bytes_for"]
+__all__ = ["Segment", "SlotFiles", "buffer_of", "in_pages", "slot_bytes_for"]
 
 FORMAT = 1
 PAGE = 4096
@@ -45,6 +45,11 @@ def buffer_of(n_bytes: int) -> np.ndarray:
     return whole[:n_bytes]
 
 
+def in_pages(data: np.ndarray) -> bool:
+    """Whether it begins and ends with a page, so that it needs no other buffer."""
+    return len(data) % PAGE == 0 and data.ctypes.data % PAGE == 0
+
+
 class Segment:
     """One file of slots, open for reading and writing."""
 
@@ -59,15 +64,15 @@ class Segment:
         if not self.direct:
             self.fd = os.open(path, flags, 0o600)
 
-    def read(self, slot: int, into: np.ndarray) -> int:
-        """Reads the slot's first bytes into a page-aligned buffer; returns how many there were."""
-        return os.preadv(self.fd, [into.data], slot * self.slot_bytes)
+    def read(self, slot: int, *into: np.ndarray) -> int:
+        """Reads the slot's first bytes into page-aligned buffers; returns how many there were."""
+        return os.preadv(self.fd, [x.data for x in into], slot * self.slot_bytes)
 
-    def write(self, slot: int, buffer: np.ndarray) -> None:
-        """Writes a whole slot from a page-aligned buffer. Raises OSError."""
-        done = os.pwritev(self.fd, [buffer.data], slot * self.slot_bytes)
-        if done != len(buffer):
-            raise OSError(f"{done} of {len(buffer)} bytes written to {self.path.name}")
+    def write(self, slot: int, *buffers: np.ndarray) -> None:
+        """Writes a slot from page-aligned buffers with one call. Raises OSError."""
+        done = os.pwritev(self.fd, [x.data for x in buffers], slot * self.slot_bytes)
+        if done != sum(map(len, buffers)):
+            raise OSError(f"{done} bytes written to {self.path.name}, which is not all")
 
     def sync(self) -> None:
         """Until the disk has what was written."""
