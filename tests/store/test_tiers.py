@@ -408,7 +408,8 @@ def test_blocks_of_whole_pages(tmp_path: Path, n_bytes: int, direct: bool) -> No
         assert await tier.store(NS, blocks, deadline=soon()) == [Outcome.STORED] * 5
         for _ in range(2):
             wanted = [
-                Block(b.key, b.parent, b.tokens, places.buffer_of(n_bytes)) for b in reversed(blocks)
+                Block(b.key, b.parent, b.tokens, places.buffer_of(n_bytes))
+                for b in reversed(blocks)
             ]
             assert await tier.load(NS, wanted, deadline=soon()) == [Outcome.HIT] * 5
             for b, want in zip(reversed(blocks), wanted, strict=True):

@@ -24,7 +24,7 @@ class Recent(dict[K, V]):
         if len(self) > self.most:
             del self[next(iter(self))]
 
-    def setdefault(self, key: K, default: V) -> V:  # type: ignore[override]
+    def setdefault(self, key: K, default: V) -> V:
         """As of a dict."""
         if key not in self:
             self[key] = default
