@@ -13,6 +13,7 @@ from quire.evaluate.claims import (
     Claim,
     Outcome,
     arithmetic,
+    dropped,
     later,
     measured,
     memory,
@@ -22,7 +23,7 @@ from quire.evaluate.claims import (
 from quire.evaluate.claims.arithmetic import projections, scores
 from quire.evaluate.claims.slips import slips
 
-PARTS = (arithmetic, measured, memory, rates, later)
+PARTS = (arithmetic, measured, memory, rates, dropped, later)
 ALL = tuple(c for part in PARTS for c in part.CLAIMS)
 REQUESTS = [(n - 100, 100) for n in (300, 500, 700, 900, 2400)] * 40
 
@@ -131,6 +132,88 @@ def test_counts_on_the_packaged_model(name: str, verdict: str) -> None:
     if name == "projections-run":
         assert "2,544" in found.ours
         assert "95" in found.ours
+
+
+# -- tokens that are dropped -------------------------------------------------------------------------------------
+
+
+def _claim(name: str) -> Claim:
+    (claim,) = (c for c in dropped.CLAIMS if c.name == name)
+    return claim
+
+
+@pytest.mark.parametrize(
+    ("recall", "ppl", "verdict"),
+    [
+        (0.995, 10.05, "reproduced"),
+        (0.95, 10.05, "contradicted"),
+        (0.995, 10.2, "contradicted"),
+    ],
+)
+def test_a_fifth_is_enough_where_text_and_answers_stay(
+    recall: float, ppl: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    asked = []
+
+    def evaluate(_m: Any, _t: Any, configs: Any, tasks: Any, *_: Any, **more: Any) -> Any:
+        asked.append((tasks, more.get("ask")))
+        of = {"full": (1.0, 10.0), "h2o:budget=0.2": (recall, ppl), "random:budget=0.2": (0.3, 12)}
+        rows = []
+        for _, keep in configs:
+            right = of[keep][0] if more.get("ask") == "before" else 0.2
+            rows.append(SimpleNamespace(keep=keep, metric="recall", depth=None, value=right))
+            rows.append(SimpleNamespace(keep=keep, metric="recall", depth=0.5, value=9.0))
+            rows.append(
+                SimpleNamespace(keep=keep, metric="perplexity", depth=None, value=of[keep][1])
+            )
+        return SimpleNamespace(rows=rows)
+
+    monkeypatch.setattr("quire.evaluate.run.evaluate", evaluate)
+    found = _claim("h2o").run(measured.Bench(quick=True))
+    assert found.verdict == verdict
+    assert "random fifth +20.0%" in found.ours
+    assert "20% when asked after" in found.ours
+    assert asked == [(["needle"], "before"), (["needle"], "after"), (["ppl"], None)]
+
+
+def test_a_model_without_sinks_says_so_and_one_that_falls_apart_reproduces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = measured.Bench(quick=True)
+    bench.ids = bench.ids[:700]
+    found = _claim("sinks").run(bench)
+    assert found.verdict == "not here", found
+    assert "of 24 heads rest on the first token" in found.ours
+    figures = iter([20.0, 200.0, 20.0, 21.0])
+    monkeypatch.setattr(dropped, "_perplexity", lambda *_: next(figures))
+    assert _claim("sinks").run(bench).verdict == "reproduced"
+    from types import SimpleNamespace
+
+    heads = [SimpleNamespace(sinks=(0,))] * 12
+    monkeypatch.setattr("quire.evaluate.attention.look", lambda *_: SimpleNamespace(heads=heads))
+    assert _claim("sinks").run(bench).verdict == "contradicted"
+
+
+def test_perplexity_of_a_stream_is_that_of_one_pass() -> None:
+    """Behind the first tokens only, and through a window as wide as the text what the model itself says."""
+    import torch
+
+    bench = measured.Bench(quick=True)
+    ids = bench.ids[:300]
+    with bench.opened("auto", keep="window:4000") as runner:
+        found = dropped._perplexity(runner, ids, 200)
+    with torch.no_grad():
+        logs = bench.loaded.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    want = -sum(float(logs[i, ids[i + 1]]) for i in range(200, 299)) / 99
+    assert found == pytest.approx(2.718281828459045**want, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_fifth_on_the_packaged_model() -> None:
+    found = _claim("h2o").run(measured.Bench(quick=True))
+    assert found.verdict == "contradicted", found
 
 
 # -- rooms, blocks and windows -----------------------------------------------------------------------------------

@@ -48,10 +48,20 @@ def command(
     [dim]quire claims --quick[/dim]
     """
     from quire.bench.machine import commit, hardware
-    from quire.evaluate.claims import arithmetic, later, measured, memory, rates, run_claims
+    from quire.evaluate.claims import (
+        arithmetic,
+        dropped,
+        later,
+        measured,
+        memory,
+        rates,
+        run_claims,
+    )
     from quire.evaluate.claims.slips import slips
 
-    claims = [c for part in (arithmetic, measured, memory, rates, later) for c in part.CLAIMS]
+    claims = [
+        c for part in (arithmetic, measured, memory, rates, dropped, later) for c in part.CLAIMS
+    ]
     names = [c.name for c in claims]
     unknown = [n for n in only or () if n not in names]
     if unknown:

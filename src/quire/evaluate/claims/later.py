@@ -16,24 +16,6 @@ def _no(why: str) -> Callable[[Any], Outcome]:
 
 CLAIMS = (
     Claim(
-        "h2o",
-        "H2O keeps quality with 20 % of the tokens",
-        "arXiv 2306.14048",
-        _no(
-            "not made a claim to run yet: quire eval --keep h2o:budget=0.2 measures it, docs/ledger.md has "
-            "figures"
-        ),
-    ),
-    Claim(
-        "sinks",
-        "A long stream without attention sinks falls apart, with four of them it does not",
-        "StreamingLLM, arXiv 2309.17453",
-        _no(
-            "not made a claim to run yet: benchmarks/streaming.py measures it; the packaged model has a single head "
-            "that rests on its first token, so a plain window loses as little (docs/ledger.md)"
-        ),
-    ),
-    Claim(
         "offload",
         "Offloading serves what would otherwise run out of memory",
         "several systems",
