@@ -70,6 +70,8 @@ def serving(
     keys: dict[str, str] | None = None,
     name: str = "model",
     tracing: Any = None,
+    memory: str = "64MiB",
+    tiers: str = "",
     **scheduler: int,
 ) -> Iterator[Served]:
     """Serves a model folder, or the packaged model, at a free port."""
@@ -78,7 +80,12 @@ def serving(
 
     loaded = load_model(check_source(source, dtype="float32"))
     runner = open_runner(
-        loaded.model, kv="fp32", share="prefix:explain=on", memory="64MiB", block_tokens=16
+        loaded.model,
+        kv="fp32",
+        share="prefix:explain=on",
+        memory=memory,
+        block_tokens=16,
+        tiers=tiers,
     )
     engine = Engine(
         runner,

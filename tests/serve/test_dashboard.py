@@ -215,6 +215,23 @@ def test_an_open_dashboard_does_not_hold_a_shutdown_up(tiny_folder: Path) -> Non
         wait_for(served.server.lifespan.shutdown_event.is_set)
 
 
+def test_tiers_are_told_of(tiny_folder: Path) -> None:
+    """What was evicted lies in a tier, and the dashboard says so to an operator."""
+    config = ServeConfig(port=0, drain_s=5)
+    with serving(str(tiny_folder), config, name="tiny", memory="1MiB", tiers="host:8MiB") as served:
+        assert [t["blocks"] for t in stats(served)["tiers"]] == [0]
+        for i in range(12):
+            ask(served, None, f"{i} is the beginning of a prompt of its own. " * 8, "tiny")
+        served.wait_idle()
+        wait_for(lambda: stats(served)["tiers"][0]["blocks"] > 0)
+        seen = stats(served)
+        (tier,) = seen["tiers"]
+        assert (tier["tier"], tier["ok"]) == ("host", True)
+        assert 0 < tier["used_bytes"] <= tier["capacity_bytes"] == 8 << 20
+        assert seen["engine"]["corrupt"] == {"name with other tokens": 0, "host tier": 0}
+        assert seen["engine"]["evicted_blocks"] > 0
+
+
 def test_the_last_minute_forgets() -> None:
     now = [100.0]
     recent = Recent(most=8, clock=lambda: now[0])

@@ -151,7 +151,7 @@ def picture(document: dict[str, Any], wide: int) -> RenderableType:
         head.append(f"  key {d['you']['tenant']}")
     parts: list[RenderableType] = [head, Text(""), *_now(d)]
     if d.get("blocks"):
-        parts += [Text(""), *_memory(d["blocks"], wide)]
+        parts += [Text(""), *_memory(d["blocks"], d["tiers"], wide)]
     parts += [Text(""), _prompts(d)]
     tree = _tree(d["tree"], wide)
     if tree:
@@ -192,7 +192,9 @@ def spark(values: Sequence[int]) -> str:
     return "".join(SPARKS[-(-v * (len(SPARKS) - 1) // top)] for v in values)
 
 
-def _memory(blocks: dict[str, Any], wide: int) -> list[RenderableType]:
+def _memory(
+    blocks: dict[str, Any], tiers: Sequence[dict[str, Any]], wide: int
+) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
@@ -228,6 +230,13 @@ def _memory(blocks: dict[str, Any], wide: int) -> list[RenderableType]:
                 _bytes,
                 (p["block_bytes"], b["held"] + b["shared"] + b["private"], b["cached"], b["free"]),
             ),
+        )
+    for t in tiers:
+        free = max(0, t["capacity_bytes"] - t["used_bytes"])
+        room = _bytes(free) if t["capacity_bytes"] else "–"
+        name = t["tier"] if t["ok"] else f"{t['tier']}, {t['why'] or 'resting'}"
+        table.add_row(
+            "all", _plain(name), f"{t['blocks']:,} blocks", "–", "–", _bytes(t["used_bytes"]), room
         )
     return [Text(f"Memory, {_bytes(blocks['total_bytes'])}", "bold"), *lines, legend, table]
 

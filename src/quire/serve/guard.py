@@ -20,7 +20,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 ANYBODY = Caller("anybody", operator=True)
 """Who calls a server without keys."""
 
-OPEN_PATHS = frozenset({"/health", "/live", "/", "/v1/kv/stats", "/dashboard.css", "/dashboard.js"})
+OPEN_PATHS = frozenset({"/health", "/live", "/", "/dashboard.css", "/dashboard.js"})
 """Answered without a key: probes have none and learn nothing else, and the page's files hold nothing of anybody."""
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})

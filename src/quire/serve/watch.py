@@ -322,6 +322,7 @@ class Watch:
             if scope.operator:
                 document["blocks"] = blocks
                 document["engine"] = self._engine(look)
+                document["tiers"] = self._tiers(look)
 
     def _engine(self, look: Look) -> dict[str, Any]:
         scheduler, report = look.stats.scheduler, look.sharing or {}
@@ -333,11 +334,18 @@ class Watch:
             "stalls": scheduler.stalls,
             "recomputed_tokens": scheduler.recomputed_tokens,
             **{name: report[name] for name in counters if name in report},
+            "loading": scheduler.loading,
             "corrupt": {"name with other tokens": look.collisions}
+            | {f"{tier['tier']} tier": tier["corrupt"] for tier in self._tiers(look)}
             | ({"audit": audit["diverged"]} if audit else {}),
             "audited": audit.get("audited"),
             "look_s": round(look.seconds, 6),
         }
+
+    def _tiers(self, look: Look) -> list[dict[str, Any]]:
+        """Where evicted blocks lie, fastest first."""
+        tiers: list[dict[str, Any]] = (look.sharing or {}).get("tiers", {}).get("levels", [])
+        return tiers
 
     def _blocks(self, census: Census) -> dict[str, Any]:
         width, runs = census.cells(MOST_CELLS)

@@ -187,8 +187,9 @@ function show(s) {
     text($(`${id}-more`), w.n ? `p90 ${seconds(w.p90)} · p99 ${seconds(w.p99)}` : "nothing in the last minute");
   }
   text($("running"), count(s.requests.running));
-  text($("waiting"), `${count(s.requests.waiting)} waiting · ${bytes(s.requests.held_bytes)} held`);
-  showMemory(s.blocks);
+  const loading = s.engine?.loading ? ` · ${count(s.engine.loading)} loading` : "";
+  text($("waiting"), `${count(s.requests.waiting)} waiting${loading} · ${bytes(s.requests.held_bytes)} held`);
+  showMemory(s.blocks, s.tiers);
   drawTree(s.tree);
   cells($("tenants"), s.tenants.map((t) => [
     t.tenant, count(t.running), count(t.waiting), count(t.done), count(t.refused), count(t.prompt_tokens),
@@ -198,7 +199,7 @@ function show(s) {
   showPrompts(s);
 }
 
-function showMemory(b) {
+function showMemory(b, tiers) {
   $("memory").hidden = !b;
   if (!b) return;
   text($("memory-sum"), `${bytes(b.held_bytes)} held · ${bytes(b.cached_bytes)} cached of ${bytes(b.total_bytes)}`);
@@ -212,10 +213,13 @@ function showMemory(b) {
     text(li.lastChild, bytes(of[s]));
   });
   $("map").setAttribute("aria-label", `Map of the cache's blocks: ${b.states.map((s) => `${STATES[s]} ${bytes(of[s])}`).join(", ")}`);
-  cells($("pools"), b.pools.map((p) => [
+  cells($("pools"), [...b.pools.map((p) => [
     p.codecs.join(", ") || "–", p.tier, `${p.block_tokens.join(" or ") || "–"} tokens`, bytes(p.block_bytes),
     bytes(p.bytes.held + p.bytes.shared + p.bytes.private), bytes(p.bytes.cached), bytes(p.bytes.free),
-  ]), 3);
+  ]), ...tiers.map((t) => [
+    "all", t.ok ? t.tier : `${t.tier}, ${t.why || "resting"}`, `${count(t.blocks)} blocks`, "–", "–",
+    bytes(t.used_bytes), t.capacity_bytes ? bytes(Math.max(0, t.capacity_bytes - t.used_bytes)) : "–",
+  ])], 3);
 }
 
 function showPrompts(s) {
