@@ -19,7 +19,7 @@ CLAIMS = (
         "offload",
         "Offloading serves what would otherwise run out of memory",
         "several systems",
-        _no("tiers are not built"),
+        _no("blocks that nobody holds go to tiers, live sequences do not yet"),
     ),
     Claim(
         "split",
