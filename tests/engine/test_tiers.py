@@ -234,6 +234,21 @@ def test_one_changed_weight_is_a_miss(opened: Make, model: Any, tmp_path: Path) 
             weight[1, 1] -= 1e-3
 
 
+@both
+def test_what_comes_back_reads_as_if_computed(opened: Make) -> None:
+    """The shadow audit computes every hit again, those from a tier as well, in a lossy codec."""
+    runner = opened([HostTier(8 << 20)], kv="int8", share="prefix:audit=1")
+    served(runner)
+    push_down(runner)
+    with Engine(runner, config=SchedulerConfig(step_tokens=128)) as engine:
+        engine.generate(prompts(), PARAMS)
+        found = sharing_report(engine)
+    assert found is not None
+    assert found["tiers"]["loaded_tokens"] > 300
+    assert found["audit"]["audited"] >= 4
+    assert found["audit"]["diverged"] == 0
+
+
 # -- faults ------------------------------------------------------------------------------------------------------
 
 

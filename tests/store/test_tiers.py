@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -515,6 +517,37 @@ def test_fsck_refuses_what_is_no_tier(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no disk tier"):
         fsck(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """A file system of 300 KiB, which some kernels give no O_DIRECT either."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(words, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("needs the right to mount a small file system")
+    try:
+
+        async def call(tier: Any) -> None:
+            blocks = chain(0, 40)
+            out = await tier.store(NS, blocks, deadline=soon())
+            assert out.count(Outcome.STORED) > 4
+            found = await TierConformance.hits(tier, blocks)
+            assert found.count(Outcome.HIT) > 4
+            assert "No space left" in (await tier.health()).why or Outcome.REJECTED not in out
+
+        over(DiskTier(folder / "t", ROOM_BYTES), call)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_buffers_begin_at_pages() -> None:
+    many = [places.buffer_of(n) for n in (1, 4096, 5000, 1 << 20) for _ in range(50)]
+    assert all(b.ctypes.data % places.PAGE == 0 for b in many)
+    assert {len(b) for b in many} == {1, 4096, 5000, 1 << 20}
 
 
 def test_no_capacity() -> None:

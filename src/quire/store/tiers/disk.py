@@ -354,9 +354,11 @@ class DiskTier:
     def _scan(self) -> None:
         """Makes the index from the headers, older blocks first."""
         found: list[tuple[int, Header, int, Place]] = []
-        for number, segment in self.files.segments.items():
-            written = {}
-            for slot, head in self.files.headers(number):
+        numbers = list(self.files.segments)
+        read = self._threads.map(lambda n: list(self.files.headers(n)), numbers)
+        for number, heads in zip(numbers, read, strict=True):
+            segment, written = self.files.segments[number], {}
+            for slot, head in heads:
                 header = read_header(head)
                 if header is None or slot_bytes_for(header.data_bytes) != segment.slot_bytes:
                     self.bad_slots += 1

@@ -90,9 +90,9 @@ def _look(segment: Segment, slot: int, buffer: np.ndarray, found: Fsck, *, drop:
         n = segment.read(slot, buffer)
     except OSError as e:
         n, why = 0, f"cannot be read: {e.strerror or e}"
-    header = read_header(buffer[:HEADER_BYTES].tobytes()) if n else None
+    header = read_header(buffer[:HEADER_BYTES].tobytes()) if n >= HEADER_BYTES else None
     if not why and header is None:
-        if not buffer[:HEADER_BYTES].any():
+        if n >= HEADER_BYTES and not buffer[:HEADER_BYTES].any():
             found.empty += 1
             return
         why = "its header is damaged"

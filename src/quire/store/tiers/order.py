@@ -15,8 +15,8 @@ T = TypeVar("T")
 class Order(Generic[T]):
     """(ns, key) to what a tier knows of the block, from the longest unused to the latest.
 
-    A chain is eaten from its end: a block that others stand on goes behind the latest instead of out. Each such move is
-    paid by the block's last use, so giving one up is O(1) amortised.
+    A chain is eaten from its end: a block that others stand on goes behind the latest instead of out. In a chain that
+    was used whole the end comes first anyway; in one that came root first each step costs a move per block before it.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
 import os
 import secrets
 from collections.abc import Iterator
@@ -40,9 +39,13 @@ def slot_bytes_for(data_bytes: int) -> int:
 
 
 def buffer_of(n_bytes: int) -> np.ndarray:
-    """`[n_bytes] uint8` that begins at a page, as direct reads and writes want it."""
-    whole = np.frombuffer(mmap.mmap(-1, max(n_bytes, PAGE)), np.uint8)
-    return whole[:n_bytes]
+    """`[n_bytes] uint8` that begins at a page, as direct reads and writes want it; what it holds is not defined.
+
+    From the allocator: a mapping for each would meet the system's limit of 65,530 with 8 GiB of small blocks.
+    """
+    whole = np.empty(n_bytes + PAGE - 1, np.uint8)
+    start = -whole.ctypes.data % PAGE
+    return whole[start : start + n_bytes]
 
 
 def in_pages(data: np.ndarray) -> bool:

@@ -246,6 +246,11 @@ class TierStack:
                     out[i] = outcome
                 if outcome is Outcome.HIT:
                     at.loaded_bytes += len(wanted[i].data)
+            bad = at.counts["corrupt"]
+            if Outcome.CORRUPT in found and not bad & (bad - 1):  # the first, and each doubling
+                logger.warning(
+                    "tier %s: %d corrupt blocks so far; they are computed", at.label, bad
+                )
         return out
 
     async def touch(self, keys: Sequence[bytes]) -> None:
