@@ -42,7 +42,7 @@ int4;sinks=4;window=128          so many first and so many recent tokens that st
 D counts the channels of a head, B the tokens of a block; other letters are in [Shape letters](shapes.md).
 """
 MARK = "<!-- Below: made by `make docs` from the docstrings in src/quire/retention. -->"
-SECTION = re.compile(r"(Idea|Source|Differs|Cost|Error): ")
+SECTION = re.compile(r"(Idea|Source|Differs|Needs|Cost|Error): ")
 
 
 def paragraphs(text: str) -> list[str]:
@@ -85,7 +85,8 @@ def policy_part(name: str) -> str:
     own = [
         f
         for f in (x for x in fields(cls) if x.init)
-        if f.name != "inner" and (f.name not in common or f.default != common[f.name])
+        if f.name not in ("inner", "options", "given")
+        and (f.name not in common or f.default != common[f.name])
     ]
     lines = described(cls)
     if own:
@@ -93,7 +94,9 @@ def policy_part(name: str) -> str:
         about = re.sub(r"`Scored`'s parameters(, and |; )?", "", about)
         about = re.sub(r"^Parameters? ", "", about)
         about = about[:1].upper() + about[1:]
-        lines += [f"**Parameters of its own.** {about} By default {defaults(own)}.", ""]
+        usual = [f for f in own if f.default != ""]
+        about += f" By default {defaults(usual)}." if usual else ""
+        lines += [f"**Parameters of its own.** {about}", ""]
     return "\n".join(lines)
 
 

@@ -86,6 +86,8 @@ SPANS = {
     "sinks": ("sinks:2+window:6", "sinks:2+window:4096"),
     "duo": ("duo:sinks=2,window=6,map=", "duo:retrieval=1.0,map="),
 }
+STUB = "press:retention.presses.First"
+"""A score from outside, as the tests of retention have it."""
 INNER = {"ada": "h2o", "pyramid": "snapkv"}
 """What a wrapper is tried around."""
 
@@ -96,6 +98,10 @@ def policies() -> dict[str, tuple[str, str]]:
     for name in policies_available():
         if name in SPANS:
             out[name] = SPANS[name]
+        elif name == "press":
+            out["press(first)"] = tuple(
+                f"{STUB},budget={b},sinks=1,window=3" for b in ("0.5", "1.0")
+            )
         elif issubclass(policy_class(name), Wrapper):
             inner = INNER.get(name, "keydiff")
             out[f"{name}({inner})"] = tuple(

@@ -13,6 +13,7 @@ from typing import Any
 from quire.errors import ConfigError
 from quire.models.attach import Attachment, connect
 from quire.models.hf_cache import KVCache
+from quire.retention import Keep
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
 
 __all__ = ["Attachment", "KVCache", "attach"]
@@ -21,7 +22,7 @@ __all__ = ["Attachment", "KVCache", "attach"]
 def attach(
     model: Any,
     kv: str = "auto",
-    keep: str = "full",
+    keep: str | Keep = "full",
     *,
     memory: int | float | str = 0.5,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
@@ -38,7 +39,7 @@ def attach(
     Args:
         model: loaded, in eval mode, on its device.
         kv: codec recipe; `"auto"` stores the model's own dtype.
-        keep: retention.
+        keep: retention, as text or as `quire.retention.outside(press)`.
         memory: size of the arena: bytes, a share of free memory as a float, or text as `"8GiB"`.
         block_tokens: tokens per block.
         attention: backend, `"auto"`, `"cpu"` (the compiled kernels), `"torch"` or `"reference"`.

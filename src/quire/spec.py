@@ -360,13 +360,13 @@ class KVConfig:
     Args:
         kv: codec recipe: `"auto"` (the model's own dtype), `"int4"`, `"kivi:bits=2,residual=128"`, `"k=int8,v=int4"`,
             each with options after `;`, as in `"int4;skip_layers=0,1,-1"`.
-        keep: retention, `"full"` by default.
+        keep: retention, `"full"` by default; or a `quire.retention.Keep`, as `quire.retention.outside` makes one.
         block_tokens: tokens per block.
         share: `"off"`, or `"prefix"`: prefixes that were computed before are found; `"prefix:evict=lru"`.
     """
 
     kv: str = "auto"
-    keep: str = "full"
+    keep: Any = "full"
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     share: str = "off"
 
@@ -375,7 +375,7 @@ class KVConfig:
             raise ConfigError(
                 f"block_tokens must be at least 1, not {self.block_tokens}; 32 is the default"
             )
-        if not self.kv.strip() or not self.keep.strip():
+        if not self.kv.strip() or not str(self.keep).strip():
             raise ConfigError(
                 "kv and keep must not be empty; kv='auto', keep='full' are the defaults"
             )

@@ -23,8 +23,8 @@ from quire.store.compact import families
 
 SMALL = "sinks=2,window=4,boundary=3,every=8"
 """Protects little, so that short prompts have something to lose."""
-OWN_TESTS = ("kvzip", "kvzap")
-"""What reads a prompt twice, or needs a map of its model, has files of its own."""
+OWN_TESTS = ("kvzip", "kvzap", "press")
+"""What reads a prompt twice, needs a map of its model, or somebody else's code, has files of its own."""
 PLAIN = tuple(n for n in available() if issubclass(policy_class(n), Scored) and n not in OWN_TESTS)
 """Policies that score."""
 WRAPPED = ("ada(h2o)", "pyramid(snapkv)", "ada(pyramid(keydiff))", "pyramid(ada(expected))")
@@ -101,7 +101,7 @@ class Outcome:
 
 def run(
     model: Any,
-    requests: Sequence[tuple[Sequence[int], str]],
+    requests: Sequence[tuple[Sequence[int], Any]],
     *,
     n_tokens: int = 20,
     step_tokens: int = 48,

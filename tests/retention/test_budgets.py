@@ -12,7 +12,7 @@ from quire.retention.contract import Budget, Scored
 from quire.retention.recipe import policy_class
 from quire.spec import Coord
 
-SCORES = [n for n in available() if issubclass(policy_class(n), Scored)]
+SCORES = [n for n in available() if issubclass(policy_class(n), Scored) and n != "press"]
 
 
 def tokens(n_layers: int = 4, n_heads: int = 2, n: int = 400) -> dict[Coord, torch.Tensor]:

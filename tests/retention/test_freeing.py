@@ -43,7 +43,7 @@ class _Item:
     logits: int = 1
 
 
-def held(model: Any, prompt: list[int], keep: str, **options: Any) -> tuple[int, Any]:
+def held(model: Any, prompt: list[int], keep: Any, **options: Any) -> tuple[int, Any]:
     """Bytes that a prompt holds in the pool when its tokens have gone and one more has come, and the rules."""
     runner = open_runner(model, memory="64MiB", **options)
     assert isinstance(runner, ModelRunner)

@@ -84,7 +84,9 @@ def everything() -> Outcome:
     return run(model(), [(TEXTS[0], "full")])
 
 
-@pytest.mark.parametrize("policy", [*(p for p in available() if p not in NEEDS_A_MAP), *WRAPPED])
+@pytest.mark.parametrize(
+    "policy", [*(p for p in available() if p not in (*NEEDS_A_MAP, "press")), *WRAPPED]
+)
 def test_a_budget_that_covers_all_gives_what_full_gives(policy: str) -> None:
     full = everything()
     keep = {

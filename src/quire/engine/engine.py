@@ -30,6 +30,7 @@ from quire.engine.scheduler import Scheduler
 from quire.engine.sharing import Opener
 from quire.engine.stream import Stream
 from quire.errors import CapacityError, RequestError
+from quire.retention import Keep
 from quire.store.namespace import Hints, Namespace
 
 __all__ = ["Engine"]
@@ -101,7 +102,7 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         adapter: str | None = None,
-        keep: str | None = None,
+        keep: str | Keep | None = None,
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
@@ -261,7 +262,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | None = None,
-        keep: str | None = None,
+        keep: str | Keep | None = None,
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
@@ -339,7 +340,7 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         adapter: str | None = None,
-        keep: str | None = None,
+        keep: str | Keep | None = None,
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,

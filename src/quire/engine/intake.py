@@ -186,11 +186,22 @@ class Intake:
                 f"this runner keeps no policy, so keep={keep!r} means nothing; drop it"
             )
         try:
-            policy = parse_keep(keep) if isinstance(keep, str) else keep
+            policy = parse_keep(keep)
+            self._check_imports(keep, policy, usual)
             self.room.rules(policy)  # type: ignore[attr-defined]
         except ConfigError as e:
             raise RequestError(str(e)) from e
         return None if policy.full and usual.full else policy
+
+    @staticmethod
+    def _check_imports(keep: str | Keep, policy: Keep, usual: Keep) -> None:
+        """A text loads no code of other people's that was not loaded at the start. Raises ConfigError."""
+        wanted = getattr(policy.policy, "imports", ())
+        if isinstance(keep, str) and wanted and wanted != getattr(usual.policy, "imports", ()):
+            raise ConfigError(
+                f"keep={keep!r}: a request loads no code from outside; it may change budget, sinks and window of the "
+                "press that was opened with --keep, or give an object: quire.retention.outside(press)"
+            )
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

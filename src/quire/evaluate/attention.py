@@ -83,7 +83,7 @@ class _Observer:
     def take(self, layer: int, q: torch.Tensor, scale: float, answers: Sequence[Attended]) -> None:
         self.paid[layer] = answers[0].total(self.row).double().cpu()
 
-    def note(self, layer: int, hidden: torch.Tensor) -> None:
+    def note(self, layer: int, hidden: torch.Tensor, positions: Any) -> None:
         """Not asked for."""
 
     def finish(self) -> None:

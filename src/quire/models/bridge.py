@@ -22,6 +22,7 @@ from quire.models.hf_cache import KVCache
 from quire.models.hidden import note_hidden
 from quire.models.keep import Rules, bind
 from quire.models.load import weights_digest
+from quire.models.outside import Outside
 from quire.models.patches import Patches
 from quire.models.prepack import Prepacked, prepack
 from quire.models.probe import Shape
@@ -90,7 +91,8 @@ class Bridge:
         self.has_state = shape.recurrent
         self.keep = parse_keep("full")
         """What sequences keep that ask for nothing else."""
-        self._rules: dict[str, Rules] = {}
+        self._rules: dict[Keep, Rules] = {}
+        self._outside: dict[Any, Outside] = {}
         self._turner: Turner | None = None
         self.observer: Callable[[Step], Watcher] | None = None
         """Stands in for the policies' watch, for who wants to see attention (`quire.evaluate.attention`)."""
@@ -142,13 +144,25 @@ class Bridge:
 
     def rules(self, keep: Keep) -> Rules:
         """What a policy means for this model. Raises ConfigError where it cannot be had."""
-        found = self._rules.get(keep.text)
+        found = self._rules.get(keep)
         if found is None:
             found = Rules(self, bind(keep, self.shape, lambda: self.digest))
-            if found.scores and found.policy.notes and not self._noting:
+            looks = found.scores and (found.policy.notes or found.records)
+            if looks and not self._noting:
                 self._noting = True
                 self.patches.also(note_hidden(self.model, found.layers))
-            self._rules[keep.text] = found
+            self._rules[keep] = found
+        return found
+
+    def outside(self, rules: Rules) -> Outside:
+        """A scorer from outside on this model, tried once. Raises ConfigError where it cannot be driven."""
+        policy = rules.policy
+        key = policy.given or policy.imports
+        found = self._outside.get(key)
+        if found is None:
+            who = f"keep={rules.keep.text!r}"
+            found = Outside(self, policy.scorer, rules.layers, rules.heads, who)
+            self._outside[key] = found
         return found
 
     @cached_property

@@ -70,8 +70,8 @@ class Watcher(Protocol):
         """Their answers, the layer's queries `[n_tokens, H_q, D]`, and what their scores are multiplied by."""
         ...
 
-    def note(self, layer: int, hidden: torch.Tensor) -> None:
-        """What enters the layer's attention, `[n_tokens, width]`."""
+    def note(self, layer: int, hidden: torch.Tensor, positions: Callable[[], Any]) -> None:
+        """What enters the layer's attention, `[n_tokens, width]`, and what gives its position embeddings by token."""
         ...
 
     def finish(self) -> None:
@@ -193,8 +193,8 @@ def quire_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,  # in the place that it has in sdpa's, since some wrap all functions alike
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,

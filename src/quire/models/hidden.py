@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from quire.errors import ConfigError
 from quire.models.forward import CURRENT
 
-__all__ = ["attentions", "note_hidden"]
+__all__ = ["attentions", "note_hidden", "position_slices"]
 
 
 def attentions(model: Any) -> dict[int, torch.nn.Module]:
@@ -46,6 +47,23 @@ def note_hidden(model: Any, layers: Sequence[int]) -> Callable[[], None]:
     return undo
 
 
+def position_slices(
+    given: Any, hidden: torch.Tensor, valid: torch.Tensor | None
+) -> tuple[torch.Tensor, ...] | None:
+    """A layer's `position_embeddings` by token, `[n, D]` each; None where there are none of this kind.
+
+    Args:
+        given: as the layer was called with; hidden: `[B, T, width]`, as well.
+        valid: flat indices of the positions that are tokens; None for all.
+    """
+    if not isinstance(given, tuple | list) or not all(isinstance(x, torch.Tensor) for x in given):
+        return None
+    if any(x.ndim != 3 or x.shape[1] != hidden.shape[1] for x in given):
+        return None
+    flat = [x.expand(hidden.shape[0], -1, -1).reshape(-1, x.shape[-1]) for x in given]
+    return tuple(x if valid is None else x[valid] for x in flat)
+
+
 def _hook(layer: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now = CURRENT.get()
@@ -55,6 +73,8 @@ def _hook(layer: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
         if not isinstance(x, torch.Tensor):
             raise ConfigError(f"layer {layer}: no hidden states enter its attention; use kvzip")
         flat = x.detach().reshape(-1, x.shape[-1])
-        now.watch.note(layer, flat if now.valid is None else flat[now.valid])
+        hidden = flat if now.valid is None else flat[now.valid]
+        turned = partial(position_slices, kwargs.get("position_embeddings"), x, now.valid)
+        now.watch.note(layer, hidden, turned)
 
     return before

@@ -19,6 +19,7 @@ import torch
 
 from quire.errors import ConfigError, InvariantError, RequestError
 from quire.models.keeper import Keeper
+from quire.models.outside import Outside
 from quire.models.rope import Regimes
 from quire.plan.kept import Kept, refuse_nothing_to_drop, retained
 from quire.plan.layout import Layout
@@ -59,6 +60,9 @@ class Rules:
         self.layers = sorted({layer for g in bodies for layer in g.layers})
         self.bytes_per_token = sum(g.bytes_per_token for g in bodies)
         self.kept = Kept(self.layout, self.policy, self.bytes_per_token)
+        self.outside: Outside | None = None
+        if self.scores and self.policy.calls:
+            self.outside = bridge.outside(self)
 
     @property
     def endless(self) -> bool:
@@ -103,10 +107,17 @@ class Rules:
         """Whether its prefixes are those of the store's own groups."""
         return self.groups is None
 
+    @property
+    def records(self) -> bool:
+        """Whether what enters each layer's attention is kept for a scorer from outside."""
+        return self.outside is not None and self.outside.records
+
     def hit_limit(self, prompt_tokens: int) -> int:
         """At most so many tokens of a prompt may be found."""
         if not self.scores:
             return 1 << 62
+        if self.records:
+            return 0
         return int(self.policy.hit_limit(prompt_tokens))
 
     def most_tokens(self, n_tokens: int, prompt_tokens: int) -> int:
@@ -114,6 +125,8 @@ class Rules:
         if not self.scores:
             return n_tokens
         first, every = min(n_tokens, prompt_tokens), self.policy.every
+        if self.policy.once:
+            return max(n_tokens, first + self.kept_tokens(first))
         kept = self.kept_tokens(n_tokens) + every
         times = max(0, -(-(n_tokens - prompt_tokens) // every))  # that tokens go on the way
         most = max(n_tokens, 2 * (prompt_tokens + (times - 1) * every)) if times else n_tokens
@@ -215,7 +228,10 @@ def _check(bridge: Any, keep: Keep, spec: Any) -> None:
             raise ConfigError(f"{who}: {e}; use snapkv or keydiff") from e
     if policy.repeats:
         _check_repeats(bridge, who)
-    if policy.notes and bridge.compiled is not None:
+    if policy.calls and (bridge.shape.mla or bridge.way == "patched"):
+        what = "keeps latents (MLA)" if bridge.shape.mla else "has an attention of its own"
+        raise ConfigError(f"{who}: this model {what}, which no press knows; use keydiff or h2o")
+    if (policy.notes or policy.calls) and bridge.compiled is not None:
         raise ConfigError(
             f"{who}: it looks at hidden states, which compiled code does not show; drop compile"
         )

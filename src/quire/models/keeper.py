@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +14,11 @@ import torch
 from quire.attention.read import Row
 from quire.errors import InvariantError
 from quire.models.choosing import by_block, inside, make_parts
-from quire.models.moving import read_field, row_mover
+from quire.models.moving import read_field, read_raw, row_mover
+from quire.models.outside import Piece
 from quire.plan.kept import unit_tokens
-from quire.retention.contract import Seen
+from quire.retention.contract import FOREVER, Called, Seen
+from quire.retention.press import CannotScoreError
 from quire.spec import Coord, Residual
 from quire.store.chain import Chain
 from quire.store.compact import Part, compact, companion, families, settled
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from quire.models.keep import Rules
 
 __all__ = ["Keeper"]
+
+log = logging.getLogger("quire")
 
 
 @dataclass
@@ -46,6 +52,8 @@ class Keeper:
         self.queries: dict[int, torch.Tensor] = {}
         """Layer to `[n, H_q, D]`: the last queries, at the positions before `seen`."""
         self.scales: dict[int, float] = {}
+        self.pieces: dict[int, list[Piece]] = {}
+        """Layer to what entered its attention so far, for a scorer from outside that looks at it."""
         self.seen = 0
         self.repeated = 0
         """Tokens before it were read once more already, for a policy that wants that."""
@@ -85,15 +93,18 @@ class Keeper:
             for name, line in self.lines.items()
         }
         twin.queries, twin.scales = dict(self.queries), dict(self.scales)
+        twin.pieces = {layer: list(x) for layer, x in self.pieces.items()}
         twin.repeated = self.repeated
         return twin
 
     def reset(self) -> None:
         self.prompt_tokens = self.due = self.first or 0
         self.seen = self.repeated = 0
-        self.lines, self.queries = {}, {}
+        self.lines, self.queries, self.pieces = {}, {}, {}
 
     def begin_prompt(self, table: BlockTable, n_tokens: int) -> None:
+        if self.rules.policy.once and table.length:
+            return
         self.prompt_tokens = self.due = table.length + n_tokens
 
     # -- what a forward tells ----------------------------------------------------------------------------------------
@@ -108,6 +119,10 @@ class Keeper:
         if queries == "all":
             return row.stop - row.start
         return max(0, row.stop - max(row.start, self.due - int(queries)))
+
+    def records(self, row: Row) -> bool:
+        """Whether what enters a layer's attention is kept for a scorer: until tokens have gone."""
+        return self.rules.records and row.stop <= self.due < FOREVER
 
     def add(
         self, chain: Chain, tiles: slice, slots: torch.Tensor | slice, mass: torch.Tensor
@@ -175,7 +190,12 @@ class Keeper:
             return
         wanted = {}
         for name, chains in families(table).items():
-            wanted[name] = self._choose(table, chains)
+            try:
+                wanted[name] = self._choose(table, chains)
+            except CannotScoreError as e:
+                log.warning("keep=%r: %s; all %d tokens stay", rules.keep.text, e, length)
+                self._forget()
+                return
         before = families(table)
         lines = {c.group.name: c for chains in before.values() for c in chains}
         every = {n: c.slot(length) for n, c in lines.items()}
@@ -190,7 +210,8 @@ class Keeper:
         self._forget()
 
     def _forget(self) -> None:
-        """Of the last N queries' attention nothing is left for the next time."""
+        """Of the last N queries' attention nothing is left for the next time, nor of what a scorer was given."""
+        self.pieces = {}
         if isinstance(self.rules.policy.queries, int):
             for line in self.lines.values():
                 line.mass = None
@@ -311,6 +332,9 @@ class Keeper:
             mine = [h * share + g for h in chain.group.heads(layer) for g in range(share)]
             queries = q[:, mine].transpose(0, 1)
             at = torch.arange(self.seen - q.shape[0], self.seen, device=q.device)
+        called = None
+        if rules.outside is not None:
+            called = partial(self._call, table, chain, layer)
         mass = cut(line.mass)
         if (policy.queries is not None or policy.repeats) and mass is None:
             mass = torch.zeros(positions.shape, device=positions.device)
@@ -326,5 +350,25 @@ class Keeper:
             query_positions=at,
             scale=self.scales.get(layer, 1.0),
             notes=cut(line.notes),
+            called=called,
             turn=rules.turn(layer),
         )
+
+    def _call(self, table: BlockTable, chain: Chain, layer: int) -> Called:
+        """What a scorer from outside is given of a layer: every token, those that are still raw as well."""
+        rules, length = self.rules, table.length
+        outside = rules.outside
+        assert outside is not None
+        low, raw = settled(table, chain), companion(table, chain)
+
+        def whole(name: str) -> torch.Tensor:
+            parts = []
+            if low:
+                parts.append(read_field(rules.store, rules.layout, chain, layer, name, low))
+            if raw is not None and low < length:
+                parts.append(read_raw(rules.store, raw, layer, name, low, length))
+            return torch.cat(parts, 1)
+
+        k, v = (whole(name) for name in rules.bridge.field_names(layer))
+        pieces = self.pieces.get(layer, ())
+        return outside.called(layer, k, v, pieces, rules.kept_tokens(length))

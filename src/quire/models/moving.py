@@ -19,7 +19,7 @@ from quire.store.chain import Chain
 from quire.store.compact import Move, move_rows
 from quire.store.store import BlockStore
 
-__all__ = ["read_field", "row_mover"]
+__all__ = ["read_field", "read_raw", "row_mover"]
 
 
 def read_field(
@@ -42,6 +42,17 @@ def read_field(
         pos = torch.arange(n_blocks * size, device=at.device).view(n_blocks, 1, size)
         x = codec.decode(site, parts, pos, torch.float32)
     return x.transpose(0, 1).flatten(1, 2)[:, :n_slots]
+
+
+def read_raw(
+    store: BlockStore, chain: Chain, layer: int, name: str, start: int, stop: int
+) -> torch.Tensor:
+    """`[heads, stop - start, *shape]` float32: positions of one plain field, from a block's first one on."""
+    size = chain.group.block_tokens
+    blocks = chain.ids[start // size : -(-stop // size)]
+    at = torch.from_numpy(store.units(chain.group, blocks)).to(store.arena.device)
+    x = store.view(chain.group, layer, name)[at].float()
+    return x.transpose(0, 1).flatten(1, 2)[:, : stop - start]
 
 
 def row_mover(layout: Layout) -> Move:

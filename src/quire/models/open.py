@@ -10,7 +10,7 @@ from quire.models.compiled import check_compile, compile_runner
 from quire.models.load import full_digest
 from quire.models.prepack import prepack
 from quire.models.runner import ModelRunner, NoCacheRunner
-from quire.retention import parse_keep
+from quire.retention import Keep, parse_keep
 from quire.share import parse_share
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
 from quire.store.tiers.recipe import parse_tiers
@@ -20,7 +20,7 @@ def open_runner(
     model: Any,
     *,
     kv: str = "auto",
-    keep: str = "full",
+    keep: str | Keep = "full",
     memory: int | float | str = 0.5,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     attention: str = "auto",
@@ -34,7 +34,7 @@ def open_runner(
 
     Args:
         model: a loaded causal transformers model in eval mode.
-        kv, keep: string forms, see `KVConfig`.
+        kv, keep: string forms, see `KVConfig`; keep may be a `quire.retention.outside(press)`.
         memory: of the arena: bytes, a share of free memory, or text as `"8GiB"`.
         attention: backend; way: forces a way into the model.
         weights: "plain", "prepacked", "int8" or "auto": what the linear layers read, see `quire.models.prepack`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ from quire.attention.observe import Attended
 from quire.attention.read import Row
 from quire.attention.step import Step
 from quire.models.keeper import Keeper
+from quire.models.outside import Piece
 from quire.spec import CacheGroup
 from quire.store.chain import Chain
 from quire.store.compact import companion, families
@@ -38,6 +39,7 @@ class Watch:
         self._places: dict[tuple[int, int, int], Any] = {}
         self._found: list[tuple[Keeper, Chain, slice, Any, torch.Tensor]] = []
         self._notes: list[tuple[Keeper, Chain, slice, slice, torch.Tensor]] = []
+        self._pieces: list[tuple[Keeper, int, Piece]] = []
         self._taken: set[int] = set()
         self._queries: list[tuple[Keeper, int, torch.Tensor, float, int]] = []
 
@@ -55,13 +57,24 @@ class Watch:
                 out.append(Attended(fold, over=over, top=top, rows=rows))
         return out
 
-    def note(self, layer: int, hidden: torch.Tensor) -> None:
-        """Hidden states `[n_tokens, width]` that enter the layer's attention."""
+    def note(self, layer: int, hidden: torch.Tensor, positions: Callable[[], Any]) -> None:
+        """Hidden states `[n_tokens, width]` that enter the layer's attention, and their position embeddings."""
+        turned = None
         for row, keeper in self.keepers.items():
             policy = keeper.rules.policy
-            if not policy.notes or layer not in keeper.rules.layers:
+            if layer not in keeper.rules.layers:
                 continue
             first = self.firsts[row]
+            if keeper.records(row):
+                turned = positions() if turned is None else turned
+                stop = first + row.stop - row.start
+                piece = Piece(
+                    hidden[first:stop].clone(),
+                    None if turned is None else tuple(x[first:stop] for x in turned),
+                )
+                self._pieces.append((keeper, layer, piece))
+            if not policy.notes:
+                continue
             x = policy.note(layer, hidden[first : first + row.stop - row.start]).T.float()
             for chain in _chains_of(row.table, layer):
                 tile = chain.group.tile_index(layer)
@@ -120,6 +133,8 @@ class Watch:
             keeper.add(chain, tiles, slots, mass)
         for keeper, chain, tiles, at, notes in self._notes:
             keeper.write(chain, tiles, at, notes)
+        for keeper, layer, piece in self._pieces:
+            keeper.pieces.setdefault(layer, []).append(piece)
         for keeper, layer, q, scale, stop in self._queries:
             keeper.remember(layer, q, scale, stop)
 

@@ -7,6 +7,7 @@ Packages outside register the same class under the entry point group `quire.rete
 torch.
 """
 
+from quire.retention.press import outside
 from quire.retention.recipe import Keep, available, load_policy, parse_keep, shown
 
-__all__ = ["Keep", "available", "load_policy", "parse_keep", "shown"]
+__all__ = ["Keep", "available", "load_policy", "outside", "parse_keep", "shown"]

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "FOREVER",
     "LEAD_TOKENS",
     "Budget",
+    "Called",
     "Scored",
     "Seen",
     "Wrapper",
@@ -30,6 +32,9 @@ __all__ = [
     "parameters",
     "share_out",
 ]
+
+FOREVER = 1 << 40
+"""Tokens after which those go again that go once only."""
 
 LEAD_TOKENS = 8
 """Of the piece before, where tokens are read once more piece by piece, so that the model knows where it is."""
@@ -102,6 +107,26 @@ def check_number(policy: str, what: str, value: Any, low: float, high: float) ->
 
 
 @dataclass(frozen=True)
+class Called:
+    """What a layer's attention was called with over one whole sequence of T tokens, as one call.
+
+    Args:
+        module: the layer's attention.
+        hidden: `[1, T, width]` in the model's dtype, what entered it; None for a scorer that does not look at it.
+        keys, values: `[1, H, T, D]` in the model's dtype, as stored (keys after RoPE).
+        kwargs: what else it was given, `position_embeddings` among it.
+        kept_tokens: how many are to stay.
+    """
+
+    module: Any
+    hidden: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+    kwargs: dict[str, Any]
+    kept_tokens: int
+
+
+@dataclass(frozen=True)
 class Seen:
     """What a policy is shown of some KV heads of one layer; T tokens each, of which it scores every one.
 
@@ -116,6 +141,7 @@ class Seen:
         scale: what the model multiplies the product of a query and a key by.
         notes: `[H, T]` float32, what its `note` said of each token when it came.
         read: `read("k")`, `read("v")`: `[H, T, D]` float32 as stored (keys after RoPE), decoded. Costs a pass.
+        called: what the layer's attention was called with, all heads of the layer, if it asked.
         turn: `turn(x, by)` moves queries or keys `x: [..., D]` on by so many positions; None where the model cannot say
             how.
     """
@@ -132,6 +158,7 @@ class Seen:
     scale: float = 1.0
     notes: torch.Tensor | None = None
     turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    called: Callable[[], Called] | None = None
 
     @property
     def layer(self) -> int:
@@ -170,6 +197,10 @@ class Scored:
     """Whether it cannot do without `turn`."""
     notes: ClassVar[bool] = False
     """Whether it has a `note` to make of each token's hidden state."""
+    calls: ClassVar[bool] = False
+    """Whether it is shown what each layer's attention was `called` with."""
+    once: ClassVar[bool] = False
+    """Whether tokens go at the end of the first prompt only; what comes later stays."""
     by_head: ClassVar[bool] = False
     """Whether heads of one layer may keep different numbers of tokens."""
     by_layer: ClassVar[bool] = False
@@ -181,6 +212,10 @@ class Scored:
         object.__setattr__(self, "budget", Budget.parse(self.budget, f"{self.name}: budget"))
         for what, least in (("sinks", 0), ("window", 1), ("boundary", 0), ("every", 1)):
             check_tokens(self.name, what, getattr(self, what), least)
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        """Refuses fewer tokens than are protected. Raises ConfigError."""
         least = self.sinks + self.window + self.boundary
         if self.budget.tokens and self.budget.tokens < least:
             raise ConfigError(

@@ -68,7 +68,7 @@ def shown() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Keep:
-    """A parsed `keep=`: its text and its policy."""
+    """A parsed `keep=`: its text and its policy. Taken wherever the text is."""
 
     text: str
     policy: Any
@@ -107,13 +107,17 @@ class Keep:
         return self if bound is None else Keep(self.text, bound(digest))
 
 
-@cache
-def parse_keep(text: str) -> Keep:
-    """Parses and checks a `keep=` string without a model.
+def parse_keep(keep: str | Keep) -> Keep:
+    """Parses and checks a `keep=` string without a model; a policy that was parsed or made already stays as it is.
 
     Raises:
         ConfigError: one line that says what would work.
     """
+    return keep if isinstance(keep, Keep) else _parse(keep)
+
+
+@cache
+def _parse(text: str) -> Keep:
     terms = [t.strip() for t in _split(text, "+")]
     policy = load_policy(terms[0], text)
     for term in terms[1:]:
@@ -160,18 +164,28 @@ def load_policy(term: str, text: str = "") -> Any:
                 else "takes no policy in brackets"
             )
         )
-    known = [f.name for f in fields(cls) if f.name != "inner" and f.init]
+    known = [f.name for f in fields(cls) if f.name not in ("inner", "options") and f.init]
+    first = getattr(cls, "first", known[0] if known else "")
+    takes_more = any(f.name == "options" for f in fields(cls))
     values: dict[str, Any] = {} if inner is None else {"inner": inner}
+    options: dict[str, Any] = {}
     for at, item in enumerate(filter(None, (x.strip() for x in rest.split(",")))):
         key, eq, value = (x.strip() for x in item.partition("="))
         if not eq and at == 0 and known:
-            key, value = known[0], item
+            key, value = first, item
+        if takes_more and key not in known and key.isidentifier() and value:
+            if key in options:
+                raise ConfigError(f"keep={text!r}: {key} is given twice")
+            options[key] = _value(value)
+            continue
         if key not in known or not value:
             takes = f"it takes {', '.join(known)}" if known else "it takes no parameters"
             raise ConfigError(f"keep={text!r}: unknown parameter {item!r} of {name}; {takes}")
         if key in values:
             raise ConfigError(f"keep={text!r}: {key} is given twice")
         values[key] = value if key == "budget" else _value(value)
+    if takes_more:
+        values["options"] = tuple(options.items())
     return cls(**values)
 
 
