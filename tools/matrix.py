@@ -98,6 +98,8 @@ def policies() -> dict[str, tuple[str, str]]:
     for name in policies_available():
         if name in SPANS:
             out[name] = SPANS[name]
+        elif name == "quest":
+            out[name] = ("quest:budget=9,skip=0", "quest:budget=4096,skip=0")
         elif name == "press":
             out["press(first)"] = tuple(
                 f"{STUB},budget={b},sinks=1,window=3" for b in ("0.5", "1.0")

@@ -99,6 +99,10 @@ class Field:
         return self.item_bytes * (block_tokens if self.per == "token" else 1)
 
 
+BOUNDS = "k.bounds"
+"""A field per block, `[2, D]`, where queries may read fewer blocks: the least and largest of its keys, by channel."""
+
+
 @dataclass(frozen=True)
 class CacheGroup:
     """A largest set of coordinates that keep the same tokens in the same form.

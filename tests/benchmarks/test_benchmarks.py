@@ -31,6 +31,7 @@ KEYS = {
     "latents": {"cases"},
     "sharing": {"index", "copies", "policies"},
     "dropping": {"cases"},
+    "reading": {"cases"},
     "streaming": {"cases", "recomputed_ppl", "sink_share", "verdicts"},
     "serving": {"repeated", "beside", "verdicts"},
     "watching": {"looks", "misses"},

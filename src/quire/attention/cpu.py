@@ -23,6 +23,7 @@ from quire.attention.observe import Attended
 from quire.attention.paid import Paid, plan_paid
 from quire.attention.read import Read, Seal, Write
 from quire.attention.reference import ALL, TorchBackend
+from quire.attention.sparse import Picks, few_segments, indexed, picked
 from quire.attention.step import Step
 from quire.errors import ConfigError, InvariantError
 from quire.kernels import native
@@ -61,7 +62,7 @@ class _Segments:
     """What the single queries of a step read in the layers that share these reads."""
 
     args: DecodeArgs
-    tiles: dict[tuple[int, str, str], _Tiles | None]
+    tiles: dict[tuple[Any, ...], _Tiles | None]
     """Of every layer, kept from step to step."""
     groups: tuple[CacheGroup, ...]
     single: list[Read]
@@ -70,6 +71,8 @@ class _Segments:
     """Tokens that read sinks turned back, and by how much; their segments belong to rows behind all tokens."""
     alive: list[Any]
     """What the addresses in `args` point at."""
+    indexed: bool = False
+    """Whether queries may read fewer blocks."""
     paid: dict[int, Paid] = field(default_factory=dict)
     latents: dict[int, Latents | None] = field(default_factory=dict)
 
@@ -100,7 +103,7 @@ class CpuBackend(TorchBackend):
             tuple[CacheGroup, CacheGroup], list[tuple[int, EncodeArgs]] | None
         ] = Recent()
         self._latents: Recent[tuple[CacheGroup, ...], dict[int, Latents | None]] = Recent()
-        self._tiles: Recent[tuple[CacheGroup, ...], dict[tuple[int, str, str], _Tiles | None]] = (
+        self._tiles: Recent[tuple[CacheGroup, ...], dict[tuple[Any, ...], _Tiles | None]] = (
             Recent()
         )
 
@@ -194,18 +197,11 @@ class CpuBackend(TorchBackend):
             answer = self._absorbed(step, layer, q, keys, scale)
             if answer is not None:
                 return answer
-        dtype = _DTYPES.get(q.dtype)
         plan = tiles = None
-        if dtype is not None and len(keys) == 1 and window is None and step.device.type == "cpu":
-            plan = self._segments(step, step.of_layer(layer)[2])
-        if plan is not None:
-            tiles = plan.tiles.get((layer, keys[0], value), _UNKNOWN)
-            if tiles is _UNKNOWN:
-                tiles = _lay_out(step.layout, plan.groups, layer, keys[0], value)
-                plan.tiles[layer, keys[0], value] = tiles
-        unfit = plan is not None and plan.turned is not None and (attended, sinks) != (None, None)
-        unfit = unfit or tiles is None or tiles.d != q.shape[2] or q.shape[1] % tiles.kv_heads
-        if plan is None or tiles is None or unfit:
+        if window is None:
+            plan, tiles = self._served(step, layer, q, keys, value)
+        picks = picked(step, layer, plan.single) if plan is not None and plan.indexed else []
+        if plan is None or tiles is None or _unfit(plan, picks, attended, sinks):
             return super().run(
                 step,
                 layer,
@@ -246,6 +242,14 @@ class CpuBackend(TorchBackend):
         args, logits = plan.args, None
         if sinks is not None:
             logits = sinks.detach().to(torch.float32).contiguous()
+        if picks:
+            fewer = few_segments(step, layer, q, picks, plan.groups, plan.alive[0], scale)
+            tiles = self._by_head(plan, tiles, (layer, keys[0], value))
+            args = DecodeArgs.from_buffer_copy(args)
+            args.segments, args.n_segments = fewer.ctypes.data, len(fewer)
+            args.lse = args.probs = None
+            self._decode(args, tiles, q, out, scale, softcap or 0.0, logits)
+            return out
         if attended is None:
             args.lse = args.probs = None
             self._decode(args, tiles, q, out, scale, softcap or 0.0, logits)
@@ -255,6 +259,30 @@ class CpuBackend(TorchBackend):
         self._decode(args, tiles, q, out, scale, softcap or 0.0, logits)
         paid.answer(layer, tiles.kv_heads, flat, attended)
         return out
+
+    def _served(
+        self, step: Step, layer: int, q: torch.Tensor, keys: tuple[str, ...], value: str
+    ) -> tuple[_Segments | None, _Tiles | None]:
+        """What the kernel reads, and how it lies; one of them None where it does not serve these queries."""
+        if q.dtype not in _DTYPES or len(keys) != 1 or step.device.type != "cpu":
+            return None, None
+        plan = self._segments(step, step.of_layer(layer)[2])
+        if plan is None:
+            return None, None
+        tiles = plan.tiles.get((layer, keys[0], value), _UNKNOWN)
+        if tiles is _UNKNOWN:
+            tiles = _lay_out(step.layout, plan.groups, layer, keys[0], value)
+            plan.tiles[layer, keys[0], value] = tiles
+        if tiles is None or tiles.d != q.shape[2] or q.shape[1] % tiles.kv_heads:
+            return plan, None
+        return plan, tiles
+
+    def _by_head(self, plan: _Segments, tiles: _Tiles, key: tuple[int, str, str]) -> _Tiles:
+        """A layer's forms, and behind them each once more for every KV head by itself."""
+        found = plan.tiles.get((*key, "by head"))
+        if found is None:
+            found = plan.tiles[(*key, "by head")] = _each_head(tiles, len(plan.groups))
+        return found
 
     def _with_sinks(
         self,
@@ -389,6 +417,13 @@ class CpuBackend(TorchBackend):
         return made
 
 
+def _unfit(plan: _Segments, picks: Picks, attended: Attended | None, sinks: Any) -> bool:
+    """Whether a step asks for two things at once that the kernel's callers do one at a time."""
+    if plan.turned is not None:
+        return bool(picks) or attended is not None or sinks is not None
+    return bool(picks) and attended is not None
+
+
 def _plan_write(
     step: Step, w: Write, names: tuple[str, ...]
 ) -> tuple[WriteArgs, list[np.ndarray]] | None:
@@ -443,7 +478,8 @@ def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
     if back:
         by = torch.tensor([[-n] for _, n in back.values()])
         turned = torch.tensor(list(back)), by
-    return _Segments(args, {}, groups, single, chunks, turned, [segments])
+    fewer = any(indexed(g) for g in groups)
+    return _Segments(args, {}, groups, single, chunks, turned, [segments], fewer)
 
 
 def _turned_rows(single: list[Read]) -> dict[int, tuple[int, int]]:
@@ -480,3 +516,19 @@ def _lay_out(
         form.heads = heads.ctypes.data
         tiles.alive.append(heads)
     return tiles
+
+
+def _each_head(tiles: _Tiles, n_groups: int) -> _Tiles:
+    """Forms `[groups]`, then `[groups][heads]` of one head each, for segments that differ by head."""
+    plain, heads = tiles.alive[0], tiles.kv_heads
+    forms = (Form * (n_groups * (1 + heads)))()
+    out = _Tiles(addressof(forms), heads, tiles.d, [forms, tiles])
+    for g in range(n_groups):
+        forms[g] = plain[g]
+        for h in range(heads):
+            forms[n_groups + g * heads + h] = plain[g]
+            mine = np.full(heads, -1, np.int32)
+            mine[h] = tiles.alive[1 + g][h]
+            forms[n_groups + g * heads + h].heads = mine.ctypes.data
+            out.alive.append(mine)
+    return out

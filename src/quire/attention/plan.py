@@ -17,7 +17,7 @@ import torch
 
 from quire.attention.read import Places, Read, Row, Seal, Write, index
 from quire.plan.layout import Layout
-from quire.spec import CacheGroup, Residual
+from quire.spec import BOUNDS, CacheGroup, Residual
 from quire.store.chain import GONE, Chain, Extent
 from quire.store.store import BlockStore
 
@@ -53,6 +53,8 @@ class Plan:
         self.n_tokens = sum(r.stop - r.start for r in rows)
         self.writes: list[Write] = []
         self.seals: list[Seal] = []
+        self.bounds: list[tuple[CacheGroup, Places]] = []
+        """Blocks of plain groups that become whole and have bounds beside them, see `attention.sparse`."""
         self.reads: list[Read] = []
         self.prepared: dict[object, Any] = {}
         """What a backend makes of the plan once for all layers."""
@@ -107,10 +109,21 @@ class Plan:
             blocks.append(b)
             rows.append(r)
             tokens.append(np.arange(firsts[at], firsts[at + 1]))
+        if any(f.name == BOUNDS for f in group.fields):
+            self._plan_bounds(group, chains)
         units = self.store.units(group, np.concatenate(blocks))
         chosen = None if len(chains) == len(self.rows) else np.concatenate(tokens)
         places = Places(units, self.device, np.concatenate(rows))
         self.writes.append(Write(group, chosen, places))
+
+    def _plan_bounds(self, group: CacheGroup, chains: list[tuple[int, Chain]]) -> None:
+        size, whole = group.block_tokens, []
+        for at, chain in chains:
+            first, last = (chain.slot(x) // size for x in (self.rows[at].start, self.rows[at].stop))
+            whole.append(chain.ids[first:last])
+        blocks = np.concatenate(whole)
+        if len(blocks):
+            self.bounds.append((group, self._places(group, blocks)))
 
     def _plan_seals(
         self,

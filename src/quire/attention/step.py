@@ -12,7 +12,7 @@ import torch
 
 from quire.attention.plan import Plan
 from quire.attention.read import Read, Seal
-from quire.spec import ALIGN_BYTES, CacheGroup, Field
+from quire.spec import ALIGN_BYTES, BOUNDS, CacheGroup, Field
 
 Encode = Callable[[int, Seal], bool]
 
@@ -47,13 +47,45 @@ class Step(Plan):
         Args:
             encode: does it faster, or returns False and leaves it to the codecs.
         """
+        for group, places in self.bounds:
+            if group.holds(layer):
+                self._bound(layer, group, places.at, self.store.view(group, layer, "k")[places.at])
         for s in self.of_layer(layer)[1]:
             if encode is None or not encode(layer, s):
                 self.encode(layer, s)
+            if any(f.name == BOUNDS for f in s.body.fields):
+                self._bound_codes(layer, s)
             s.todo.discard(layer)
             if not s.todo:
                 for chain, entries in s.chains:
                     chain.encoded = max(chain.encoded, entries)
+
+    def _bound(self, layer: int, group: CacheGroup, at: torch.Tensor, keys: torch.Tensor) -> None:
+        """Notes the smallest and largest of `keys: [n, heads, block_tokens, D]` beside their blocks."""
+        view = self.store.view(group, layer, BOUNDS)
+        view[at] = torch.stack([keys.amin(2), keys.amax(2)], 2).to(view.dtype)
+
+    def _bound_codes(self, layer: int, s: Seal) -> None:
+        """Of keys as they are read: decoded."""
+        codec = self.layout.codecs_of(s.body)["k"]
+        site = next(x for x in self.layout.sites_of(s.body) if x.name == "k")
+        parts = {
+            f.name.partition(".")[2]: self.store.view(s.body, layer, f.name)[s.target.at]
+            for f in codec.stored(site)
+        }
+        dtype = getattr(torch, self.layout.dtype)
+        keys = codec.decode(site, parts, s.pos.unsqueeze(1), dtype)
+        self._bound(layer, s.body, s.target.at, keys)
+
+    def bounds_of(self, layer: int, read: Read, n: int) -> torch.Tensor:
+        """The bounds of the first `n` blocks that each row of a batch reads, `[R, heads, n, 2 * D]`."""
+        rows, heads = self.store.rows(read.source, layer, BOUNDS)
+        at, flat = read.blocks.at, read.blocks.flat
+        index = flat.get((BOUNDS, len(heads)))
+        if index is None:
+            index = (at[:, None, :n] + heads.view(1, -1, 1)).reshape(-1)
+            flat[BOUNDS, len(heads)] = index
+        return rows.index_select(0, index).view(at.shape[0], len(heads), n, -1)
 
     def encode(self, layer: int, s: Seal) -> None:
         """Encodes blocks of one layer by their codecs."""

@@ -247,8 +247,8 @@ class KVCache(Cache):
                 continue
             if self._recording:
                 raise RequestError(
-                    f"keep={self.bridge.keep.text!r} drops tokens at fixed lengths, which drafts do not have; assisted "
-                    "decoding goes with keep='full' or a window"
+                    f"keep={self.bridge.keep.text!r} drops or chooses tokens at fixed lengths, which drafts do not "
+                    "have; assisted decoding goes with keep='full' or a window"
                 )
             if queries > 1 and table.length:
                 table.keeper.begin_prompt(table, queries)

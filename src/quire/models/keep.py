@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from quire.attention.sparse import indexed
 from quire.errors import ConfigError, InvariantError, RequestError
 from quire.models.keeper import Keeper
 from quire.models.outside import Outside
+from quire.models.reader import Reader
 from quire.models.rope import Regimes
 from quire.plan.kept import Kept, refuse_nothing_to_drop, retained
 from quire.plan.layout import Layout
@@ -54,7 +56,7 @@ class Rules:
         """What its tables hold instead of the store's own groups, where queries read less or more."""
         if [(g.span, g.coords) for g in spec] != [(g.span, g.coords) for g in self.layout.spec]:
             self.groups = spec.groups
-        self.scores = not keep.spans and not keep.full
+        self.scores = not keep.spans and not keep.full and not keep.reads
         _check(bridge, keep, spec)
         bodies = retained(spec)
         self.layers = sorted({layer for g in bodies for layer in g.layers})
@@ -187,6 +189,8 @@ class Rules:
             table.chains = [Chain(g, self.store.pool_for(g)) for g in self.groups]
         if self.scores:
             table.keeper = Keeper(self, prompt_tokens)
+        if self.keep.reads:
+            table.keeper = Reader(self.policy, prompt_tokens)
 
 
 def bind(keep: Keep, shape: Any, digest: Digest) -> Keep:
@@ -220,6 +224,9 @@ def _check(bridge: Any, keep: Keep, spec: Any) -> None:
             raise ConfigError(f"{who}: {e}; use window:N") from e
     if keep.spans:
         return
+    if keep.reads:
+        _check_reads(bridge, who)
+        return
     policy = keep.policy
     if policy.turns:
         try:
@@ -228,12 +235,30 @@ def _check(bridge: Any, keep: Keep, spec: Any) -> None:
             raise ConfigError(f"{who}: {e}; use snapkv or keydiff") from e
     if policy.repeats:
         _check_repeats(bridge, who)
+    _check_looks(bridge, policy, who)
+
+
+def _check_looks(bridge: Any, policy: Any, who: str) -> None:
+    """What a policy or a scorer from outside looks at must be there."""
     if policy.calls and (bridge.shape.mla or bridge.way == "patched"):
         what = "keeps latents (MLA)" if bridge.shape.mla else "has an attention of its own"
         raise ConfigError(f"{who}: this model {what}, which no press knows; use keydiff or h2o")
     if (policy.notes or policy.calls) and bridge.compiled is not None:
         raise ConfigError(
             f"{who}: it looks at hidden states, which compiled code does not show; drop compile"
+        )
+
+
+def _check_reads(bridge: Any, who: str) -> None:
+    """Bounds of keys must lie beside the blocks, which is settled when a store is opened."""
+    if bridge.shape.mla:
+        raise ConfigError(
+            f"{who}: this model keeps latents (MLA), whose bounds say nothing of its keys; use keep='full'"
+        )
+    if not any(indexed(g) for g in bridge.layout.spec):
+        raise ConfigError(
+            f"{who}: bounds of keys lie beside the blocks, and this cache was opened without them; open it with "
+            "keep='quest:budget=1024', and requests may take others"
         )
 
 

@@ -85,6 +85,10 @@ class Keeper:
         due = self.due if start < self.due else self.due + self.rules.policy.every
         return min(stop, due)
 
+    def reads_by(self, position: int) -> None:
+        """Its queries read all that stays."""
+        return
+
     def fork(self) -> Keeper:
         twin = Keeper(self.rules, self.first)
         twin.prompt_tokens, twin.due, twin.seen = self.prompt_tokens, self.due, self.seen

@@ -14,7 +14,7 @@ import torch
 
 from quire.plan.kept import unit_tokens
 from quire.plan.layout import Layout
-from quire.spec import Field, Site
+from quire.spec import BOUNDS, Field, Site
 from quire.store.chain import Chain
 from quire.store.compact import Move, move_rows
 from quire.store.store import BlockStore
@@ -68,7 +68,7 @@ def row_mover(layout: Layout) -> Move:
         slots: np.ndarray,
     ) -> None:
         group = old.group
-        if all(f.per == "token" for f in group.fields):
+        if all(f.per == "token" or f.name == BOUNDS for f in group.fields):
             move_rows(store, old, new, layer, tiles, into, slots)
         elif unit_tokens(layout, group) == 1:
             _move_codes(layout, store, old, new, layer, tiles, into, slots)

@@ -18,6 +18,7 @@ from quire.errors import ConfigError
 from quire.retention import Keep, parse_keep
 from quire.share import parse_share
 from quire.spec import (
+    BOUNDS,
     CacheGroup,
     CacheSpec,
     Coord,
@@ -241,6 +242,11 @@ class _Groups:
                 count += len(made) if not i else 0
         return out
 
+    def _indexed(self, key: tuple[object, ...]) -> bool:
+        """Whether bounds of keys lie beside its blocks: the store's policy reads fewer, and queries would read all."""
+        names = {f.name for f in self.model_fields[key]}
+        return self.keep.reads and names == {"k", "v"} and type(self.spans[key]) is Full
+
     def _make(
         self,
         name: str,
@@ -259,6 +265,9 @@ class _Groups:
         sites = [Site(f, size) for f in fields]
         stored = tuple(s for site in sites for s in chosen[site.name].stored(site))
         text = _recipe_text(chosen)
+        if self._indexed(key):
+            shape = next(f.shape for f in fields if f.name == "k")
+            stored += (Field(BOUNDS, (2, *shape), self.dtype, "block"),)
         body = CacheGroup(name + part, coords, stored, span, text, retention, size)
         if all(c.plain for c in chosen.values()):
             return [(body, chosen)]

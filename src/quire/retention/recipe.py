@@ -97,6 +97,11 @@ class Keep:
             f"own; {instead}"
         )
 
+    @property
+    def reads(self) -> bool:
+        """Whether every token stays and queries read fewer of them."""
+        return bool(getattr(self.policy, "reads", False))
+
     def bound(self, digest: Digest) -> Keep:
         """The same with what its policy has learned of the model whose weights have that digest.
 

@@ -94,8 +94,8 @@ def save_table(
         )
     if table.keeper is not None:
         raise ConfigError(
-            "a sequence whose tokens are dropped by score cannot be saved: what its policy has seen of them would be "
-            "lost; save one with keep='full' or a window"
+            "a sequence whose tokens are dropped by score, or read by choice, cannot be saved: what its policy has "
+            "seen of it would be lost; save one with keep='full' or a window"
         )
     blocks = {f"chain{i}": _bytes_of(table, chain) for i, chain in enumerate(table.chains)}
     meta = {

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -49,6 +49,10 @@ class Keeper(Protocol):
 
     def begin_prompt(self, table: BlockTable, n_tokens: int) -> None:
         """So many tokens that come next are a further prompt: tokens go at its end, and not before."""
+        ...
+
+    def reads_by(self, position: int) -> Any:
+        """The policy by which the query at a position reads fewer blocks than there are; None: it reads all."""
         ...
 
     def fork(self) -> Keeper:
