@@ -112,8 +112,10 @@ class Scorer:
         self.reading = Reading()
 
     def cuts(self, prompt_tokens: int, n_tokens: int) -> set[int]:
-        """Lengths at which the policy of this runner drops tokens, on the way from a prompt to `n_tokens`."""
+        """Lengths where chunks end for the policy of this runner, on the way from a prompt to `n_tokens`."""
         rules = self.runner.rules(self.runner.keep)
+        if rules.keep.reads:
+            return set(range(prompt_tokens, n_tokens))
         if not rules.scores:
             return set()
         return set(range(prompt_tokens, n_tokens, rules.policy.every))
