@@ -103,9 +103,7 @@ class CpuBackend(TorchBackend):
             tuple[CacheGroup, CacheGroup], list[tuple[int, EncodeArgs]] | None
         ] = Recent()
         self._latents: Recent[tuple[CacheGroup, ...], dict[int, Latents | None]] = Recent()
-        self._tiles: Recent[tuple[CacheGroup, ...], dict[tuple[Any, ...], _Tiles | None]] = (
-            Recent()
-        )
+        self._tiles: Recent[tuple[CacheGroup, ...], dict[tuple[Any, ...], _Tiles | None]] = Recent()
 
     # -- writing -------------------------------------------------------------------------------------------------
 
