@@ -240,9 +240,10 @@ def _check(bridge: Any, keep: Keep, spec: Any) -> None:
 
 def _check_looks(bridge: Any, policy: Any, who: str) -> None:
     """What a policy or a scorer from outside looks at must be there."""
-    if policy.calls and (bridge.shape.mla or bridge.way == "patched"):
-        what = "keeps latents (MLA)" if bridge.shape.mla else "has an attention of its own"
-        raise ConfigError(f"{who}: this model {what}, which no press knows; use keydiff or h2o")
+    if policy.calls and bridge.way == "patched":
+        raise ConfigError(
+            f"{who}: this model has an attention of its own, which no press knows; use keydiff or h2o"
+        )
     if (policy.notes or policy.calls) and bridge.compiled is not None:
         raise ConfigError(
             f"{who}: it looks at hidden states, which compiled code does not show; drop compile"
@@ -251,10 +252,6 @@ def _check_looks(bridge: Any, policy: Any, who: str) -> None:
 
 def _check_reads(bridge: Any, who: str) -> None:
     """Bounds of keys must lie beside the blocks, which is settled when a store is opened."""
-    if bridge.shape.mla:
-        raise ConfigError(
-            f"{who}: this model keeps latents (MLA), whose bounds say nothing of its keys; use keep='full'"
-        )
     if not any(indexed(g) for g in bridge.layout.spec):
         raise ConfigError(
             f"{who}: bounds of keys lie beside the blocks, and this cache was opened without them; open it with "

@@ -93,7 +93,7 @@ class Demand:
         if not self.keep.full:
             everything = _layout(shape, shape.layers, replace(setup.config, keep="full"))
             refuse_nothing_to_drop(f"keep={self.keep.text!r}", everything.spec)
-        if not self.keep.full and not self.keep.spans:
+        if not self.keep.full and not self.keep.spans and not self.keep.reads:
             whole = Kept(self.layout, self.keep.policy).bytes_per_token
             self.kept = Kept(self.rank_layout, self.keep.policy, whole)
 
@@ -166,7 +166,7 @@ class Demand:
     @cached_property
     def growing_bytes_per_token(self) -> float:
         """What one more token adds for good."""
-        if self.kept is None:
+        if self.kept is None or self.keep.policy.once:
             return self.spec.bytes_per_token
         dropped = sum(g.bytes_per_token for g in Kept(self.layout, self.keep.policy).groups)
         share = self.keep.policy.budget.share if self.keep.policy.bounded else 1.0

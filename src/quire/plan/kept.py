@@ -143,6 +143,8 @@ class Kept:
         whole = sum(_touched(g, length, 0) * g.block_bytes for g in self.spec)
         if not self.goes(length):
             return whole
+        if self.policy.once:  # there is no second one
+            return self.held_bytes(length, prompt_tokens)
         every, again = self.policy.every, int(self.policy.repeats)
         drafts = LEAD_TOKENS + min(again, every) if again else 0
         return min(whole, self.held_bytes(length, prompt_tokens, every, drafts))

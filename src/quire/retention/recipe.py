@@ -84,7 +84,16 @@ class Keep:
         return isinstance(self.policy, SpanPolicy)
 
     def check_latents(self) -> None:
-        """Refuses what tells heads apart, for models that keep one latent for all of them. Raises ConfigError."""
+        """Refuses what tells heads apart or looks at keys, for models that keep one latent for all. Raises ConfigError."""
+        if self.reads:
+            raise ConfigError(
+                f"keep={self.text!r}: this model keeps latents (MLA), whose bounds say nothing of its keys; use "
+                "keep='full'"
+            )
+        if getattr(self.policy, "calls", False):
+            raise ConfigError(
+                f"keep={self.text!r}: this model keeps latents (MLA), which no press knows; use keydiff or h2o"
+            )
         if not getattr(self.policy, "by_head", False):
             return
         instead = "layers can: pyramid(h2o:budget=0.2)"
