@@ -145,7 +145,7 @@ def test_prefixes_are_shared_and_read_alike(kv: str, tmp_path: Path) -> None:
 def test_maps_of_the_same_shape_do_not_share(tmp_path: Path) -> None:
     """A request whose map chooses other heads than the runner's gets chains of its own."""
     one = mapped(tmp_path, model())
-    two = mapped(tmp_path, model(), ORDER[::-1])
+    two = mapped(tmp_path, model(), [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)])
     runner = open_runner(model(), keep=one, memory="32MiB", block_tokens=8)
     try:
         with Engine(runner) as engine:
