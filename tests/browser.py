@@ -45,7 +45,7 @@ return out;
 
 OVERFLOW = """
 const wide = document.documentElement.clientWidth;
-const inside = (n) => n.closest(".scroll, .tree, .talk, .skip, .hidden, td.map, .map");
+const inside = (n) => n.closest(".scroll, .talk, .skip, .hidden, td.map, .map");
 return [...document.querySelectorAll("body *")].filter((n) => n.checkVisibility() && !inside(n))
   .filter((n) => n.getBoundingClientRect().right > wide + .5).map((n) => n.outerHTML.slice(0, 80))
   .concat(document.documentElement.scrollWidth > wide ? ["the page scrolls sideways"] : []);

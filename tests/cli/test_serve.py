@@ -50,3 +50,35 @@ def test_the_command_makes_keys(quire: Callable[..., Any], tmp_path: Path) -> No
     done = quire("serve", "--keys", path, "--new-key", "alice", "--operator")
     assert done.code == 0
     assert Keys.read(path).find(done.out.strip()) == Caller("alice", operator=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "explained"),
+    [
+        ([], True),
+        (["--tiers", "host:8MiB"], True),
+        (["--share", "prefix"], False),
+        (["--share", "off"], False),
+    ],
+)
+def test_misses_are_explained_unless_asked_otherwise(
+    tiny_chat: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quire: Callable[..., Any],
+    flags: list[str],
+    explained: bool,
+) -> None:
+    served: list[Any] = []
+
+    class Silent:
+        def __init__(self, service: Any, *_: Any) -> None:
+            served.append(service)
+
+        def run(self, **_: Any) -> None:
+            served[0].close()
+
+    monkeypatch.setattr("quire.serve.server.make_server", Silent)
+    done = quire("serve", tiny_chat, "--port", "0", "--memory", "8MiB", *flags)
+    assert done.code == 0, done.err
+    sharing = served[0].engine.opener.sharing
+    assert (sharing is not None and sharing.explainer is not None) == explained

@@ -27,6 +27,7 @@ __all__ = ["ServeOptions", "command"]
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 AUTO = "auto"
+EXPLAINED = "prefix:explain=on"
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -433,10 +434,12 @@ def _open(loaded: Loaded, options: ServeOptions) -> Any:
     from quire.cli.prepare import open_cache
 
     if options.share != AUTO:
+        if "share" not in options.given:  # --tiers wants prefixes
+            options = replace(options, share=EXPLAINED)
         return open_cache(loaded, options)
     if options.kv != NO_CACHE:
         try:
-            return open_cache(loaded, replace(options, share="prefix:explain=on"))
+            return open_cache(loaded, replace(options, share=EXPLAINED))
         except ConfigError as e:
             refused = e
         runner = open_cache(loaded, replace(options, share="off"))

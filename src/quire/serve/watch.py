@@ -39,7 +39,7 @@ MOST_CELLS = 768
 MOST_CHUNKS = 256
 """Of prefix trees, visited in one look by all who look together."""
 
-MOST_BRANCHES, MOST_CHILDREN, MOST_LONE = 24, 6, 2
+MOST_BRANCHES, MOST_CHILDREN, MOST_LONE = 18, 5, 1
 """Told of all trees together, behind one branch, and of these that were never found again."""
 
 MOST_TREES = 6
@@ -309,7 +309,7 @@ class Watch:
         blocks = None if look.census is None else self._blocks(look.census)
         for scope, (_, document) in found.items():
             document["waits"] = {n: percentiles(v) for n, v in document["waits"].items()}
-            trees = look.trees[scope][:MOST_TREES]
+            trees = sorted(look.trees[scope], key=lambda t: t[0] != scope.tenant)[:MOST_TREES]
             document["tree"] = [
                 {
                     "tenant": tenant,
