@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quire import __version__
-from quire.cli import bench, claims, evaluate, fsck, inspect, plan, serve
+from quire.cli import bench, claims, doctor, evaluate, fsck, inspect, plan, serve
 from quire.cli.console import interruptible
 from quire.cli.flags import for_typer
 from quire.codecs.recipe import available
@@ -351,3 +351,4 @@ app.command("claims")(claims.command)
 app.command("inspect")(inspect.command)
 app.command("serve")(serve.command)
 app.command("fsck")(fsck.command)
+app.command("doctor")(doctor.command)
