@@ -64,7 +64,8 @@ class Side:
                 size, heads = r.source.block_tokens, len(r.source.heads(layer))
                 beside = sum(f.item_bytes for f in r.source.fields if f.name == BOUNDS)
                 per_token = (sum(f.bytes_in(size) for f in r.source.fields) - beside) / size
-                choice, tokens = choice_of(step, r, layer), r.extents[0].stop
+                choice, e = choice_of(step, r, layer), r.extents[0]
+                tokens = e.stop - e.start
                 if choice is not None:
                     tokens -= int(choice.whole[0] - choice.count[0]) * size
                     bounds += heads * int(choice.whole[0]) * beside

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from quire.attention.fused import attend_pieces, pieces
 from quire.attention.observe import Attended, observe
 from quire.attention.read import Read
-from quire.attention.sparse import Choice, choice_of, choose
+from quire.attention.sparse import attend_chosen, choice_of, chosen_slots
 from quire.attention.step import Step
 from quire.errors import InvariantError
 from quire.ops.attend import Partial, attend, empty_partial, merge, sink_partial
@@ -219,8 +219,8 @@ class ReferenceBackend:
         k, v = self._keys_and_values(step, layer, r, keys, value, q.dtype)
         choice = choice_of(step, r, layer)
         if choice is not None:
-            chosen = _chosen_slots(step, layer, r, q[:, 0], scale, choice)
-            return _by_head(q, k, v, chosen, r.mask(window), scale, softcap)
+            chosen = chosen_slots(step, layer, r, q[:, 0], scale, choice)
+            return attend_chosen(q, k, v, chosen, r.mask(window), scale, softcap)
         return self._segment(q.transpose(1, 2), k, v, r, window, scale, softcap, want_lse=want_lse)
 
     def _keys_and_values(
@@ -441,43 +441,3 @@ def turned_back(
 def kv_heads_of(reads: list[Read], layer: int) -> int:
     """KV heads of the layer: each group counts once, a lossy body and its raw companion together."""
     return len({h for r in reads for h in r.group.heads(layer)})
-
-
-def _chosen_slots(
-    step: Step, layer: int, r: Read, q: torch.Tensor, scale: float, choice: Choice
-) -> torch.Tensor:
-    """`[R, H_kv, N]`: which slots each row's query reads, for `q: [R, H_q, D]`."""
-    best = choose(step, layer, r, q, scale, choice)
-    n, size = r.blocks.units.shape[1], r.source.block_tokens
-    whole = torch.from_numpy(choice.whole).to(q.device).view(-1, 1, 1)
-    dense = torch.from_numpy(~choice.sparse | (layer < choice.skip)).to(q.device).view(-1, 1, 1)
-    count = torch.from_numpy(choice.count).to(q.device).view(-1, 1, 1)
-    counts = torch.arange(best.shape[2], device=q.device) < count
-    taken = torch.zeros(*best.shape[:2], n, dtype=torch.bool, device=q.device)
-    taken.scatter_(2, best, counts.expand(best.shape))
-    taken |= dense | (torch.arange(n, device=q.device) >= whole)
-    return taken.repeat_interleave(size, 2)[:, :, slice(*r.slots)]
-
-
-def _by_head(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    chosen: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> Partial:
-    """Attention of single queries `q: [R, 1, H_q, D]` under a mask for each KV head, `[R, H_kv, N]`."""
-    if mask is not None:
-        chosen = chosen & mask  # [R, 1, N]
-    grouped = q.transpose(1, 2).unflatten(1, (k.shape[1], -1))
-    part = attend(
-        grouped,
-        k.unsqueeze(2),
-        v.unsqueeze(2),
-        scale=scale,
-        mask=chosen.unsqueeze(2),
-        softcap=softcap,
-    )
-    return Partial(part.out.flatten(1, 2), part.lse.flatten(1, 2))

@@ -19,9 +19,21 @@ import torch
 
 from quire.attention.read import Read, Row
 from quire.attention.step import Step
+from quire.ops.attend import Partial, attend
 from quire.spec import BOUNDS, CacheGroup
 
-__all__ = ["Choice", "bounds", "choice_of", "choose", "few_segments", "indexed", "picked"]
+__all__ = [
+    "Choice",
+    "Picks",
+    "attend_chosen",
+    "bounds",
+    "choice_of",
+    "choose",
+    "chosen_slots",
+    "few_segments",
+    "indexed",
+    "picked",
+]
 
 
 def indexed(group: CacheGroup) -> bool:
@@ -115,6 +127,46 @@ def choose(
     if choice.beyond is not None:
         score.masked_fill_(choice.beyond, float("-inf"))
     return score.log_softmax(-1).amax(2).topk(choice.most, -1).indices
+
+
+def chosen_slots(
+    step: Step, layer: int, r: Read, q: torch.Tensor, scale: float, choice: Choice
+) -> torch.Tensor:
+    """`[R, H_kv, N]`: which slots each row's query reads, for `q: [R, H_q, D]`."""
+    best = choose(step, layer, r, q, scale, choice)
+    n, size = r.blocks.units.shape[1], r.source.block_tokens
+    whole = torch.from_numpy(choice.whole).to(q.device).view(-1, 1, 1)
+    dense = torch.from_numpy(~choice.sparse | (layer < choice.skip)).to(q.device).view(-1, 1, 1)
+    count = torch.from_numpy(choice.count).to(q.device).view(-1, 1, 1)
+    counts = torch.arange(best.shape[2], device=q.device) < count
+    taken = torch.zeros(*best.shape[:2], n, dtype=torch.bool, device=q.device)
+    taken.scatter_(2, best, counts.expand(best.shape))
+    taken |= dense | (torch.arange(n, device=q.device) >= whole)
+    return taken.repeat_interleave(size, 2)[:, :, slice(*r.slots)]
+
+
+def attend_chosen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chosen: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    """Attention of single queries `q: [R, 1, H_q, D]` under a mask for each KV head, `[R, H_kv, N]`."""
+    if mask is not None:
+        chosen = chosen & mask  # [R, 1, N]
+    grouped = q.transpose(1, 2).unflatten(1, (k.shape[1], -1))
+    part = attend(
+        grouped,
+        k.unsqueeze(2),
+        v.unsqueeze(2),
+        scale=scale,
+        mask=chosen.unsqueeze(2),
+        softcap=softcap,
+    )
+    return Partial(part.out.flatten(1, 2), part.lse.flatten(1, 2))
 
 
 Picks = list[tuple[Read, Choice]]

@@ -84,7 +84,7 @@ class Keep:
         return isinstance(self.policy, SpanPolicy)
 
     def check_latents(self) -> None:
-        """Refuses what tells heads apart or looks at keys, for models with one latent for all. Raises ConfigError."""
+        """Refuses what tells heads apart or looks at keys: these models keep one latent for all. Raises ConfigError."""
         if self.reads:
             raise ConfigError(
                 f"keep={self.text!r}: this model keeps latents (MLA), whose bounds say nothing of its keys; use "
