@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from retention.kept import prompts, run, small
 import zoo
+from retention.kept import prompts, run, small
 
 BLOCK = 8
 N = 100
