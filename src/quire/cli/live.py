@@ -282,7 +282,7 @@ def _tree(trees: Sequence[dict[str, Any]], wide: int) -> list[Text]:
         for b in branches:
             text = b.get("text")
             words = (
-                f"tokens {b['at']} to {b['at'] + b['tokens'] - 1}" if text is None else _plain(text)
+                f"tokens {b['at']}–{b['at'] + b['tokens'] - 1}" if text is None else _plain(text)
             )
             head = f"{b['uses']:>6}× {b['tokens']:>6}{'+' if b['cut'] else ' '} {'  ' * depth}"
             line = Text(f"{head}{words}", "cyan" if b["held_chunks"] else "")

@@ -146,7 +146,7 @@ function branches(list, tree, hottest) {
     }
     heat.firstChild.style.width = `${Math.max(4, (100 * branch.uses) / hottest)}%`;
     heat.firstChild.classList.toggle("held", branch.held_chunks > 0);
-    text(words, branch.text === undefined ? `tokens ${count(branch.at)} to ${count(branch.at + branch.tokens - 1)}` : branch.text.replace(/\s+/g, " ") || "∅");
+    text(words, branch.text === undefined ? `tokens ${count(branch.at)}–${count(branch.at + branch.tokens - 1)}` : branch.text.replace(/\s+/g, " ") || "∅");
     text(aside, `${branch.held_chunks ? "read now · " : ""}${count(branch.tokens)}${branch.cut ? "+" : ""} tokens · ${count(branch.uses)}×`);
     let below = item.children[1];
     if (branch.children.length + branch.more && !below) item.append((below = make("ul")));
