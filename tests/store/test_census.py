@@ -119,3 +119,18 @@ def test_each_namespace_has_a_tree_of_its_own() -> None:
         assert branch.tokens == len(IDS) + 1
         assert sharing.index.tokens(next(iter(sharing.index.children(root)))).tolist() == IDS[:4]
         assert salt[0] in branch.begins or len(branch.begins) < len(IDS) + 1
+
+
+def test_a_branch_ends_where_its_use_drops() -> None:
+    """One chain of chunks without a fork: what all ask for, and what one of them went on with."""
+    sharing = Sharing(store_of(layout_of(Full()), 64))
+    stem = list(range(16))
+    leave(sharing, [*stem, *[50] * 8])
+    for _ in range(4):
+        leave(sharing, stem)
+    (branch,) = hottest(sharing, sharing.roots, 100)
+    (behind,) = branch.children
+    assert (branch.tokens, behind.tokens) == (16, 8)
+    assert branch.uses >= 5
+    assert behind.uses == 1
+    assert behind.begins == [50] * 8
