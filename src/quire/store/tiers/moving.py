@@ -19,7 +19,10 @@ def unmeant(group: CacheGroup, n_tokens: int) -> list[slice]:
         start = group.field_offsets[f.name]
         if start > at:
             holes.append(slice(at, start))
-        at = start + f.bytes_in(n_tokens)
+        whole = f.per == "token" or n_tokens == group.block_tokens
+        at = start + (
+            f.bytes_in(n_tokens) if whole else 0
+        )  # what is per block comes with the whole
     if at < group.tile_bytes:
         holes.append(slice(at, group.tile_bytes))
     return holes
