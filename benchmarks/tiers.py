@@ -257,28 +257,91 @@ def restart(doc: Document, args: argparse.Namespace, folder: Path) -> None:
         made[key] = Spread.of(made[key]).json(1e3, 1)
 
 
+def steps(doc: Document, args: argparse.Namespace) -> None:
+    """Prompts over a few common beginnings in an arena that is too small for them: what copies take of each step."""
+    import random
+    from time import perf_counter
+
+    from quire.engine import Engine, SamplingParams, SchedulerConfig
+    from quire.models.load import load_model
+    from quire.models.open import open_runner
+
+    loaded, draw = load_model(), random.Random(args.seed)
+    loaded.model.float()  # so that tokens can be compared
+    common_parts = [common.random_tokens(args.tokens // 3, 200, i) for i in range(8)]
+    prompts = [
+        draw.choice(common_parts) + common.random_tokens(draw.randrange(10, 60), 200, 100 + i)
+        for i in range(args.requests)
+    ]
+    config = SchedulerConfig(step_tokens=256, max_running=4)
+    outputs: dict[str, list[list[int]]] = {}
+    for tiers in ("", "host:256MiB"):
+        runner: Any = open_runner(
+            loaded.model, memory=args.memory, share="prefix", tiers=tiers, weights="plain"
+        )
+        taken: list[tuple[float, float]] = []
+        with Engine(runner, config=config) as engine:
+            names = [
+                engine.add_request(p, SamplingParams(max_tokens=8, ignore_eos=True))
+                for p in prompts
+            ]
+            done: dict[str, Any] = {}
+            while engine.has_work:
+                before, began = _copying(runner), perf_counter()
+                done |= {d.request_id: d.output for d in engine.step() if d.output is not None}
+                taken.append((perf_counter() - began, _copying(runner) - before))
+            found = runner.tiering.report() if tiers else {}
+        runner.close()
+        outputs[tiers] = [done[n].token_ids for n in names]
+        doc["steps"].append(
+            {
+                "tiers": tiers or "none",
+                "steps": len(taken),
+                "cached_tokens": sum(o.figures.cached_tokens for o in done.values()),
+                "loaded_blocks": found.get("loaded_blocks", 0),
+                "demoted_blocks": found.get("demoted_blocks", 0),
+                "dropped_blocks": found.get("dropped_blocks", 0),
+                "copies_share": round(sum(c for _, c in taken) / sum(s for s, _ in taken), 4),
+                "steps_over": sum(c > max(0.002, 0.1 * s) for s, c in taken),
+                "worst_ms": round(1e3 * max(c for _, c in taken), 2),
+            }
+        )
+    common.check(doc, "the same tokens with and without", outputs[""] == outputs["host:256MiB"])
+
+
+def _copying(runner: Any) -> float:
+    """Seconds that the engine's thread has spent on copies."""
+    stats = None if runner.tiering is None else runner.tiering.stats
+    return 0.0 if stats is None else stats.bind_s + stats.demote_s
+
+
 def main(argv: Sequence[str] | None = None) -> Document:
     p = common.parser(__doc__ or "")
     p.add_argument("--folder", type=Path, default=Path(), help="on the disk that is measured")
     p.add_argument("--blocks", type=int, default=128)
     p.add_argument("--block-bytes", type=int, default=1 << 20)
     p.add_argument("--tokens", type=int, default=2000, help="of the prefix that is found again")
-    p.add_argument("--parts", nargs="+", default=["stores", "restart"])
+    p.add_argument("--parts", nargs="+", default=["stores", "restart", "steps"])
+    p.add_argument("--requests", type=int, default=40, help="of the part steps")
+    p.add_argument("--memory", default="18MiB", help="of the arena in the part steps")
     p.set_defaults(repeats=5)
     args = p.parse_args(argv)
     if args.smoke:
         args.blocks, args.block_bytes, args.tokens = 8, 1 << 16, 200
-    if min(args.blocks, args.block_bytes, args.tokens) < 1:
-        raise SystemExit("--blocks, --block-bytes and --tokens are at least 1")
+        args.requests, args.memory = 6, "4MiB"
+    if min(args.blocks, args.block_bytes, args.tokens, args.requests) < 1:
+        raise SystemExit("--blocks, --block-bytes, --tokens and --requests are at least 1")
     common.prepare(args)
     doc = common.document("tiers", "How fast is the disk tier, and what does a restart keep?", args)
     doc["checksum"] = {1: "sha256", 2: "xxh3"}[sealing.ALGORITHM]
+    doc["steps"] = []
     doc["stores"], doc["restart"] = [], {"cold_s": [], "restarted_s": []}
     folder = Path(tempfile.mkdtemp(prefix="quire-tiers-", dir=args.folder))
     try:
         work: dict[str, Callable[[], None]] = {
             "stores": partial(stores, doc, args, folder),
             "restart": partial(restart, doc, args, folder),
+            "steps": partial(steps, doc, args),
         }
         for part in args.parts:
             common.say(f"{part}: timing")
@@ -305,6 +368,12 @@ def tables(doc: Document) -> list[Table]:
             r = doc["restart"][key]
             first.add(key[:-2], r["median"], r["min"], r["max"])
         out.append(first)
+    if doc["steps"]:
+        keys = ("cached_tokens", "loaded_blocks", "demoted_blocks", "steps", "steps_over")
+        made = Table(["tiers", *keys, "copies, share", "worst ms"])
+        for r in doc["steps"]:
+            made.add(r["tiers"], *(r[k] for k in keys), r["copies_share"], r["worst_ms"])
+        out.append(made)
     return out
 
 

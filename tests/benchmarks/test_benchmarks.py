@@ -35,7 +35,7 @@ KEYS = {
     "streaming": {"cases", "recomputed_ppl", "sink_share", "verdicts"},
     "serving": {"repeated", "beside", "verdicts"},
     "watching": {"looks", "misses"},
-    "tiers": {"stores", "restart", "checksum"},
+    "tiers": {"stores", "restart", "steps", "checksum"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
 

@@ -397,6 +397,27 @@ def test_others_run_while_one_loads(opened: Make, plain: Any) -> None:
     assert runner.usage().held_bytes == 0
 
 
+def test_who_waits_long_in_the_queue_is_not_given_up(opened: Make, plain: Any) -> None:
+    """A prefetched prefix may take its time: the clock runs from when somebody waits for it."""
+    runner = opened([HostTier(8 << 20)], deadline_s=0.3)
+    served(runner)
+    push_down(runner)
+    permits = runner.tiering.fetcher._permits
+    for _ in range(4):
+        runner.tiering.stack.ask(permits.acquire())
+    with Engine(runner, config=SchedulerConfig(max_running=1)) as engine:
+        engine.add_request([5, 6, 7], SamplingParams(max_tokens=60, ignore_eos=True))
+        name = engine.add_request(prompts()[0], PARAMS)
+        engine.step()  # the first runs; the second's prefix is asked for, and has no place
+        time.sleep(2.1)
+        for _ in range(4):
+            runner.tiering.stack._loop.call_soon_threadsafe(permits.release)
+        (out,) = [d.output for d in run(engine) if d.request_id == name and d.output is not None]
+    assert out.token_ids == plain()[0]
+    assert out.figures.loaded_tokens > 100
+    assert not report(runner)["truncated"]
+
+
 def run(engine: Any) -> list[Any]:
     out = []
     while engine.has_work:

@@ -36,8 +36,8 @@ __all__ = ["Core", "EngineStats"]
 
 Done = list[tuple[Sample, Delta]]
 
-PREFETCHED = 4
-"""Of the waiting, whose prefixes are brought up while others compute."""
+PREFETCHED = 2
+"""Of the waiting, whose prefixes are brought up while others compute; half of what tiers load for at a time."""
 
 
 @dataclass(slots=True)

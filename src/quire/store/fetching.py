@@ -54,6 +54,7 @@ class Fetch:
         rest: packed tokens behind the last of them.
         found: chunks that the device had when it was asked for.
         here: `[columns][chunks]`: whether the device has that block.
+        asked_s: when somebody first had to wait for it; prefetched ones may lie in the queue for long.
         boundary: chunks that the request will find; settled when `done` is set.
         at: of them, those that are bound.
         data: (column, chunk) to the bytes that have come.
@@ -69,7 +70,7 @@ class Fetch:
     rest: bytes
     found: int
     here: list[bytearray]
-    began_s: float
+    asked_s: float = 0.0
     boundary: int = 0
     at: int = 0
     data: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
@@ -121,8 +122,9 @@ class Fetcher:
             wanted = await self._locate(fetch)
             if wanted is None or fetch.abandoned:
                 return
-            await self._permits.acquire()
-            fetch.permits.append(None)
+            if wanted:  # the part of a block alone stages next to nothing
+                await self._permits.acquire()
+                fetch.permits.append(None)
             if not fetch.abandoned:
                 await self._load(fetch, wanted, monotonic() + self.deadline_s)
         except Exception:  # whatever it was: the request computes

@@ -149,9 +149,7 @@ class Tiering:
             bytearray(node >= 0 and index.block(c, node) >= 0 for node in nodes)
             for c in range(len(self._places))
         ]
-        fetch = Fetch(
-            names, path.parents(names), chunks, blob[n * width :], path.found, here, monotonic()
-        )
+        fetch = Fetch(names, path.parents(names), chunks, blob[n * width :], path.found, here)
         if first:
             self._coming[first] = fetch
         self.stats.fetches += 1
@@ -162,7 +160,9 @@ class Tiering:
         """Whether it has come to its end, or is to be waited for no longer."""
         if fetch.done.is_set() or fetch.abandoned:
             return True
-        if monotonic() - fetch.began_s > 3 * self.deadline_s + 1.0:
+        now = monotonic()
+        fetch.asked_s = fetch.asked_s or now
+        if now - fetch.asked_s > 3 * self.deadline_s + 1.0:
             self.stats.truncated["abandoned"] += 1
             fetch.abandoned = True
             self._finish(fetch)
