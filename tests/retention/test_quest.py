@@ -250,6 +250,7 @@ def test_memory_is_not_freed_but_takes_a_little_more() -> None:
 
 
 def test_in_generate_and_with_samples_and_in_a_conversation() -> None:
+    want = alone()
     width = max(LENGTHS)
     ids = torch.tensor([[0] * (width - len(t)) + t for t in TEXTS])
     mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in TEXTS])
@@ -259,22 +260,30 @@ def test_in_generate_and_with_samples_and_in_a_conversation() -> None:
         out = model().generate(
             ids, attention_mask=mask, max_new_tokens=16, min_new_tokens=16, pad_token_id=0
         )
-        assert out[:, width:].tolist() == alone()
+        assert out[:, width:].tolist() == want
         cache = attached.cache()
         assisted = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 4, "pad_token_id": 0}
         with pytest.raises(RequestError, match="assisted decoding goes with keep='full'"):
             model().generate(ids[1:2], past_key_values=cache, **assisted)
+    with quire.attach(
+        model(), keep=KEEP, memory="32MiB", block_tokens=8, attention="reference", share="prefix"
+    ):
+        for _ in range(2):  # the second finds the prompts of the first, and nothing else
+            out = model().generate(
+                ids, attention_mask=mask, max_new_tokens=16, min_new_tokens=16, pad_token_id=0
+            )
+            assert out[:, width:].tolist() == want
     runner = runner_for(model(), keep=KEEP, attention="reference")
     params = SamplingParams(max_tokens=16, ignore_eos=True, n=2, temperature=0.0)
     with Engine(runner) as engine:
         [sampled] = engine.generate(TEXTS[0], params)
-        assert [list(o.token_ids) for o in sampled.outputs] == [alone()[0]] * 2
+        assert [list(o.token_ids) for o in sampled.outputs] == [want[0]] * 2
     talk = Conversation(runner)
     tokens = list(TEXTS[0])
     for turn in (TEXTS[2][:20], []):
         for delta in talk.stream(tokens, SamplingParams(max_tokens=16, ignore_eos=True)):
             tokens += delta.token_ids
-        assert len(turn) == 0 or tokens[150:] == alone()[0]
+        assert len(turn) == 0 or tokens[150:] == want[0]
         tokens += turn
     assert talk.table.keeper.prompt_tokens == 150 + 16 + 20
     talk.close()

@@ -121,6 +121,10 @@ def _open_alike(cache: KVCache, rows: list[list[int]], columns: int) -> int:
         ]
         if min(ends) == found:
             cache.tables = tables
+            if cache.bridge.keep.reads:
+                rules = cache.bridge.rules(cache.bridge.keep)
+                for table, row in zip(tables, rows, strict=True):
+                    rules.apply(table, len(row))
             return found
         for t in tables:
             t.release()
