@@ -19,8 +19,9 @@ from quire.attention.reference import ReferenceBackend, TorchBackend
 from quire.engine import Engine, SamplingParams
 from quire.engine.conversation import Conversation
 from quire.engine.schedule import SchedulerConfig
-from quire.errors import ConfigError, RequestError
+from quire.errors import CapacityError, ConfigError, RequestError
 from quire.kernels import native
+from quire.models.reader import Reader
 from quire.retention import parse_keep
 from quire.spec import Residual
 from retention.kept import prompts
@@ -194,14 +195,32 @@ def test_a_budget_that_covers_all_reads_all(keep: str, attention: str) -> None:
     assert texts("quest:budget=40,skip=3", TEXTS)[0] == full, "all layers of this model are skipped"
 
 
-def test_the_same_in_a_batch_preempted_and_after_a_hit() -> None:
-    assert texts(KEEP, TEXTS)[0] == alone()
-    for memory in range(800_000, 1_500_000, 100_000):
-        said, (stats, _) = texts(KEEP, TEXTS, memory=memory)
-        assert said == alone()
-        if stats.preemptions:
+def test_preempted_while_it_generates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was generated is computed anew one by one, so that each query reads what it has read before."""
+    plain, again = Reader.until, []
+
+    def until(self: Reader, start: int, stop: int) -> int:
+        if start >= self.prompt_tokens and stop - start > 1:
+            again.append(start)
+        return plain(self, start, stop)
+
+    monkeypatch.setattr(Reader, "until", until)
+    few = [TEXTS[2], TEXTS[2][5:]]
+    want = [texts(KEEP, [t], n_tokens=40)[0][0] for t in few]
+    assert not again
+    for memory in range(680_000, 1_000_000, 60_000):
+        try:
+            said, _ = texts(KEEP, few, n_tokens=40, memory=memory)
+        except CapacityError:  # one of them does not fit alone
+            continue
+        assert said == want
+        if len(again) > 5:
             break
-    assert stats.preemptions, "no arena was small enough to preempt anybody"
+    assert len(again) > 5, "no arena was of the size that preempts somebody who has said something"
+
+
+def test_the_same_in_a_batch_and_after_a_hit() -> None:
+    assert texts(KEEP, TEXTS)[0] == alone()
     twice, (_, cached) = texts(KEEP, [*TEXTS, *TEXTS], one_by_one=True, share="prefix")
     assert twice == [*alone(), *alone()]
     assert cached[3:] == [144, 168, 88]
