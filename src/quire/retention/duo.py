@@ -6,7 +6,7 @@ its position alone, streaming heads' blocks go back as they leave the window, du
 shared as always.
 Source: DuoAttention (Xiao et al., arXiv 2410.10819): for models with grouped queries half of the heads keep all, the
     others 64 sinks and 256 recent tokens.
-Differs: heads are ranked one after another instead of by trained gates (tools/find_heads.py; the ledger has both). The
+Differs: heads are ranked by letting one go after the other (tools/find_heads.py, which has the paper's gates too). The
     sinks are read at their true distance, as in the paper, so positions end where the model's do.
 Needs: a map of the model. The packaged model's travels with it; `map=FILE` is another's, made by tools/find_heads.py.
 Cost: of full's bytes the share `retrieval`, and (S + W) tokens of each other head, rounded up to blocks.
