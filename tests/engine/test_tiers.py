@@ -245,7 +245,7 @@ def test_what_comes_back_reads_as_if_computed(opened: Make) -> None:
         found = sharing_report(engine)
     assert found is not None
     assert found["tiers"]["loaded_tokens"] > 300
-    assert found["audit"]["audited"] >= 4
+    assert found["audit"]["audited"] >= 2
     assert found["audit"]["diverged"] == 0
 
 
@@ -407,8 +407,11 @@ def test_who_waits_long_in_the_queue_is_not_given_up(opened: Make, plain: Any) -
         runner.tiering.stack.ask(permits.acquire())
     with Engine(runner, config=SchedulerConfig(max_running=1)) as engine:
         engine.add_request([5, 6, 7], SamplingParams(max_tokens=60, ignore_eos=True))
+        while not engine.stats().scheduler.running:
+            engine.step()
         name = engine.add_request(prompts()[0], PARAMS)
-        engine.step()  # the first runs; the second's prefix is asked for, and has no place
+        engine.step()  # the second's prefix is asked for, and has no place
+        assert engine.stats().scheduler.loading == 0
         time.sleep(2.1)
         for _ in range(4):
             runner.tiering.stack._loop.call_soon_threadsafe(permits.release)
