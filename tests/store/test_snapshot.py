@@ -142,8 +142,10 @@ def test_kept_tokens_and_split_groups_come_back(tmp_path: Path) -> None:
 
 
 def test_memory_of_others_does_not_leave_the_process(tmp_path: Path) -> None:
-    """Rows behind the last token hold whatever was there before; the file holds zeros."""
-    store = BlockStore(spec(), 1 << 16, device="cpu")
+    """Rows behind the last token, and what is kept per block of one that is not whole, are somebody else's still."""
+    bounds = (*FIELDS, Field("k.bounds", (3,), "float32", "block"))
+    groups = (*spec().groups, CacheGroup("c", ((3, 0), (3, 1)), bounds, Full(), block_tokens=8))
+    store = BlockStore(CacheSpec(groups), 1 << 16, device="cpu")
     filled(store, []).release()
     store.arena.buffer.fill_(0xAB)
     table = store.open()
@@ -157,7 +159,7 @@ def test_memory_of_others_does_not_leave_the_process(tmp_path: Path) -> None:
                 view = store.view(chain.group, layer, f.name)
                 for unit in units:
                     view[int(unit)] = 1.0
-                view[int(units[-1]), :, used:] = 7.0  # a stranger's rows
+                view[int(units[-1]), :, used * (f.per == "token") :] = 7.0  # a stranger's
     save_table(tmp_path / "s", table)
     data = (tmp_path / "s").read_bytes()
     assert np.float32(1.0).tobytes() in data

@@ -145,9 +145,11 @@ def _bytes_of(table: BlockTable, chain: Chain) -> np.ndarray:
 
 
 def _meant(group: CacheGroup, n_tokens: int) -> np.ndarray:
-    """`[block_bytes] bool`: the bytes that the first `n_tokens` rows of a block take."""
+    """`[block_bytes] bool`: the bytes that the first `n_tokens` rows of a block take; what is per block comes with all."""
     meant = np.zeros((len(group.coords), group.tile_bytes), bool)
     for f in group.fields:
+        if f.per == "block" and n_tokens < group.block_tokens:
+            continue
         start = group.field_offsets[f.name]
         meant[:, start : start + f.bytes_in(n_tokens)] = True
     return meant.reshape(-1)

@@ -19,10 +19,8 @@ def unmeant(group: CacheGroup, n_tokens: int) -> list[slice]:
         start = group.field_offsets[f.name]
         if start > at:
             holes.append(slice(at, start))
-        whole = f.per == "token" or n_tokens == group.block_tokens
-        at = start + (
-            f.bytes_in(n_tokens) if whole else 0
-        )  # what is per block comes with the whole
+        there = f.per == "token" or n_tokens == group.block_tokens  # per block: with the whole
+        at = start + (f.bytes_in(n_tokens) if there else 0)
     if at < group.tile_bytes:
         holes.append(slice(at, group.tile_bytes))
     return holes
