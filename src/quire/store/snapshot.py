@@ -145,7 +145,7 @@ def _bytes_of(table: BlockTable, chain: Chain) -> np.ndarray:
 
 
 def _meant(group: CacheGroup, n_tokens: int) -> np.ndarray:
-    """`[block_bytes] bool`: the bytes that the first `n_tokens` rows of a block take; what is per block comes with all."""
+    """`[block_bytes] bool`: the bytes of a block's first `n_tokens` rows; what is per block comes with all of them."""
     meant = np.zeros((len(group.coords), group.tile_bytes), bool)
     for f in group.fields:
         if f.per == "block" and n_tokens < group.block_tokens:
