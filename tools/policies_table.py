@@ -48,6 +48,8 @@ POLICIES = (
     "ada(kvzip)",
     "pyramid(snapkv)",
     "fastgen",
+    "duo",
+    "quest",
 )
 SINKS = 4
 
@@ -59,6 +61,13 @@ def spelled(policy: str, share: float, length: int) -> str:
         return f"window:{tokens}"
     if policy == "sinks":
         return f"sinks:{SINKS}+window:{tokens - SINKS}"
+    if policy == "duo":
+        streaming = share / 2  # what its streaming heads keep; retrieval heads get the rest
+        window = max(1, round(streaming * length) - 4 * SINKS)
+        whole = round((share - streaming) / (1 - streaming), 3)
+        return f"duo:retrieval={whole},sinks={4 * SINKS},window={window}"
+    if policy == "quest":
+        return f"quest:budget={share},skip=0"
     head, paren, rest = policy.partition("(")
     if paren:
         return f"{head}({spelled(rest.removesuffix(')'), share, length)})"

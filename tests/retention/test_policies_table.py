@@ -50,6 +50,7 @@ def test_budgets_are_spelled_as_keep_takes_them(tool: ModuleType) -> None:
     assert tool.spelled("sinks", 0.25, 1000) == "sinks:4+window:246"
     assert tool.spelled("h2o:age=true", 0.1, 1000) == "h2o:budget=0.1,age=true"
     assert tool.spelled("ada(snapkv)", 0.1, 1000) == "ada(snapkv:budget=0.1)"
+    assert tool.spelled("duo", 0.5, 1000) == "duo:retrieval=0.333,sinks=16,window=234"
     for policy in tool.POLICIES:
         parse_keep(tool.spelled(policy, 0.25, 1000))
 
