@@ -29,6 +29,7 @@ from common import Document, Spread, Stream, Table, Turns
 
 from quire.attention import ReferenceBackend, Row, Step
 from quire.codecs import available
+from quire.codecs.coded import Coded
 from quire.errors import ConfigError
 from quire.kernels.native import DecodeArgs, Library
 from quire.models.bridge import make_backend
@@ -52,11 +53,11 @@ CHUNK = 1024
 
 
 def recipes() -> list[str]:
-    """What the installed codecs offer: their `shown` recipes or their names; of plain ones the model's dtype."""
+    """What kernels read in place: codecs' `shown` recipes or their names; of plain ones the model's dtype."""
     out = ["bf16"]
     for name in available():
         codec = getattr(importlib.import_module(f"quire.codecs.{name}"), "Codec", None)
-        if codec is not None and not codec.plain:
+        if codec is not None and not codec.plain and codec.packing is not Coded.packing:
             out += getattr(codec, "shown", (name,))
     more = {"int4": ["int4", "int4:group=32"], "kivi": ["kivi:bits=2", "kivi:bits=4"]}
     return [kv for name in out for kv in more.get(name, [name])]

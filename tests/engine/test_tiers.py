@@ -134,8 +134,9 @@ def plain(model: Any) -> Callable[[str], list[list[int]]]:
 @both
 @pytest.mark.parametrize("kv", EACH)
 def test_what_was_evicted_comes_back_from_the_host(opened: Make, kv: str) -> None:
+    small = {"fp32": SMALL, "bf16": "100KiB"}
     want = served(opened(kv=kv, share="off"))
-    runner = opened([HostTier(8 << 20)], kv=kv, memory=SMALL if kv == "fp32" else "160KiB")
+    runner = opened([HostTier(8 << 20)], kv=kv, memory=small.get(kv, "160KiB"))
     assert served(runner) == want
     assert report(runner)["demoted_blocks"] > 0
     push_down(runner)

@@ -40,7 +40,7 @@ def layout_of(
 
 codecs = st.one_of(st.none(), st.builds(Lossy, st.integers(0, 14)))
 
-SEALS_EARLY = {"kivi": "kivi:residual=20,group=16"}
+SEALS_EARLY = {"kivi": "kivi:residual=20,group=16", "kvarn": "kvarn:tile=16"}
 """How a codec seals and reads back within a hundred tokens, where it would not by itself."""
 SEALING = [SEALS_EARLY.get(name, name) for name in available()]
 
