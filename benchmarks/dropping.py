@@ -23,34 +23,12 @@ import common
 from common import Document, Stream, Table
 
 
-class Side:
+class Side(common.Kept):
     """One policy's sequence."""
 
-    def __init__(self, runner: Any, keep: str, ids: list[int], ctx: int) -> None:
-        from quire.retention import parse_keep
-
-        self.runner, self.keep, self.ids, self.ctx = runner, keep, ids, ctx
-        self.table = runner.open(parse_keep(keep), prompt_tokens=ctx)
-        fill(runner, self.table, ctx)
-        self.full_bytes = self.table.held_bytes()
-        self.step()
-        self.bytes = self.table.held_bytes()
-
-    def step(self) -> None:
-        """One token."""
-        from quire.engine.runner import Item
-
-        start = self.table.length
-        self.table.append(1)
-        self.runner.forward([Item(self.table, self.ids, start, start + 1, 1)])
-        self.table.commit()
-
     def plan(self) -> Any:
-        from quire.attention import Row, Step
-
-        bridge, n = self.runner.bridge, self.table.length
-        step = Step(bridge.store, bridge.layout, [Row(self.table, n - 1, n)], bridge.device)
-        step.turn = bridge.turner()
+        step = super().plan()
+        step.turn = self.runner.bridge.turner()
         return step
 
     def attend(self, q: Any, *, watched: bool = False) -> None:
@@ -63,25 +41,6 @@ class Side:
             backend.run(step, layer, q, scale=0.125, attended=attended)
 
 
-def fill(runner: Any, table: Any, ctx: int, chunk: int = 2048) -> None:
-    """Random keys and values for `ctx` tokens."""
-    import torch
-
-    from quire.attention import Row, Step
-
-    bridge = runner.bridge
-    field = bridge.layout.fields_of(bridge.layout.spec.groups[0])[0]
-    for start in range(0, ctx, chunk):
-        n = min(chunk, ctx - start)
-        table.append(n)
-        step = Step(bridge.store, bridge.layout, [Row(table, start, start + n)], bridge.device)
-        for layer, names in bridge.layers():
-            heads = len(bridge.layout.spec.groups[0].heads(layer))
-            k, v = torch.randn(2, n, heads, *field.shape, dtype=runner.model.dtype)
-            bridge.backend.write(step, layer, {names[0]: k, names[1]: v})
-        table.commit()
-
-
 def users(runner: Any, keep: str, ctx: int) -> int:
     """How many sequences fit, one admitted after another."""
     from quire.errors import CapacityError
@@ -91,7 +50,7 @@ def users(runner: Any, keep: str, ctx: int) -> int:
     try:
         while True:
             tables.append(runner.open(parse_keep(keep), prompt_tokens=ctx))
-            fill(runner, tables[-1], ctx)
+            common.fill(runner, tables[-1], ctx)
             tables[-1].append(1)  # what is to go goes now
             tables[-1].commit()
     except CapacityError:

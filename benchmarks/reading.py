@@ -20,31 +20,8 @@ import common
 from common import Document, Stream, Table
 
 
-class Side:
+class Side(common.Kept):
     """One policy's sequence, whose prompt is over."""
-
-    def __init__(self, runner: Any, keep: str, ids: list[int], ctx: int) -> None:
-        from quire.retention import parse_keep
-
-        self.runner, self.keep, self.ids = runner, keep, ids
-        self.table = runner.open(parse_keep(keep), prompt_tokens=ctx)
-        fill(runner, self.table, ctx)
-        self.step()
-
-    def step(self) -> None:
-        """One token."""
-        from quire.engine.runner import Item
-
-        start = self.table.length
-        self.table.append(1)
-        self.runner.forward([Item(self.table, self.ids, start, start + 1, 1)])
-        self.table.commit()
-
-    def plan(self) -> Any:
-        from quire.attention import Row, Step
-
-        bridge, n = self.runner.bridge, self.table.length
-        return Step(bridge.store, bridge.layout, [Row(self.table, n - 1, n)], bridge.device)
 
     def attend(self, q: Any) -> Any:
         """The attention of a step, all layers; the last one's result."""
@@ -71,25 +48,6 @@ class Side:
                     bounds += heads * int(choice.whole[0]) * beside
                 whole += round(heads * tokens * per_token)
         return whole, bounds
-
-
-def fill(runner: Any, table: Any, ctx: int, chunk: int = 2048) -> None:
-    """Random keys and values for `ctx` tokens."""
-    import torch
-
-    from quire.attention import Row, Step
-
-    bridge = runner.bridge
-    group = bridge.layout.spec.groups[0]
-    field = bridge.layout.fields_of(group)[0]
-    for start in range(0, ctx, chunk):
-        n = min(chunk, ctx - start)
-        table.append(n)
-        step = Step(bridge.store, bridge.layout, [Row(table, start, start + n)], bridge.device)
-        for layer, names in bridge.layers():
-            k, v = torch.randn(2, n, len(group.heads(layer)), *field.shape).to(runner.model.dtype)
-            bridge.backend.write(step, layer, {names[0]: k, names[1]: v})
-        table.commit()
 
 
 def main(argv: Sequence[str] | None = None) -> Document:

@@ -1,8 +1,12 @@
-"""A server in a thread of the test, at a free port of loopback."""
+"""A server in a thread of the test, or as a process, at a free port of loopback."""
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,3 +116,31 @@ def serving(
         listening.close()
         runner.close()
         assert not thread.is_alive()
+
+
+API_KEY = "k" * 32
+
+
+class Command:
+    """`quire serve` as a process of its own."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "quire.cli", "serve", "--port", "0", *map(str, arguments)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "QUIRE_API_KEY": API_KEY, "NO_COLOR": "1", "COLUMNS": "300"},
+        )
+        assert self.process.stderr is not None
+        said = ""
+        for line in self.process.stderr:
+            said += line
+            if found := re.search(r"at (https?://\S+)/v1", line):
+                self.url = found[1]
+                return
+        raise AssertionError(said)
+
+    def end(self) -> tuple[int, str]:
+        with self.process:
+            _, rest = self.process.communicate(timeout=60)
+        return self.process.returncode, rest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -15,17 +14,13 @@ from quire.codecs.recipe import codec_class
 from quire.retention import available as policies
 from quire.retention.contract import Scored
 from quire.retention.recipe import policy_class
+from tool import load_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("catalogue", ROOT / "tools" / "catalogue.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("catalogue")
 
 
 def test_the_page_is_what_the_docstrings_say() -> None:

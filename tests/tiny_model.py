@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 CONTEXT = 256
 CHAT_TEMPLATE = (
@@ -53,3 +54,25 @@ def make_model(
                 model.lm_head.weight[i] = 0.0
     model.save_pretrained(folder)
     return folder
+
+
+def chaotic_model(window: int | None = None) -> Any:
+    """A Llama of two layers, or a Mistral with that window, whose weights are large: small errors change its words."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(3)
+    torch.set_num_threads(1)
+    sizes: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+    }
+    if window is None:
+        return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    return MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval()

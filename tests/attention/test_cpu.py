@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from laws.dense import plain_spans
 from quire.attention import ReferenceBackend, Row, Step, reference
-from quire.attention.cpu import CpuBackend, _lay_out
+from quire.attention.cpu import CpuBackend
+from quire.attention.segments import lay_out
 from quire.codecs import fp8, int4, int8
 from quire.errors import ConfigError
 from quire.kernels import build, native
@@ -479,11 +480,11 @@ def test_whole_blocks_of_drafts_are_read_as_they_will_decode() -> None:
 def test_a_head_that_no_group_holds_is_not_taken_for_another(head: int) -> None:
     fields = (Field("k", (32,), "float32"), Field("v", (32,), "float32"))
     layout = build_layout([KVLayer(0, 2, fields)], KVConfig(), dtype="float32")
-    assert _lay_out(layout, layout.spec.groups, 0, "k", "v") is not None
+    assert lay_out(layout, layout.spec.groups, 0, "k", "v") is not None
     parts = {g.coords: g for g in layout.spec.split("full0", [(0, 1)])}
     part = parts[(0, head),]
-    assert _lay_out(layout, (part,), 0, "k", "v") is None
-    assert _lay_out(layout, tuple(parts.values()), 0, "k", "v") is not None
+    assert lay_out(layout, (part,), 0, "k", "v") is None
+    assert lay_out(layout, tuple(parts.values()), 0, "k", "v") is not None
 
 
 def test_structures_are_those_of_the_header() -> None:

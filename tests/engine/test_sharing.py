@@ -15,6 +15,7 @@ from quire.engine.sharing import sharing_report
 from quire.errors import ConfigError, InvariantError, RequestError
 from quire.models.open import open_runner
 from quire.store.namespace import Hints, Namespace, Tenants
+from tiny_model import chaotic_model
 
 RECIPES = [
     "fp32",
@@ -28,23 +29,7 @@ RECIPES = [
 
 @pytest.fixture(scope="module", params=["full", "window"])
 def model(request: pytest.FixtureRequest) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(3)
-    torch.set_num_threads(1)
-    sizes: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-    }
-    if request.param == "full":
-        return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-    return MistralForCausalLM(MistralConfig(**sizes, sliding_window=40)).eval()
+    return chaotic_model(None if request.param == "full" else 40)
 
 
 def prompts(n: int = 6) -> list[list[int]]:

@@ -23,6 +23,7 @@ from quire.store.tiers.disk import DiskTier
 from quire.store.tiers.faulty import FaultyTier
 from quire.store.tiers.host import HostTier
 from quire.store.tiers.stack import TierStack
+from tiny_model import chaotic_model
 
 RECIPES = ["fp32", "int8"]
 MORE = ["bf16", "int4;sinks=2", "kivi:bits=2,group=16,residual=16"]
@@ -38,23 +39,7 @@ both = pytest.mark.parametrize("model", ["full", "window"], indirect=True)
 @pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
     kind = getattr(request, "param", "full")
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(3)
-    torch.set_num_threads(1)
-    sizes: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-    }
-    if kind == "full":
-        return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-    return MistralForCausalLM(MistralConfig(**sizes, sliding_window=40)).eval()
+    return chaotic_model(None if kind == "full" else 40)
 
 
 def prompts(n: int = 4) -> list[list[int]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from itertools import chain
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,19 +12,14 @@ from typing import Any
 import pytest
 
 from quire.retention import parse_keep
+from tool import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("table", ROOT / "tools" / "policies_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["table"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("policies_table")
 
 
 def options(path: Path, **changes: Any) -> argparse.Namespace:

@@ -297,6 +297,7 @@ def test_a_class_of_that_name_adds_nothing() -> None:
         ("press", "names no class; press:kvpress.SnapKVPress,budget=0.25 does"),
         ("press:Norm", "names no class"),
         ("press:no_such_package.Norm", "no package no_such_package is installed here"),
+        ("press:os.getpid", "getpid is no class; write press:PACKAGE.CLASS"),
         ("press:retention.presses.Norm,compression_ratio=0.5", "from budget="),
         ("press:retention.presses.Norm,every=5", "cannot be made"),
         ("press:retention.presses.Norm,budget=10", "is below the 36 that are protected"),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
 import ssl
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import pytest
 
 from quire.serve.config import ServeConfig
 from quire.serve.service import Service
-from served import serving, wait_for
+from served import API_KEY, Command, serving, wait_for
 
 
 @pytest.mark.parametrize("text", ["hello", "h\u00e9 \U0001f98a\n", ""])
@@ -181,34 +179,6 @@ def test_a_process_serves_tls_and_lets_running_answers_end(
     code, rest = command.end()
     assert code == 0
     assert "all requests have ended" in rest
-
-
-API_KEY = "k" * 32
-
-
-class Command:
-    """`quire serve` as a process of its own."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "quire.cli", "serve", "--port", "0", *map(str, arguments)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "QUIRE_API_KEY": API_KEY, "NO_COLOR": "1", "COLUMNS": "300"},
-        )
-        assert self.process.stderr is not None
-        said = ""
-        for line in self.process.stderr:
-            said += line
-            if found := re.search(r"at (https?://\S+)/v1", line):
-                self.url = found[1]
-                return
-        raise AssertionError(said)
-
-    def end(self) -> tuple[int, str]:
-        with self.process:
-            _, rest = self.process.communicate(timeout=60)
-        return self.process.returncode, rest
 
 
 def test_what_does_not_end_in_time_is_told(tiny_folder: Path) -> None:

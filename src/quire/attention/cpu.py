@@ -9,8 +9,7 @@ torch backend's way, layer by layer.
 
 from __future__ import annotations
 
-from ctypes import addressof
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,15 +19,14 @@ import torch
 from quire.attention.forms import place, plan_sealing
 from quire.attention.latents import Latents, lay_out_latents, run_latents
 from quire.attention.observe import Attended
-from quire.attention.paid import Paid, plan_paid
 from quire.attention.read import Read, Seal, Write
 from quire.attention.reference import ALL, TorchBackend
-from quire.attention.sparse import Picks, few_segments, indexed, picked
+from quire.attention.segments import Segments, Tiles, each_head, lay_out, plan_segments
+from quire.attention.sparse import Picks, few_segments, picked
 from quire.attention.step import Step
 from quire.errors import ConfigError, InvariantError
 from quire.kernels import native
-from quire.kernels.native import DecodeArgs, EncodeArgs, Form, GatherArgs, Library, WriteArgs
-from quire.plan.layout import Layout
+from quire.kernels.native import DecodeArgs, EncodeArgs, GatherArgs, Library, WriteArgs
 from quire.spec import CacheGroup
 from quire.store.recent import Recent
 
@@ -44,43 +42,6 @@ class _Spot:
     heads: np.ndarray
     address: int
     """Of the heads; asking NumPy for it each time takes longer than writing a token."""
-
-
-@dataclass(slots=True)
-class _Tiles:
-    """The forms of a layer's groups, and the shape that they serve."""
-
-    address: int
-    kv_heads: int
-    d: int
-    alive: list[Any]
-    """The forms, and what addresses in them point at."""
-
-
-@dataclass(slots=True)
-class _Segments:
-    """What the single queries of a step read in the layers that share these reads."""
-
-    args: DecodeArgs
-    tiles: dict[tuple[Any, ...], _Tiles | None]
-    """Of every layer, kept from step to step."""
-    groups: tuple[CacheGroup, ...]
-    single: list[Read]
-    chunks: list[Read]
-    turned: tuple[torch.Tensor, torch.Tensor] | None
-    """Tokens that read sinks turned back, and by how much; their segments belong to rows behind all tokens."""
-    alive: list[Any]
-    """What the addresses in `args` point at."""
-    indexed: bool = False
-    """Whether queries may read fewer blocks."""
-    paid: dict[int, Paid] = field(default_factory=dict)
-    latents: dict[int, Latents | None] = field(default_factory=dict)
-
-    def paid_to(self, n_rows: int) -> Paid:
-        """Places for probabilities, made once a step."""
-        if n_rows not in self.paid:
-            self.paid[n_rows] = plan_paid(self.single, n_rows)
-        return self.paid[n_rows]
 
 
 class CpuBackend(TorchBackend):
@@ -103,7 +64,7 @@ class CpuBackend(TorchBackend):
             tuple[CacheGroup, CacheGroup], list[tuple[int, EncodeArgs]] | None
         ] = Recent()
         self._latents: Recent[tuple[CacheGroup, ...], dict[int, Latents | None]] = Recent()
-        self._tiles: Recent[tuple[CacheGroup, ...], dict[tuple[Any, ...], _Tiles | None]] = Recent()
+        self._tiles: Recent[tuple[CacheGroup, ...], dict[tuple[Any, ...], Tiles | None]] = Recent()
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -260,7 +221,7 @@ class CpuBackend(TorchBackend):
 
     def _served(
         self, step: Step, layer: int, q: torch.Tensor, keys: tuple[str, ...], value: str
-    ) -> tuple[_Segments | None, _Tiles | None]:
+    ) -> tuple[Segments | None, Tiles | None]:
         """What the kernel reads, and how it lies; one of them None where it does not serve these queries."""
         if q.dtype not in _DTYPES or len(keys) != 1 or step.device.type != "cpu":
             return None, None
@@ -269,17 +230,17 @@ class CpuBackend(TorchBackend):
             return None, None
         tiles = plan.tiles.get((layer, keys[0], value), _UNKNOWN)
         if tiles is _UNKNOWN:
-            tiles = _lay_out(step.layout, plan.groups, layer, keys[0], value)
+            tiles = lay_out(step.layout, plan.groups, layer, keys[0], value)
             plan.tiles[layer, keys[0], value] = tiles
         if tiles is None or tiles.d != q.shape[2] or q.shape[1] % tiles.kv_heads:
             return plan, None
         return plan, tiles
 
-    def _by_head(self, plan: _Segments, tiles: _Tiles, key: tuple[int, str, str]) -> _Tiles:
+    def _by_head(self, plan: Segments, tiles: Tiles, key: tuple[int, str, str]) -> Tiles:
         """A layer's forms, and behind them each once more for every KV head by itself."""
         found = plan.tiles.get((*key, "by head"))
         if found is None:
-            found = plan.tiles[(*key, "by head")] = _each_head(tiles, len(plan.groups))
+            found = plan.tiles[(*key, "by head")] = each_head(tiles, len(plan.groups))
         return found
 
     def _with_sinks(
@@ -288,8 +249,8 @@ class CpuBackend(TorchBackend):
         layer: int,
         q: torch.Tensor,
         out: torch.Tensor,
-        plan: _Segments,
-        tiles: _Tiles,
+        plan: Segments,
+        tiles: Tiles,
         scale: float,
         softcap: float,
     ) -> torch.Tensor:
@@ -315,7 +276,7 @@ class CpuBackend(TorchBackend):
     def _decode(
         self,
         args: DecodeArgs,
-        tiles: _Tiles,
+        tiles: Tiles,
         q: torch.Tensor,
         out: torch.Tensor,
         scale: float,
@@ -403,19 +364,19 @@ class CpuBackend(TorchBackend):
         self.library.gather(args)
         return step.valid(r, out)
 
-    def _segments(self, step: Step, reads: list[Read]) -> _Segments | None:
+    def _segments(self, step: Step, reads: list[Read]) -> Segments | None:
         key = id(reads)  # the layers of the same groups have the same list
         if key not in step.prepared:
-            found = _plan_segments(step, reads)
+            found = plan_segments(step, reads)
             if found is not None:
                 found.tiles = self._tiles.setdefault(found.groups, found.tiles)
                 found.latents = self._latents.setdefault(found.groups, found.latents)
             step.prepared[key] = found
-        made: _Segments | None = step.prepared[key]
+        made: Segments | None = step.prepared[key]
         return made
 
 
-def _unfit(plan: _Segments, picks: Picks, attended: Attended | None, sinks: Any) -> bool:
+def _unfit(plan: Segments, picks: Picks, attended: Attended | None, sinks: Any) -> bool:
     """Whether a step asks for two things at once that the kernel's callers do one at a time."""
     if plan.turned is not None:
         return bool(picks) or attended is not None or sinks is not None
@@ -448,85 +409,3 @@ def _plan_write(
         alive.append(np.ascontiguousarray(w.tokens, np.int32))
         args.tokens = alive[2].ctypes.data
     return args, alive
-
-
-def _plan_segments(step: Step, reads: list[Read]) -> _Segments | None:
-    """The single queries' segments, sorted by query; None where there are none, or drafts of a lossy group are read."""
-    single = [r for r in reads if r.queries == 1]
-    if not single or any(r.mode == "through" for r in single):
-        return None
-    back = _turned_rows(single)
-    groups = tuple(dict.fromkeys(r.source for r in single))
-    rows = []
-    for r in single:
-        address, width = r.blocks.units.ctypes.data, r.blocks.units.strides[0]
-        form = groups.index(r.source)
-        for i, first in enumerate(r.firsts):
-            query = back[first][0] + step.n_tokens if r.sinks and first in back else first
-            rows += [(address + i * width, form, query, lo, hi) for lo, hi in r.runs(i)]
-    rows.sort(key=lambda x: x[2])
-    segments = np.array(rows, native.SEGMENT)
-    args = DecodeArgs(
-        arena=step.store.arena.buffer.data_ptr(),
-        segments=segments.ctypes.data,
-        n_segments=len(segments),
-    )
-    chunks = [r for r in reads if r.queries > 1]
-    turned = None
-    if back:
-        by = torch.tensor([[-n] for _, n in back.values()])
-        turned = torch.tensor(list(back)), by
-    fewer = any(indexed(g) for g in groups)
-    return _Segments(args, {}, groups, single, chunks, turned, [segments], fewer)
-
-
-def _turned_rows(single: list[Read]) -> dict[int, tuple[int, int]]:
-    """Tokens that read sinks turned back, ascending: which of them it is, and by how many positions."""
-    found: dict[int, int] = {}
-    for r in single:
-        if r.sinks:
-            found |= {f: n for f, n in zip(r.firsts, r.turned.view(-1).tolist(), strict=True) if n}
-    return {first: (at, found[first]) for at, first in enumerate(sorted(found))}
-
-
-def _lay_out(
-    layout: Layout, groups: tuple[CacheGroup, ...], layer: int, k: str, v: str
-) -> _Tiles | None:
-    """The forms of a layer; None where a group stores what no kernel reads."""
-    every = sorted({h for g in groups for h in g.heads(layer)})
-    shape = layout.fields_of(groups[0])[0].shape
-    whole = {h for g in layout.spec for h in g.heads(layer)}
-    if every != list(range(len(whole))) or len(shape) != 1 or shape[0] not in native.HEAD_DIMS:
-        return None
-    forms = (Form * len(groups))()
-    tiles = _Tiles(addressof(forms), len(every), shape[0], [forms])
-    for form, group in zip(forms, groups, strict=True):
-        sites = {site.name: site for site in layout.sites_of(group)}
-        if set(sites) != {k, v} or any(site.field.shape != shape for site in sites.values()):
-            return None
-        for part, name in ((form.k, k), (form.v, v)):
-            if not place(part, group, layout.codecs_of(group)[name], sites[name]):
-                return None
-        heads = np.full(len(every), -1, np.int32)
-        heads[list(group.heads(layer))] = np.arange(len(group.heads(layer)))
-        form.first = group.tile_index(layer) * group.tile_bytes if group.holds(layer) else 0
-        form.tile_bytes, form.block_tokens = group.tile_bytes, group.block_tokens
-        form.heads = heads.ctypes.data
-        tiles.alive.append(heads)
-    return tiles
-
-
-def _each_head(tiles: _Tiles, n_groups: int) -> _Tiles:
-    """Forms `[groups]`, then `[groups][heads]` of one head each, for segments that differ by head."""
-    plain, heads = tiles.alive[0], tiles.kv_heads
-    forms = (Form * (n_groups * (1 + heads)))()
-    out = _Tiles(addressof(forms), heads, tiles.d, [forms, tiles])
-    for g in range(n_groups):
-        forms[g] = plain[g]
-        for h in range(heads):
-            forms[n_groups + g * heads + h] = plain[g]
-            mine = np.full(heads, -1, np.int32)
-            mine[h] = tiles.alive[1 + g][h]
-            forms[n_groups + g * heads + h].heads = mine.ctypes.data
-            out.alive.append(mine)
-    return out

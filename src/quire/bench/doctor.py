@@ -56,7 +56,7 @@ class Verdict:
         """One line."""
         what = f"a block in {1e3 * self.load_s:.3g} ms, computed in {1e3 * self.compute_s:.3g} ms"
         if self.pays:
-            return f"{self.tier} pays: {what}, {self.times:.3g} times as fast"
+            return f"{self.tier} pays: {what}, {self.times:,.{1 if self.times < 10 else 0}f} times as fast"
         return f"{self.tier} does not pay: {what}"
 
 

@@ -97,7 +97,8 @@ class Policy(Scored):
         package = package.partition(".")[0]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"press: no package {package} is installed here; pip install --no-deps {package}"
+                f"press: no package {package} is installed here; install it beside, or write press:PACKAGE.CLASS of "
+                "one that is"
             )
 
     @property
@@ -169,6 +170,10 @@ def outside(press: Any, budget: Any = None, *, sinks: int = 4, window: int = 32)
 
 def check_press(cls: type[Any], name: str) -> None:
     """Refuses a class whose objects do more than score, or nothing of the kind. Raises ConfigError."""
+    if not isinstance(cls, type):
+        raise ConfigError(
+            f"press: {name} is no class; write press:PACKAGE.CLASS, as press:kvpress.SnapKVPress"
+        )
     instead = _INSTEAD.get(name)
     hint = f"; {instead}" if instead else ""
     for what in _MORE:

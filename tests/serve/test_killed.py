@@ -1,0 +1,110 @@
+"""`kill -9` of a server under load: clients are told, the disk's cache comes back, and no answer has a wrong token."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from served import API_KEY, Command
+
+TURNS, CLIENTS, WORDS = 3, 6, 24
+ANSWER: dict[str, Any] = {
+    "model": "packaged",
+    "max_tokens": WORDS,
+    "temperature": 0,
+    "extra_body": {"ignore_eos": True},
+}
+BROKEN = (openai.APIConnectionError, openai.APIError, httpx.HTTPError)
+"""What a client may be told by a server that is gone."""
+
+
+def prompts() -> list[str]:
+    """Two beginnings of some 200 tokens, four ends each."""
+    common = ("The road goes along the river. " * 24, "A cart stands before the mill. " * 24)
+    ends = ("In the morning", "By noon", "At night", "Nobody")
+    return [begin + end for begin in common for end in ends]
+
+
+class Client(threading.Thread):
+    """Asks one prompt after another, in streams, until the server is gone."""
+
+    def __init__(self, command: Command, number: int, done: list[int]) -> None:
+        super().__init__()
+        self.command, self.number, self.done = command, number, done
+        self.answers: list[tuple[str, str, bool]] = []
+        """(prompt, text so far, whether it came to its end)."""
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        asked = prompts()
+        with openai.OpenAI(
+            base_url=f"{self.command.url}/v1", api_key=API_KEY, max_retries=0, timeout=60
+        ) as client:
+            for n in range(1 << 20):
+                prompt = asked[(self.number + n) % len(asked)]
+                self.answers.append((prompt, "", False))
+                try:
+                    text, ended = "", False
+                    for chunk in client.completions.create(prompt=prompt, stream=True, **ANSWER):
+                        for choice in chunk.choices:
+                            text += choice.text
+                            ended = ended or choice.finish_reason == "length"
+                        self.answers[-1] = (prompt, text, ended)
+                except BROKEN as e:
+                    self.error = e
+                    return
+                self.done.append(self.number)
+
+
+def ask(client: openai.OpenAI, prompt: str) -> tuple[str, int]:
+    found = client.completions.create(prompt=prompt, **ANSWER)
+    assert found.usage is not None
+    details = found.usage.prompt_tokens_details
+    assert details is not None
+    return found.choices[0].text, details.cached_tokens or 0
+
+
+@pytest.mark.slow
+def test_a_server_killed_under_load(tmp_path: Path) -> None:
+    plain = ["--name", "packaged", "--dtype", "float32"]
+    fresh = Command(*plain, "--memory", "64MiB")
+    with openai.OpenAI(base_url=f"{fresh.url}/v1", api_key=API_KEY) as client:
+        want = {p: ask(client, p)[0] for p in prompts()}
+    fresh.process.send_signal(signal.SIGTERM)
+    fresh.end()
+    tiers = ["--memory", "12MiB", "--tiers", f"disk:64MiB@{tmp_path / 'tier'}"]
+    for _ in range(TURNS):
+        command = Command(*plain, *tiers)
+        done: list[int] = []
+        clients = [Client(command, n, done) for n in range(CLIENTS)]
+        for c in clients:
+            c.start()
+        while len(done) < 3 * CLIENTS:
+            for c in clients:
+                c.join(0.02)
+                assert c.error is None, "before it was killed"
+        os.kill(command.process.pid, signal.SIGKILL)
+        for c in clients:
+            c.join(60)
+            assert not c.is_alive(), "it hangs"
+            assert isinstance(c.error, BROKEN)
+            assert len(c.answers) > 1
+            for prompt, text, ended in c.answers:
+                assert want[prompt].startswith(text)
+                assert not ended or text == want[prompt]
+        assert command.end()[0] == -signal.SIGKILL
+        again = Command(*plain, *tiers)
+        with openai.OpenAI(base_url=f"{again.url}/v1", api_key=API_KEY) as client:
+            found = {p: ask(client, p) for p in prompts()}
+        assert {p: text for p, (text, _) in found.items()} == want
+        first = (prompts()[0], prompts()[4])
+        assert min(found[p][1] for p in first) >= 128, "each beginning comes back from the disk"
+        again.process.send_signal(signal.SIGTERM)
+        assert again.end()[0] == 0
