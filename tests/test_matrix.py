@@ -34,16 +34,22 @@ def test_no_cell_is_missing_or_untested() -> None:
         if codec in matrix.stored_differently():
             for policy in matrix.policies():
                 assert ("codec × policy", codec, policy) in page
+                assert ("codec, prefixes shared × policy", codec, policy) in page
     for variant in matrix.VARIANTS:
         for policy in matrix.policies():
             assert ("attention × policy", variant, policy) in page
+            assert ("attention, prefixes shared × policy", variant, policy) in page
     assert {p.partition("(")[0] for p in matrix.policies()} == set(policies())
     assert {"auto", "fp8", "int8", "int4", "kivi:residual=8,group=16"} <= set(
         matrix.stored_differently()
     )
     tried = {recipe.partition(":")[0] for recipe in matrix.codecs()}
     assert {*available(), "auto", "none"} <= tried
-    assert all(text == "yes" or text.startswith("refused: ") for text in page.values())
+    known = ("yes", "no hit")
+    assert all(text in known or text.startswith("refused: ") for text in page.values())
+    never = {c for (section, _, c), text in page.items() if text == "no hit"}
+    assert "h2o" in never
+    assert not never & {"full", "window", "random", "keydiff", "tova"}
 
 
 def test_only_what_is_named_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +57,8 @@ def test_only_what_is_named_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     old = matrix.read(PAGE.read_text(encoding="utf-8"))
     tried: list[tuple[str, ...]] = []
     monkeypatch.setattr(matrix, "cell", lambda *a: tried.append(a) or "tried")
-    monkeypatch.setattr(matrix, "kept", lambda *a: tried.append(a) or "tried")
+    for name in ("kept", "shared"):
+        monkeypatch.setattr(matrix, name, lambda *a: tried.append(a) or "tried")
     new = matrix.read(matrix.write(matrix.tables(["tova"], old)))
     changed = {cell for cell in old if new[cell] != old[cell]}
     assert set(new) == set(old)

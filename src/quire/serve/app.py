@@ -138,7 +138,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
     elif first["type"] == "extra_forbidden":
         message = f"{param}: this field is unknown here, or cannot be honoured; leave it out"
     elif first["type"] == "missing":
-        message = f"{param or 'the body'} is missing"
+        where = "; GET /v1/models lists what is served" if param == "model" else ""
+        message = f"{param or 'the body'} is missing{where}"
     elif not place:
         message = "the body must be a JSON object with content-type application/json"
     else:
