@@ -12,10 +12,10 @@ from quire.evaluate.claims.page import page
 
 def test_the_command_and_its_page(quire: Any, tmp_path: Path) -> None:
     file = tmp_path / "claims.md"
-    done = quire("claims", "--only", "mla", "--only", "h2o", "--json", "--write", file)
+    done = quire("claims", "--only", "mla", "--only", "split", "--json", "--write", file)
     assert done.code == 0, done.err
     found = done.json
-    assert [r["name"] for r in found["claims"]] == ["mla", "h2o"]
+    assert [r["name"] for r in found["claims"]] == ["mla", "split"]
     for r in found["claims"]:
         assert set(r) >= {"name", "claim", "source", "ours", "verdict", "why"}
         assert r["verdict"] in VERDICTS
