@@ -21,12 +21,15 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = SOURCES / ("libquire_cpu.dylib" if sys.platform == "darwin" else "libquire_cpu.so")
+MATRIX = ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
+"""The matrix unit; compilers before GCC 11 and clang 11 do not know it, and systems but Linux do not lend it."""
 LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "v2": ("-march=x86-64-v2",),
         "v3": ("-march=x86-64-v3",),
         "v4": ("-march=x86-64-v4",),
         "v4x": ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+        "v4m": ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", *MATRIX),
     },
     "aarch64": {"base": ("-march=armv8-a",)},
     "arm64": {"base": ("-march=armv8-a",)},
@@ -78,7 +81,11 @@ def _build(library: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         openmp = ["-fopenmp"] if _accepts(cxx, work, "-fopenmp") else []
-        units: dict[str, tuple[str, list[str]]] = {"entry": ("entry.cpp", [])}
+        levels = dict(levels)
+        if sys.platform != "linux" or not all(_accepts(cxx, work, flag) for flag in MATRIX):
+            levels.pop("v4m", None)
+        with_matrix = ["-DQUIRE_WITH_V4M"] if "v4m" in levels else []
+        units: dict[str, tuple[str, list[str]]] = {"entry": ("entry.cpp", with_matrix)}
         for level, flags in levels.items():
             units[level] = ("level.cpp", [*flags, f"-DQUIRE_LEVEL={level}"])
 

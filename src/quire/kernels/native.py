@@ -19,7 +19,7 @@ from quire.kernels.build import LIBRARY
 
 log = logging.getLogger("quire")
 
-ABI = 5
+ABI = 6
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 ROWS = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 """Kinds of fields that are rows, by the dtype of their elements."""
@@ -154,7 +154,7 @@ class Library:
         self._latent, self._linear = handle.quire_latent, handle.quire_linear
         self.isa = int(handle.quire_best_isa())
         """The best instruction-set level here: 2, 3, 4 for x86-64-v2, v3, v4, 5 for v4 with integer and bfloat16 dot
-        products (avx512vnni, avx512bf16); 1 for the compiler's baseline."""
+        products (avx512vnni, avx512bf16), 6 for those with a matrix unit (AMX); 1 for the compiler's baseline."""
 
     def decode(self, args: DecodeArgs) -> None:
         """Attention of single queries over their segments."""

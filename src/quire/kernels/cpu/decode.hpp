@@ -7,9 +7,8 @@
 #include <cmath>
 #include <vector>
 
+#include "matrix.hpp"
 #include "paid.hpp"
-#include "rows.hpp"
-#include "tiles.hpp"
 
 namespace quire {
 
@@ -74,9 +73,11 @@ QUIRE_INLINE void score_steps(const quire_form& f, const Chunk& c, int at, int n
         case QUIRE_ROWS_F16: return score_each<F16, G>(f, c, at, n, d, q, S, v);
         case QUIRE_ROWS_E4M3: return score_each<E4M3, G>(f, c, at, n, d, q, S, v);
         case QUIRE_ROWS_E5M2: return score_each<E5M2, G>(f, c, at, n, d, q, S, v);
+#if !defined(QUIRE_MATRIX)  // whose unit takes all of them
         case QUIRE_TILES_8: return score_tiles<8, G>(f.k, c, at, n, d, f.block_tokens, q, S, v);
         case QUIRE_TILES_4: return score_tiles<4, G>(f.k, c, at, n, d, f.block_tokens, q, S, v);
         case QUIRE_TILES_2: return score_tiles<2, G>(f.k, c, at, n, d, f.block_tokens, q, S, v);
+#endif
     }
 }
 
@@ -120,6 +121,8 @@ void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Q
     if (f.k.turned)
         for (int g = 0; g < G; g++) turn(q.q + g * d, d, f.k.turned);
     if (f.k.kind >= QUIRE_TILES_8) prepare_tiles<G>(f.k, d, q);
+    MatrixUnit unit;
+    matrix_prepare<G>(f, d, q);
     int at = 0;
     bool first = true;
     for (int lo = open_piece(f, base, piece, chunks[0]); lo < piece.hi; lo += CHUNK, at ^= 1, first = false) {
@@ -133,7 +136,8 @@ void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Q
             open_piece(*then.form, then.base, *then.piece, next);
             keys = &then.form->k;
         }
-        for (int i = 0, n; i < steps; i += n) {
+        const bool scored = matrix_score<G>(unit, f, now, d, q, S);
+        for (int i = 0, n; i < steps && !scored; i += n) {
             n = std::min(2, steps - i);
             if (first)
                 for (int j = i + n; j < i + 2 * n; j++) stretch_of(f.k, now, j, d).fetch(step_bytes(f.k, d));
@@ -142,7 +146,8 @@ void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Q
         if (softcap > 0) soften<G>(S, steps * STEP, softcap);
         if (scores) keep_scores<G>(S, now, std::max(0, lo - piece.lo), scores);
         weigh<G>(S, now.skip, now.n, steps * STEP, d, s);
-        add_values<G>(f, now, d, S, s.out, Ahead{*keys, next, d});
+        const Ahead ahead{*keys, next, d};
+        if (!matrix_add<G>(unit, f, now, d, S, s.out, ahead)) add_values<G>(f, now, d, S, s.out, ahead);
     }
     if (f.v.turned)
         for (int g = 0; g < G; g++) turn(s.out + g * d, d, f.v.turned);

@@ -157,6 +157,6 @@ QUIRE_PUBLIC int quire_gather(const quire_gather_args*);
 QUIRE_PUBLIC int quire_write(const quire_write_args*);
 QUIRE_PUBLIC int quire_encode(const quire_encode_args*);
 QUIRE_PUBLIC int quire_linear(const quire_linear_args*);
-QUIRE_PUBLIC int quire_best_isa(void);  // 2, 3, 4: x86-64-v2, v3, v4; 5: v4 with vnni and bf16; 1: the compiler's own baseline
+QUIRE_PUBLIC int quire_best_isa(void);  // 2, 3, 4: x86-64-v2, v3, v4; 5: v4 with vnni and bf16; 6: and a matrix unit; 1: the compiler's baseline
 QUIRE_PUBLIC int quire_abi(void);
 }

@@ -3,22 +3,16 @@
 //
 //   byte b of a 32-bit lane holds codes b, 4 + b, 8 + b, ... from its lowest bits on (ops/pack.py)
 //
-// Products are of integers. What the codes are multiplied with, a query or the weights of a chunk's slots, becomes whole
-// numbers of sixteen bits, x = step * n with |n| <= 32767, so that one instruction multiplies two codes of every lane and adds
-// them up. That is out by 2^-16 of the largest |x|; a byte would be out by a hundredth. Sums are exact: what is left once
-// half the codes' range is taken off them is below 128 * 32767 * 256 < 2^31, and what wraps around on the way wraps back.
+// Products are of integers, see wholes.hpp: one instruction multiplies two codes of every lane and adds them up.
 #pragma once
 #include <algorithm>
 
 #include "chunk.hpp"
+#include "wholes.hpp"
 
 namespace quire {
 
-constexpr float WHOLE = 32767;
-
 typedef uint32_t WordsAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int16_t Shorts __attribute__((vector_size(LANES * 2)));
-typedef int16_t ShortsAt __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef int32_t PairAt __attribute__((aligned(2), may_alias));
 QUIRE_INLINE Words words(const uint8_t* p) { return *(const WordsAt*)p; }
 
@@ -26,17 +20,18 @@ QUIRE_INLINE Words words(const uint8_t* p) { return *(const WordsAt*)p; }
 struct Query {
     alignas(64) float q[MAX_HEADS * MAX_DIM];
     alignas(64) float folded[MAX_HEADS * MAX_DIM];  // times the scales of `at`
-    alignas(64) int16_t whole[MAX_HEADS * MAX_DIM];
+#if defined(QUIRE_MATRIX)
+    alignas(64) Bytes2<MAX_DIM> whole;
+    alignas(64) uint16_t parts[MAX_HEADS / 4 * MAX_DIM * 16 * 2];  // as matrix.hpp splits them
+#else
+    alignas(64) Shorts16<MAX_DIM> whole;
+#endif
     int32_t wholes[MAX_HEADS][MAX_DIM / 16];  // summed over each group of channels
     float step[MAX_HEADS];
     float sums[MAX_HEADS][MAX_DIM / 16];  // of q over each group of channels
     float zero[MAX_HEADS];                // what `folded` adds for the minima
     const uint8_t* at = nullptr;
 };
-
-// Codes less half their range stand for numbers about zero: what minima and zero-points would take away again is never added.
-template <int BITS>
-constexpr float HALF = float(1 << (BITS - 1));
 
 // ---- products ----------------------------------------------------------------------------------------------------------
 
@@ -91,39 +86,13 @@ QUIRE_INLINE void add_codes(const Words* x, Ints (*sum)[G], const W& w) {
     }
 }
 
-// ---- whole numbers -----------------------------------------------------------------------------------------------------
-
-// Of every four lanes the second and the third change places: halves of a lane are codes i and i + 2.
-template <int... I>
-QUIRE_INLINE Ints paired(Ints v, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(v, v, (I % 4 == 1 || I % 4 == 2 ? I ^ 3 : I)...);
-}
-
-// n numbers, a multiple of sixteen, as whole numbers; `sum` is called with each LANES of them. Returns what one stands for:
-// no number where one of them is none.
-template <class Sum>
-QUIRE_INLINE float as_wholes(const float* x, int n, int16_t* whole, const Sum& sum) {
-    Floats high = {}, spoilt = {};
-    for (int j = 0; j < n; j += LANES) {
-        const Floats v = load(x + j), a = (Floats)((Ints)v & 0x7fffffff);
-        high = (Floats)(a > high ? a : high);
-        spoilt += v * 0.0f;
-    }
-    const float top = greatest(high), factor = top > 1e-30f ? WHOLE / top : 0.0f;
-    for (int j = 0; j < n; j += LANES) {
-        const Ints v = (Ints)(load(x + j) * factor + 12582912.0f) - 0x4b400000;  // 1.5 * 2^23: rounded to a whole number
-        sum(j, v);
-        *(ShortsAt*)(whole + j) = __builtin_convertvector(paired(v, std::make_integer_sequence<int, LANES>{}), Shorts);
-    }
-    return (top > 1e-30f ? top / WHOLE : 0.0f) + added(spoilt);
-}
-
 // A query, or one times the scales of its keys' channels, in groups of `width` channels.
 template <int G>
 QUIRE_INLINE void split_query(const float* x, int d, int width, Query& q) {
     for (int g = 0; g < G; g++) {
         Ints sum = {};
-        q.step[g] = as_wholes(x + g * d, d, q.whole + g * d, [&](int j, Ints v) {
+        q.step[g] = as_wholes(x + g * d, d, [&](int j, Ints v) {
+            q.whole.put(g, d, j, v);
             sum += v;
             if ((j + LANES) % width == 0) {
                 q.wholes[g][j / width] = added(sum);
@@ -172,6 +141,11 @@ void prepare_tiles(const quire_field& f, int d, Query& q) {
     if (f.scaled != QUIRE_BY_CHANNEL) split_query<G>(q.q, d, width, q);
 }
 
+// Whether two steps' channels have the same scales.
+QUIRE_INLINE bool shares_scales(const quire_field& f, const Chunk& c, int a, int b) {
+    return c.block[a] == c.block[b] && c.step[a] * STEP / f.group == c.step[b] * STEP / f.group;
+}
+
 // Keys scaled by channel: the scales go into the query, once for all tokens that share them.
 template <int BITS, int G>
 void fold_scales(const quire_field& f, const uint8_t* block, int slot, int d, Query& q) {
@@ -192,6 +166,14 @@ void fold_scales(const quire_field& f, const uint8_t* block, int slot, int d, Qu
     split_query<G>(q.folded, d, d, q);
 }
 
+// A score so far, and what the sums over the r-th group of channels add to it.
+template <int BITS>
+QUIRE_INLINE Floats scored(Ints sum, const Scales& s, bool by_channel, const Query& q, int g, int r, Floats before) {
+    const Floats product = __builtin_convertvector(sum - q.wholes[g][r] * (int)HALF<BITS>, Floats) * q.step[g];
+    return by_channel ? product + q.zero[g] : before + product * s.scale + s.middle * q.sums[g][r];
+}
+
+#if !defined(QUIRE_MATRIX)  // else see matrix.hpp
 // Vectors of tokens that share a load of the query.
 constexpr int TOGETHER = 2;
 
@@ -222,17 +204,14 @@ QUIRE_INLINE void score_lanes(const quire_field& f, const Chunk& c, int at, int 
             for (int n = 0; n < TOGETHER; n++) x[n] = words(codes[n] + j * 2 * BITS);
             v0.fetch(few);
             v1.fetch(few);
-            add_codes<BITS, 0, G, TOGETHER>(x, sum, [&](int g) { return q.whole + g * d + j; });
+            add_codes<BITS, 0, G, TOGETHER>(x, sum, [&](int g) { return q.whole.row(g, d) + j; });
         }
 #pragma GCC unroll 8
         for (int n = 0; n < TOGETHER; n++) {
             Scales s{};
             if (!by_channel) s = scales_at<BITS>(f, block[n], slot[n], r, block_tokens);
 #pragma GCC unroll 8
-            for (int g = 0; g < G; g++) {
-                const Floats product = __builtin_convertvector(sum[n][g] - q.wholes[g][r] * (int)HALF<BITS>, Floats) * q.step[g];
-                score[n][g] = by_channel ? product + q.zero[g] : score[n][g] + product * s.scale + s.middle * q.sums[g][r];
-            }
+            for (int g = 0; g < G; g++) score[n][g] = scored<BITS>(sum[n][g], s, by_channel, q, g, r, score[n][g]);
         }
     }
 #pragma GCC unroll 8
@@ -263,11 +242,13 @@ void score_tiles(const quire_field& f, const Chunk& c, int at, int n, int d, int
     }
 }
 
+#endif
+
 // ---- values ------------------------------------------------------------------------------------------------------------
 
 // The weights of a chunk's slots as whole numbers.
 struct Weights {
-    alignas(64) int16_t whole[MAX_HEADS * CHUNK];
+    alignas(64) Shorts16<CHUNK> whole;
     float step[MAX_HEADS];
 };
 
@@ -304,9 +285,16 @@ QUIRE_INLINE void add_steps(const quire_field& f, const Chunk& c, int from, int 
             Words x[V];
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) x[v] = words(p + v * LANES * 4);
-            add_codes<BITS, 0, G, V>(x, sum, [&](int g) { return weights.whole + g * CHUNK + at * STEP + t; });
+            add_codes<BITS, 0, G, V>(x, sum, [&](int g) { return weights.whole.row(g, CHUNK) + at * STEP + t; });
         }
     }
+}
+
+// What sums over slots whose scales are in the weights add to LANES channels.
+template <int BITS>
+QUIRE_INLINE void add_sum(Ints sum, int32_t wholes, float step, float zero, float* out) {
+    const Ints centred = sum - wholes * (int)HALF<BITS>;
+    store(out, load(out) + (__builtin_convertvector(centred, Floats) * step + zero));
 }
 
 // Values whose scales are in the weights: the chunk's steps for V vectors of channels from j on.
@@ -318,11 +306,8 @@ QUIRE_INLINE void add_slots(const quire_field& f, const Chunk& c, int d, int j, 
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++)
 #pragma GCC unroll 8
-        for (int g = 0; g < G; g++) {
-            float* out = acc + g * d + j + v * LANES;
-            const Ints centred = sum[v][g] - wholes[g] * (int)HALF<BITS>;
-            store(out, load(out) + (__builtin_convertvector(centred, Floats) * weights.step[g] + zero[g]));
-        }
+        for (int g = 0; g < G; g++)
+            add_sum<BITS>(sum[v][g], wholes[g], weights.step[g], zero[g], acc + g * d + j + v * LANES);
 }
 
 // Values scaled by channel: V vectors of channels from j on of the steps [from, to), which share their scales.
@@ -354,13 +339,12 @@ void add_by_channel(const quire_field& f, const Chunk& c, int d, const float* S,
     Weights weights;
     int32_t sums[G][CHUNK / LANES];
     for (int g = 0; g < G; g++)
-        weights.step[g] = as_wholes(S + g * CHUNK, c.steps() * STEP, weights.whole + g * CHUNK,
-                                    [&](int j, Ints v) { sums[g][j / LANES] = added(v); });
+        weights.step[g] = as_wholes(S + g * CHUNK, c.steps() * STEP, [&](int j, Ints v) {
+            weights.whole.put(g, CHUNK, j, v);
+            sums[g][j / LANES] = added(v);
+        });
     for (int from = 0, to; from < c.steps(); from = to) {
-        const auto shares = [&](int at) {
-            return c.block[at] == c.block[from] && c.step[at] * STEP / f.group == c.step[from] * STEP / f.group;
-        };
-        for (to = from + 1; to < c.steps() && shares(to);) to++;
+        for (to = from + 1; to < c.steps() && shares_scales(f, c, from, to);) to++;
         float mass[G];
         int32_t wholes[G];
         for (int g = 0; g < G; g++) {
@@ -395,8 +379,10 @@ void add_tiles(const quire_field& f, const Chunk& c, int d, int block_tokens, co
         scale_weights<BITS, G>(f, c, r, block_tokens, S, scaled, zero);
         for (int g = 0; g < G; g++) {
             Ints sum = {};
-            weights.step[g] = as_wholes(scaled + g * CHUNK, c.steps() * STEP, weights.whole + g * CHUNK,
-                                        [&](int, Ints v) { sum += v; });
+            weights.step[g] = as_wholes(scaled + g * CHUNK, c.steps() * STEP, [&](int j, Ints v) {
+                weights.whole.put(g, CHUNK, j, v);
+                sum += v;
+            });
             wholes[g] = added(sum);
         }
         int j = r * width;

@@ -24,6 +24,9 @@
 #elif QUIRE_LANES == 4 && defined(__SSE2__)
 #define QUIRE_128 1
 #endif
+#if defined(QUIRE_512) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define QUIRE_MATRIX 1
+#endif
 #define QUIRE_INLINE inline __attribute__((always_inline))
 
 namespace quire {
