@@ -324,6 +324,17 @@ def test_codes_are_read_in_place_as_they_decode(
         assert float((got - want).norm()) <= near(kv) * float(want.norm()), isa
 
 
+@pytest.mark.skipif(not {5, 6} <= set(LEVELS), reason="no matrix unit (AMX) here")
+@pytest.mark.parametrize("kv", ["int8", "int4", "int4:group=32,rotate=false"])
+@pytest.mark.parametrize("share", [1, 2, 4, 5])
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_the_matrix_unit_adds_up_the_same_whole_numbers(kv: str, share: int, size: int) -> None:
+    """Bit for bit what the level below gives, whatever lies side by side in a block."""
+    case = Coded(kv, (200, 77), 96, size, share, Window(150), 7)
+    one, other = (CpuBackend(isa=x).run(case.step, 0, case.q, scale=0.1) for x in (5, 6))
+    assert torch.equal(one, other)
+
+
 @given(
     kv=st.sampled_from(RECIPES),
     length=st.integers(40, 200),

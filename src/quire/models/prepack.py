@@ -3,7 +3,7 @@
 A decode step reads every weight once. torch's plain path in bfloat16 reads them at a fraction of the memory's speed.
 Where the processor has oneDNN's bfloat16 (AVX-512), oneDNN reorders the weights once, and its product over them gives
 the same bits, faster up to some 32 rows and no slower beyond; with bfloat16 dot products our kernel reads the same
-blocks in place for 5 to 16 rows. Everywhere else torch has no fast product in bfloat16 for any number of rows, and our
+blocks in place for 5 to 16 rows, with a matrix unit (AMX) for up to 16. Everywhere else torch has no fast product in bfloat16 for any number of rows, and our
 kernel (see `panels`) takes all of them: the same weights, sums in float32 in another order.
 
 The packed weight takes the plain one's place, layer by layer, so memory does not double; `Prepacked.restore` puts back
@@ -50,11 +50,8 @@ TOLERANCE = {torch.bfloat16: 0.2, torch.float32: 2e-3}
 """Largest difference of logits after packing, in their standard deviations: the model's own rounding."""
 
 
-_DOTS = 5
-"""The level of the kernels that has bfloat16 dot products."""
-
-_OUR_ROWS = range(5, 17)
-"""Where oneDNN falls far below the memory's speed there."""
+_OUR_ROWS = {5: range(5, 17), 6: range(1, 17)}
+"""Where oneDNN falls below the memory's speed, by the level of the kernels: with bfloat16 dot products, with AMX."""
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -223,7 +220,7 @@ def _in_place(weight: Tensor, plain: Tensor, bias: Tensor | None) -> Multiply | 
     A processor without bfloat16 dot products multiplies in float32, which oneDNN does as well as we.
     """
     library = native.load()
-    if library is None or library.isa != _DOTS or plain.dtype != torch.bfloat16:
+    if library is None or library.isa not in _OUR_ROWS or plain.dtype != torch.bfloat16:
         return None
     address, n_bytes = torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight)
     found = blocks_of(address, n_bytes, plain)
@@ -241,13 +238,15 @@ def _forward(
         torch.ops.mkldnn._linear_pointwise.default, attr="none", scalars=[], algorithm=""
     )
     k = weight.shape[1]
+    library = native.load()
+    ours = _OUR_ROWS.get(library.isa, range(0)) if library is not None else range(0)
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
         if torch.is_grad_enabled() and (
             input.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return linear(input, weight.to_dense(), bias)
-        if in_place is not None and input.numel() // k in _OUR_ROWS and input.dtype == weight.dtype:
+        if in_place is not None and input.numel() // k in ours and input.dtype == weight.dtype:
             return in_place(input)
         out: Tensor = multiply(input, weight, bias)
         return out

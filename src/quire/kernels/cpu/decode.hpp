@@ -118,8 +118,7 @@ void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Q
           float* scores, const Next& then) {
     alignas(64) float S[G * CHUNK];
     Chunk chunks[2];
-    if (f.k.turned)
-        for (int g = 0; g < G; g++) turn(q.q + g * d, d, f.k.turned);
+    if (f.k.turned) turn_rows(q.q, G * d, f.k.turned);
     if (f.k.kind >= QUIRE_TILES_8) prepare_tiles<G>(f.k, d, q);
     MatrixUnit unit;
     matrix_prepare<G>(f, d, q);
@@ -149,8 +148,7 @@ void fold(const quire_form& f, const uint8_t* base, const Piece& piece, int d, Q
         const Ahead ahead{*keys, next, d};
         if (!matrix_add<G>(unit, f, now, d, S, s.out, ahead)) add_values<G>(f, now, d, S, s.out, ahead);
     }
-    if (f.v.turned)
-        for (int g = 0; g < G; g++) turn(s.out + g * d, d, f.v.turned);
+    if (f.v.turned) turn_rows(s.out, G * d, f.v.turned);
 }
 
 typedef void (*Fold)(const quire_form&, const uint8_t*, const Piece&, int, Query&, float, State, float*, const Next&);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "chunk.hpp"
+#include "rotate.hpp"
 #if defined(__SSE4_1__)
 #include <smmintrin.h>
 #endif
@@ -43,38 +44,6 @@ inline void read_tokens(int dtype, const uint8_t* rows, int first, int n, int d,
     if (dtype == QUIRE_F32) return widen_rows<F32>(p, n * d, x);
     if (dtype == QUIRE_BF16) return widen_rows<BF16>(p, n * d, x);
     widen_rows<F16>(p, n * d, x);
-}
-
-// ---- the rotation, in the order of ops/rotate.py ---------------------------------------------------------------------
-
-// One level among the lanes of a vector: the lower of two gets their sum, the upper their difference.
-template <int H, int... I>
-QUIRE_INLINE Floats butterfly(Floats v, std::integer_sequence<int, I...>) {
-    const Floats other = __builtin_shufflevector(v, v, (I ^ H)...);
-    const Words sign = {(I & H ? 0x80000000u : 0u)...};
-    return other + (Floats)((Words)v ^ sign);
-}
-template <int H = 1>
-QUIRE_INLINE Floats turn_lanes(Floats v) {
-    v = butterfly<H>(v, std::make_integer_sequence<int, LANES>{});
-    if constexpr (2 * H < LANES)
-        return turn_lanes<2 * H>(v);
-    else
-        return v;
-}
-
-// n floats in groups of `width`, a power of two of at least LANES.
-inline void turn_rows(float* x, int n, int width) {
-    for (int j = 0; j < n; j += LANES) store(x + j, turn_lanes(load(x + j)));
-    for (int step = LANES; step < width; step *= 2)
-        for (int i = 0; i < n; i += 2 * step)
-            for (int j = i; j < i + step; j += LANES) {
-                const Floats a = load(x + j), b = load(x + j + step);
-                store(x + j, a + b);
-                store(x + j + step, a - b);
-            }
-    const float norm = (float)(1.0 / std::sqrt((double)width));
-    for (int j = 0; j < n; j += LANES) store(x + j, load(x + j) * norm);
 }
 
 // ---- least and greatest: what is no number stays so --------------------------------------------------------------------

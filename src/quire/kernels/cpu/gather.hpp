@@ -80,8 +80,7 @@ inline void decode_step(const quire_gather_args& a, const uint8_t* tile, int slo
         case QUIRE_TILES_2: unpack<2>(p, a.values, d, x); break;
     }
     if (f.scaled) rescale(f, tile, slot, d, a.block_tokens, packed, x);
-    if (f.turned)
-        for (int t = 0; t < count; t++) turn(x + t * d, d, f.turned);
+    if (f.turned) turn_rows(x, count * d, f.turned);
     switch (a.dtype) {
         case QUIRE_F32: return write_rows<F32>(x, count * d, out);
         case QUIRE_BF16: return write_rows<BF16>(x, count * d, out);

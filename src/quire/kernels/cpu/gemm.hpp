@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "quire_cpu.h"
-#include "vec.hpp"
+#include "unit.hpp"
 
 namespace quire {
 
@@ -158,6 +158,16 @@ inline void arrange(const quire_linear_args& a, const Tiles& tiles, int t, Pair*
     }
 }
 
+// What is left to do with the sums of a row's UNIT outputs.
+inline void finish(const quire_linear_args& a, int row, int unit, int width, float* sum) {
+    uint16_t* out = a.out + row * a.out_row + unit * UNIT;
+    if (a.scales)
+        for (int j = 0; j < width; j++) sum[j] *= a.scales[unit * UNIT + j];
+    if (a.bias)
+        for (int j = 0; j < width; j++) sum[j] += BF16::one(a.bias[unit * UNIT + j]);
+    for (int j = 0; j < width; j++) out[j] = BF16::narrow(sum[j]);
+}
+
 // Rows [begin, end) in `tiles` of all rows, outputs [64 * unit, ...).
 template <class W>
 void multiply(const quire_linear_args& a, const Tiles& tiles, int begin, int end, int unit, const Pair* x) {
@@ -179,18 +189,77 @@ void multiply(const quire_linear_args& a, const Tiles& tiles, int begin, int end
                            sums + (row - top) * UNIT, i == 0);
         }
     }
-    for (int row = top; row < tiles.begin(end); row++) {
-        uint16_t* out = a.out + row * a.out_row + unit * UNIT;
-        float* sum = sums + (row - top) * UNIT;
-        if (a.scales)
-            for (int j = 0; j < width; j++) sum[j] *= a.scales[unit * UNIT + j];
-        if (a.bias)
-            for (int j = 0; j < width; j++) sum[j] += BF16::one(a.bias[unit * UNIT + j]);
-        for (int j = 0; j < width; j++) out[j] = BF16::narrow(sum[j]);
-    }
+    for (int row = top; row < tiles.begin(end); row++) finish(a, row, unit, width, sums + (row - top) * UNIT);
 }
 
+#if defined(QUIRE_MATRIX)
+// Weights of 16 bits, sixteen rows at once in the matrix unit, which adds in the order of k as well.
+inline int matrix_linear(const quire_linear_args& a) {
+    constexpr int ROWS = 16, DEPTH = 16;  // of a tile: rows of x, words of k
+    thread_local std::vector<uint16_t> room;
+    const int steps = (a.k_words + DEPTH - 1) / DEPTH, units = (a.n + UNIT - 1) / UNIT, blocks = (a.rows + ROWS - 1) / ROWS;
+    const int64_t x_row = (int64_t)steps * DEPTH * 2;
+    if ((int64_t)room.size() < a.rows * x_row) room.resize(a.rows * x_row);
+    uint16_t* x = room.data();
+    const bool alone = a.threads < 2 || (int64_t)a.rows * a.n * a.k < 65536;
+#pragma omp parallel num_threads(alone ? 1 : a.threads) if (!alone)
+    {
+        MatrixUnit matrix;
+        alignas(64) float sums[ROWS * UNIT];
+        alignas(64) uint8_t edge[SUMS][DEPTH * 64];
+#pragma omp for schedule(static)
+        for (int r = 0; r < a.rows; r++) {
+            memcpy(x + r * x_row, a.x + r * a.x_row, a.k * sizeof(uint16_t));
+            std::fill(x + r * x_row + a.k, x + (r + 1) * x_row, (uint16_t)0);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < units * blocks; i++) {  // a unit's blocks side by side: its weights stay in the cache
+            const int unit = i / blocks, row = i % blocks * ROWS, rows = std::min(ROWS, a.rows - row);
+            const int width = std::min(UNIT, a.n - unit * UNIT), n = (width + LANES - 1) / LANES;
+            const uint8_t* weight[SUMS];
+            for (int c = 0; c < n; c++) {
+                const int at = unit * UNIT + c * LANES;
+                weight[c] = a.weight + ((int64_t)(at / a.panel) * a.k_words * a.panel + at % a.panel) * Half::BYTES;
+            }
+            const int64_t stride = a.panel * Half::BYTES;
+            const Shape shape(rows, LANES, DEPTH);
+            matrix.now = nullptr;
+            matrix.shape(shape);  // sums are zero
+            for (int step = 0; step < steps; step++) {
+                const int words = std::min(DEPTH, a.k_words - step * DEPTH);
+                const uint8_t* right[SUMS];
+                for (int c = 0; c < n; c++) right[c] = weight[c] + step * DEPTH * stride;
+                int64_t apart = stride;
+                if (words < DEPTH) {  // beyond the weight may be no memory
+                    for (int c = 0; c < n; c++) {
+                        memset(edge[c], 0, sizeof edge[c]);
+                        for (int w = 0; w < words; w++) memcpy(edge[c] + w * 64, right[c] + w * stride, 64);
+                        right[c] = edge[c];
+                    }
+                    apart = 64;
+                } else {
+                    for (int c = 0; c < n; c++)
+                        for (int w = 0; w < DEPTH; w++) fetch(right[c] + (w + 2 * DEPTH) * stride);
+                }
+                tile_load<LEFT>(x + row * x_row + step * DEPTH * 2, x_row * 2);
+                for_sums(n, [&](auto c) {
+                    constexpr int R = RIGHT + c % 3;
+                    tile_load<R>(right[c], apart);
+                    tile_halves<c, LEFT, R>();
+                });
+            }
+            for_sums(n, [&](auto c) { tile_store<c>(sums + c * LANES, UNIT * 4); });
+            for (int r = 0; r < rows; r++) finish(a, row + r, unit, width, sums + r * UNIT);
+        }
+    }
+    return 0;
+}
+#endif
+
 inline int linear(const quire_linear_args& a) {
+#if defined(QUIRE_MATRIX)
+    if (!a.scales) return matrix_linear(a);
+#endif
     thread_local std::vector<Pair> room;
     const Tiles tiles(a.rows);
     if ((int64_t)room.size() < (int64_t)a.rows * a.k_words) room.resize((int64_t)a.rows * a.k_words);

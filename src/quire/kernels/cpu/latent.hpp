@@ -162,8 +162,8 @@ inline void run_latents(const quire_latent_args& a, const Piece& piece, int firs
             read_floats<BF16>(a.q, at, width, factor, q);
         else
             read_floats<F16>(a.q, at, width, factor, q);
-        if (f.k.turned) turn(q, a.d, f.k.turned);
-        if (f.v.turned) turn(q + a.d, a.d_rope, f.v.turned);
+        if (f.k.turned) turn_rows(q, a.d, f.k.turned);
+        if (f.v.turned) turn_rows(q + a.d, a.d_rope, f.v.turned);
     }
     const uint8_t* base = a.arena + f.first + f.heads[0] * f.tile_bytes;
     const bool packed = f.k.kind >= QUIRE_TILES_8 || f.v.kind >= QUIRE_TILES_8;
@@ -180,7 +180,7 @@ inline void run_latents(const quire_latent_args& a, const Piece& piece, int firs
         add_latents(m, n, c.skip, c.n, a.d, out);
     }
     if (f.k.turned)
-        for (int h = 0; h < have; h++) turn(out + (int64_t)h * a.d, a.d, f.k.turned);
+        for (int h = 0; h < have; h++) turn_rows(out + (int64_t)h * a.d, a.d, f.k.turned);
 }
 
 template <class T>

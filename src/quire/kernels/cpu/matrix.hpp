@@ -1,8 +1,5 @@
 // Products in the processor's matrix unit (AMX): sixteen tokens, or channels, times all queries of a KV head at once.
 //
-// A tile holds sixteen rows of 64 bytes. One instruction adds to every place of `sums` the products of a row of `left` with
-// a column of `right`, which lies in words of four bytes or two bfloat16 side by side.
-//
 //   codes  left: whole numbers as two signed bytes, two rows a head; right: codes as they lie, or unpacked into bytes.
 //          The same whole numbers as in tiles.hpp, so that results are equal bit for bit
 //   rows   of bfloat16, and of what is exact in it: a float is split into three bfloat16 that add up to it. Keys are left
@@ -10,76 +7,10 @@
 #pragma once
 #include "rows.hpp"
 #include "tiles.hpp"
+#include "unit.hpp"
 
 #if defined(QUIRE_MATRIX)
 namespace quire {
-
-// ---- the unit ----------------------------------------------------------------------------------------------------------
-
-constexpr int SUMS = 4, LEFT = 4, RIGHT = 5;  // tiles: four of sums, and what is multiplied
-
-// What the unit is told of its tiles; written once for each shape, as the order that reads it waits for writes.
-struct alignas(64) Shape {
-    uint8_t palette = 1, start = 0, unused[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-    constexpr void set(int tile, int n_rows, int n_bytes) {
-        rows[tile] = (uint8_t)n_rows;
-        bytes[tile] = (uint16_t)n_bytes;
-    }
-    // `depth` words of four bytes are multiplied; sums are [n][m].
-    constexpr Shape(int n, int m, int depth) {
-        for (int i = 0; i < SUMS; i++) set(i, n, 4 * m);
-        set(LEFT, n, 4 * depth);
-        for (int i = RIGHT; i < 8; i++) set(i, depth, 4 * m);
-    }
-};
-template <int N, int M, int DEPTH>
-constexpr Shape SHAPE{N, M, DEPTH};
-
-// Whoever used the unit leaves it empty: a switch of threads would carry its eight KiB along.
-struct MatrixUnit {
-    const Shape* now = nullptr;
-    QUIRE_INLINE void shape(const Shape& wanted) {
-        if (now == &wanted) return;
-        asm volatile("ldtilecfg %0" ::"m"(wanted));
-        now = &wanted;
-    }
-    ~MatrixUnit() {
-        if (now) asm volatile("tilerelease");
-    }
-};
-
-template <int T>
-QUIRE_INLINE void tile_zero() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(T));
-}
-template <int T>
-QUIRE_INLINE void tile_load(const void* p, int64_t stride) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
-}
-template <int T>
-QUIRE_INLINE void tile_store(void* p, int64_t stride) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory");
-}
-template <int SUM, int L, int R>
-QUIRE_INLINE void tile_codes(void) {  // signed bytes times unsigned ones
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(L), "i"(R));
-}
-template <int SUM, int L, int R>
-QUIRE_INLINE void tile_halves(void) {  // bfloat16
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(L), "i"(R));
-}
-
-// Calls each(integral_constant<i>) for the first n of the SUMS.
-template <int I = 0, class F>
-QUIRE_INLINE void for_sums(int n, const F& each) {
-    if constexpr (I < SUMS) {
-        if (I >= n) return;
-        each(std::integral_constant<int, I>{});
-        for_sums<I + 1>(n, each);
-    }
-}
 
 // ---- codes -------------------------------------------------------------------------------------------------------------
 
@@ -176,25 +107,16 @@ template <int BITS, int G>
 void matrix_values(MatrixUnit& unit, const quire_form& form, const Chunk& c, int d, const float* S, float* acc,
                    const Ahead& next) {
     const quire_field& f = form.v;
-    alignas(64) float scaled[G * CHUNK];
     alignas(64) Bytes2<CHUNK> whole;
     alignas(64) uint8_t room[BITS < 8 ? SUMS * 16 * 64 : 1];
     alignas(64) int32_t sums[SUMS][2 * G * LANES];
-    float zero[G], step[G];
-    int32_t wholes[G];
+    Scaled<G> by;
     const int groups = groups_of(f, d), width = d / groups, slots = c.steps() * STEP;
     const int slab = BITS < 8 ? 64 : side_by_side(c, form.block_tokens);
     for (int r = 0; r < groups; r++) {
-        scale_weights<BITS, G>(f, c, r, form.block_tokens, S, scaled, zero);
-        for (int g = 0; g < G; g++) {
-            Ints sum = {};
-            step[g] = as_wholes(scaled + g * CHUNK, slots, [&](int j, Ints v) {
-                whole.put(g, CHUNK, j, v);
-                sum += v;
-            });
-            wholes[g] = added(sum);
-            for (int t = slots; t % slab; t += STEP) whole.put(g, CHUNK, t, Ints{});
-        }
+        scale_weights<BITS, G>(f, c, r, form.block_tokens, S, by, [&](int g, int t, Ints v) { whole.put(g, CHUNK, t, v); });
+        for (int t = slots; t % slab; t += STEP)
+            for (int g = 0; g < G; g++) whole.put(g, CHUNK, t, Ints{});
         unit.shape(codes_shape<G>(slab / 4));
         for (int j = r * width, n; j < (r + 1) * width; j += n * LANES) {
             n = std::min(SUMS, ((r + 1) * width - j) / LANES);
@@ -228,7 +150,7 @@ void matrix_values(MatrixUnit& unit, const quire_form& form, const Chunk& c, int
             for (int i = 0; i < n; i++)
 #pragma GCC unroll 8
                 for (int g = 0; g < G; g++)
-                    add_sum<BITS>(both(sums[i], g), wholes[g], step[g], zero[g], acc + g * d + j + i * LANES);
+                    add_sum<BITS, G>(both(sums[i], g), by, g, acc + g * d + j + i * LANES);
         }
     }
 }

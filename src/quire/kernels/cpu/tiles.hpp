@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "chunk.hpp"
+#include "rotate.hpp"
 #include "wholes.hpp"
 
 namespace quire {
@@ -134,9 +135,9 @@ void prepare_tiles(const quire_field& f, int d, Query& q) {
     const int groups = groups_of(f, d), width = d / groups;
     for (int g = 0; g < G; g++)
         for (int r = 0; r < groups; r++) {
-            float sum = 0;
-            for (int j = 0; j < width; j++) sum += q.q[g * d + r * width + j];
-            q.sums[g][r] = sum;
+            Floats sum = {};
+            for (int j = 0; j < width; j += LANES) sum += load(q.q + g * d + r * width + j);
+            q.sums[g][r] = added(sum);
         }
     if (f.scaled != QUIRE_BY_CHANNEL) split_query<G>(q.q, d, width, q);
 }
@@ -252,23 +253,46 @@ struct Weights {
     float step[MAX_HEADS];
 };
 
-// weights[g] = S[g] times the scales of the r-th group of channels, zero[g] what its minima add to the output.
-template <int BITS, int G>
-QUIRE_INLINE void scale_weights(const quire_field& f, const Chunk& c, int r, int block_tokens, const float* S, float* weights,
-                                float* zero) {
-    Floats sum[G] = {};
-    for (int at = 0; at < c.steps(); at++)
-        for (int w = 0; w < STEP; w += LANES) {
-            const Scales s = scales_at<BITS>(f, c.block[at], c.step[at] * STEP + w, r, block_tokens);
-#pragma GCC unroll 8
-            for (int g = 0; g < G; g++) {
-                const Floats p = load(S + g * CHUNK + at * STEP + w);
-                const Ints read = p != 0.0f;  // of what is not read the scale may be no number
-                store(weights + g * CHUNK + at * STEP + w, (Floats)(read ? p * s.scale : Floats{}));
-                sum[g] += (Floats)(read ? p * s.middle : Floats{});
-            }
+// A chunk's weights times the scales of a group of channels, as whole numbers.
+template <int G>
+struct Scaled {
+    float step[G];      // what one stands for
+    int32_t wholes[G];  // their sum
+    float zero[G];      // what the minima add to the output
+};
+
+// Of the r-th group; `put(g, slot, v)` is called with each LANES of them.
+template <int BITS, int G, class Put>
+QUIRE_INLINE void scale_weights(const quire_field& f, const Chunk& c, int r, int block_tokens, const float* S, Scaled<G>& to,
+                                const Put& put) {
+    alignas(64) float scales[CHUNK], middles[CHUNK];
+    const int slots = c.steps() * STEP;
+    for (int t = 0; t < slots; t += LANES) {
+        const Scales s = scales_at<BITS>(f, c.block[t / STEP], c.step[t / STEP] * STEP + t % STEP, r, block_tokens);
+        const Ints read = load(S + t) != 0.0f;  // of what is not read the scale may be no number
+        store(scales + t, (Floats)(read ? s.scale : Floats{}));
+        store(middles + t, (Floats)(read ? s.middle : Floats{}));
+    }
+    for (int g = 0; g < G; g++) {
+        const float* row = S + g * CHUNK;
+        Floats high = {}, spoilt = {}, zero = {};
+        for (int t = 0; t < slots; t += LANES) {
+            const Floats p = load(row + t), w = p * load(scales + t);
+            high = (Floats)(w > high ? w : high);
+            spoilt += w * 0.0f;
+            zero += p * load(middles + t);
         }
-    for (int g = 0; g < G; g++) zero[g] = added(sum[g]);
+        const Step step = step_of(high, spoilt);
+        Ints sum = {};
+        for (int t = 0; t < slots; t += LANES) {
+            const Ints v = step.whole(load(row + t) * load(scales + t));
+            put(g, t, v);
+            sum += v;
+        }
+        to.step[g] = step.one;
+        to.wholes[g] = added(sum);
+        to.zero[g] = added(zero);
+    }
 }
 
 // Sums of weights times codes of steps [from, to) for V vectors of channels from j on.
@@ -290,24 +314,24 @@ QUIRE_INLINE void add_steps(const quire_field& f, const Chunk& c, int from, int 
     }
 }
 
-// What sums over slots whose scales are in the weights add to LANES channels.
-template <int BITS>
-QUIRE_INLINE void add_sum(Ints sum, int32_t wholes, float step, float zero, float* out) {
-    const Ints centred = sum - wholes * (int)HALF<BITS>;
-    store(out, load(out) + (__builtin_convertvector(centred, Floats) * step + zero));
+// What sums over slots whose scales are in the weights add to LANES channels of a head.
+template <int BITS, int G>
+QUIRE_INLINE void add_sum(Ints sum, const Scaled<G>& by, int g, float* out) {
+    const Ints centred = sum - by.wholes[g] * (int)HALF<BITS>;
+    store(out, load(out) + (__builtin_convertvector(centred, Floats) * by.step[g] + by.zero[g]));
 }
 
 // Values whose scales are in the weights: the chunk's steps for V vectors of channels from j on.
 template <int BITS, int G, int V>
-QUIRE_INLINE void add_slots(const quire_field& f, const Chunk& c, int d, int j, const Weights& weights, const int32_t* wholes,
-                            const float* zero, float* acc, const Ahead& next) {
+QUIRE_INLINE void add_slots(const quire_field& f, const Chunk& c, int d, int j, const Weights& weights, const Scaled<G>& by,
+                            float* acc, const Ahead& next) {
     Ints sum[V][G] = {};
     add_steps<BITS, G, V>(f, c, 0, c.steps(), d, j, weights, sum, next);
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++)
 #pragma GCC unroll 8
         for (int g = 0; g < G; g++)
-            add_sum<BITS>(sum[v][g], wholes[g], weights.step[g], zero[g], acc + g * d + j + v * LANES);
+            add_sum<BITS, G>(sum[v][g], by, g, acc + g * d + j + v * LANES);
 }
 
 // Values scaled by channel: V vectors of channels from j on of the steps [from, to), which share their scales.
@@ -370,40 +394,17 @@ template <int BITS, int G>
 void add_tiles(const quire_field& f, const Chunk& c, int d, int block_tokens, const float* S, float* acc, const Ahead& next) {
     if (f.scaled == QUIRE_BY_CHANNEL) return add_by_channel<BITS, G>(f, c, d, S, acc, next);
     constexpr int V = WIDE<G>;
-    alignas(64) float scaled[G * CHUNK];
-    float zero[G];
-    int32_t wholes[G];
+    Scaled<G> by;
     Weights weights;
     const int groups = groups_of(f, d), width = d / groups;
     for (int r = 0; r < groups; r++) {
-        scale_weights<BITS, G>(f, c, r, block_tokens, S, scaled, zero);
-        for (int g = 0; g < G; g++) {
-            Ints sum = {};
-            weights.step[g] = as_wholes(scaled + g * CHUNK, c.steps() * STEP, [&](int j, Ints v) {
-                weights.whole.put(g, CHUNK, j, v);
-                sum += v;
-            });
-            wholes[g] = added(sum);
-        }
+        scale_weights<BITS, G>(f, c, r, block_tokens, S, by, [&](int g, int t, Ints v) { weights.whole.put(g, CHUNK, t, v); });
         int j = r * width;
         for (; j + V * LANES <= (r + 1) * width; j += V * LANES)
-            add_slots<BITS, G, V>(f, c, d, j, weights, wholes, zero, acc, next);
+            add_slots<BITS, G, V>(f, c, d, j, weights, by, acc, next);
         for (; j < (r + 1) * width; j += LANES)
-            add_slots<BITS, G, 1>(f, c, d, j, weights, wholes, zero, acc, next);
+            add_slots<BITS, G, 1>(f, c, d, j, weights, by, acc, next);
     }
-}
-
-// The normalised Hadamard rotation over every `width` channels, its own inverse.
-inline void turn(float* x, int d, int width) {
-    for (int step = 1; step < width; step *= 2)
-        for (int i = 0; i < d; i += 2 * step)
-            for (int j = i; j < i + step; j++) {
-                const float a = x[j], b = x[j + step];
-                x[j] = a + b;
-                x[j + step] = a - b;
-            }
-    const float norm = 1.0f / __builtin_sqrtf((float)width);
-    for (int j = 0; j < d; j++) x[j] *= norm;
 }
 
 }  // namespace quire

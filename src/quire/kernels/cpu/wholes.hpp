@@ -46,8 +46,23 @@ struct Bytes2 {
 };
 #endif
 
-// n numbers, a multiple of sixteen, as whole numbers; `put` is called with each LANES of them. Returns what one stands for:
-// no number where one of them is none.
+// How numbers become whole ones.
+struct Step {
+    float one;  // what one stands for; no number where one of them is none
+    float factor;
+    QUIRE_INLINE Ints whole(Floats x) const {
+        return (Ints)(x * factor + 12582912.0f) - 0x4b400000;  // 1.5 * 2^23: rounded to a whole number
+    }
+};
+
+// high: the largest sizes; spoilt: zero times all of them.
+QUIRE_INLINE Step step_of(Floats high, Floats spoilt) {
+    const float top = greatest(high);
+    const bool any = top > 1e-30f;
+    return {(any ? top / WHOLE : 0.0f) + added(spoilt), any ? WHOLE / top : 0.0f};
+}
+
+// n numbers, a multiple of sixteen, as whole numbers; `put` is called with each LANES of them. Returns what one stands for.
 template <class Put>
 QUIRE_INLINE float as_wholes(const float* x, int n, const Put& put) {
     Floats high = {}, spoilt = {};
@@ -56,12 +71,9 @@ QUIRE_INLINE float as_wholes(const float* x, int n, const Put& put) {
         high = (Floats)(a > high ? a : high);
         spoilt += v * 0.0f;
     }
-    const float top = greatest(high), factor = top > 1e-30f ? WHOLE / top : 0.0f;
-    for (int j = 0; j < n; j += LANES) {
-        const Ints v = (Ints)(load(x + j) * factor + 12582912.0f) - 0x4b400000;  // 1.5 * 2^23: rounded to a whole number
-        put(j, v);
-    }
-    return (top > 1e-30f ? top / WHOLE : 0.0f) + added(spoilt);
+    const Step step = step_of(high, spoilt);
+    for (int j = 0; j < n; j += LANES) put(j, step.whole(load(x + j)));
+    return step.one;
 }
 
 }  // namespace quire
