@@ -3,8 +3,9 @@
 A decode step reads every weight once. torch's plain path in bfloat16 reads them at a fraction of the memory's speed.
 Where the processor has oneDNN's bfloat16 (AVX-512), oneDNN reorders the weights once, and its product over them gives
 the same bits, faster up to some 32 rows and no slower beyond; with bfloat16 dot products our kernel reads the same
-blocks in place for 5 to 16 rows, with a matrix unit (AMX) for up to 16. Everywhere else torch has no fast product in bfloat16 for any number of rows, and our
-kernel (see `panels`) takes all of them: the same weights, sums in float32 in another order.
+blocks in place for 5 to 16 rows, with a matrix unit (AMX) for up to 16. Everywhere else torch has no fast product in
+bfloat16 for any number of rows, and our kernel (see `panels`) takes all of them: the same weights, sums in float32 in
+another order.
 
 The packed weight takes the plain one's place, layer by layer, so memory does not double; `Prepacked.restore` puts back
 the same bits, or, where they were rounded to 8, what they were rounded to. A weight that something else holds too (an
