@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from redis_server import needs_redis, redis_server
+
 
 def test_a_second_run_finds_what_the_first_left(
     quire: Callable[..., Any], tiny: Any, tmp_path: Path
@@ -44,10 +46,35 @@ def test_a_second_run_finds_what_the_first_left(
     assert "0 bad" in quire("fsck", folder).out
 
 
+@needs_redis
+def test_a_redis_server_and_its_password_from_the_environment(
+    quire: Callable[..., Any], tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": list(range(3, 150)), "max_tokens": 2}))
+    words = ("run", "--model", tiny, "--prompts", file, "--memory", "8MiB", "--json", "--tiers")
+    with redis_server(requirepass="hidden") as server:
+        refused = quire(*words, f"redis:8MiB@{server.place}")
+        assert refused.code == 2
+        assert "refuses us" in refused.err
+        assert refused.err.count("\n") == 1
+        monkeypatch.setenv("QUIRE_REDIS_PASSWORD", "hidden")
+        first, second = (quire(*words, f"redis:8MiB@{server.place}") for _ in range(2))
+        assert first.code == second.code == 0, second.err
+        server.kill()
+        third = quire(*words, f"redis:8MiB@{server.place}")
+    for done, loaded in ((first, 0), (second, 128), (third, 0)):
+        assert done.json["requests"][0]["loaded_tokens"] == loaded
+        assert done.json["requests"][0]["token_ids"] == first.json["requests"][0]["token_ids"]
+        assert "hidden" not in done.out + done.err
+    assert "going on without it" in third.err
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         (("run", "x", "--tiers", "host"), "is not KIND:SIZE"),
+        (("run", "x", "--tiers", "redis:1GiB"), "needs a server"),
         (("run", "x", "--tiers", "tape:1GiB"), "known: host, disk"),
         (("run", "x", "--tiers", "host:1GiB", "--share", "off"), "drop one of them"),
         (("run", "x", "--tiers", "host:1GiB", "--kv", "none"), "drop one of them"),

@@ -6,18 +6,21 @@ import asyncio
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quire.store.tiers import Outcome
+from quire.store.tiers.address import parse_address
 from quire.store.tiers.checked import Checked
 from quire.store.tiers.conformance import NS, OTHER, block, empty, soon
 from quire.store.tiers.disk import DiskTier
 from quire.store.tiers.faulty import FaultyTier
 from quire.store.tiers.host import HostTier
+from quire.store.tiers.redis import RedisTier
+from redis_server import ABSENT, RedisServer
 
 SIZES = (3000, 5000)
 ROOM = 10 * 12288
@@ -26,6 +29,8 @@ NUMBERS = st.lists(st.integers(0, 11), min_size=1, max_size=4, unique=True)
 
 class Tiers(RuleBasedStateMachine):
     """Blocks of two sizes; which one a number has follows from it."""
+
+    server: ClassVar[RedisServer]
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,12 +49,17 @@ class Tiers(RuleBasedStateMachine):
             return HostTier(ROOM)
         if self.kind == "disk":
             return DiskTier(self.folder / "t", ROOM, direct=False, segment_bytes=3 * 8192)
+        if self.kind == "redis":
+            return RedisTier(parse_address(self.server.place), ROOM)
         inner = HostTier(ROOM)
         return Checked(FaultyTier(inner, flip=0.4, swap=0.4, cut=0.3))
 
-    @initialize(kind=st.sampled_from(["host", "disk", "lying"]))
+    @initialize(kind=st.sampled_from(["host", "disk", "lying", *([] if ABSENT else ["redis"])]))
     def begin(self, kind: str) -> None:
         self.kind = kind
+        if kind == "redis":
+            with self.server.client() as client:
+                client.flushall()
         self.tier = self.run(self.make())
 
     @staticmethod
@@ -97,7 +107,7 @@ class Tiers(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
-        if self.kind == "disk":
+        if self.kind in ("disk", "redis"):
             self.run(self.tier.close())
             self.tier = self.run(self.make())
 
@@ -138,4 +148,13 @@ class Tiers(RuleBasedStateMachine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-TestTiers = Tiers.TestCase
+class TestTiers(Tiers.TestCase):  # type: ignore[misc]
+    @classmethod
+    def setUpClass(cls) -> None:
+        if not ABSENT:
+            Tiers.server = RedisServer()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        if not ABSENT:
+            Tiers.server.close()

@@ -16,13 +16,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from quire.engine.params import SamplingParams
 from quire.errors import ConfigError, RequestError
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
-__all__ = ["ChatOptions", "Options", "RunOptions", "TourOptions", "check_tiers", "flag"]
+if TYPE_CHECKING:
+    from quire.store.tiers.recipe import TiersConfig
+
+__all__ = ["ChatOptions", "Options", "RunOptions", "TourOptions", "check_tiers", "flag", "tiers_of"]
 
 NO_CACHE = "none"
 """--kv none: nothing is kept, everything is computed at every step."""
@@ -143,11 +146,16 @@ _SAMPLING = (
 )
 
 
-def check_tiers(tiers: str, share: str, kv: str) -> None:
-    """Raises ConfigError where tiers are written wrong, or have nothing to keep."""
+def tiers_of(text: str) -> TiersConfig:
+    """Tiers as they were asked for; a Redis server's password may come from the environment. Raises ConfigError."""
     from quire.store.tiers.recipe import parse_tiers
 
-    if not parse_tiers(tiers).on:
+    return parse_tiers(text, password=os.environ.get("QUIRE_REDIS_PASSWORD") or None)
+
+
+def check_tiers(tiers: str, share: str, kv: str) -> None:
+    """Raises ConfigError where tiers are written wrong, or have nothing to keep."""
+    if not tiers_of(tiers).on:
         return
     if kv == NO_CACHE:
         raise ConfigError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quire.cli.console import quiet_transformers, say, spinner
-from quire.cli.options import NO_CACHE, Options
+from quire.cli.options import NO_CACHE, Options, tiers_of
 from quire.codecs.recipe import parse_recipe
 from quire.errors import CapacityError, ConfigError
 from quire.models.load import Loaded, Source, check_source, load_model
@@ -85,7 +85,7 @@ def open_cache(loaded: Loaded, options: Options) -> Any:
             attention=options.attention,
             weights=options.weights,
             share=share_of(options),
-            tiers=str(getattr(options, "tiers", "")),
+            tiers=tiers_of(str(getattr(options, "tiers", ""))),
             compile=options.compile,
         )
 

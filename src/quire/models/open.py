@@ -13,7 +13,7 @@ from quire.models.runner import ModelRunner, NoCacheRunner
 from quire.retention import Keep, parse_keep
 from quire.share import parse_share
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
-from quire.store.tiers.recipe import parse_tiers
+from quire.store.tiers.recipe import TiersConfig, parse_tiers
 
 
 def open_runner(
@@ -27,7 +27,7 @@ def open_runner(
     way: str | None = None,
     weights: str = "auto",
     share: str = "off",
-    tiers: str = "",
+    tiers: str | TiersConfig = "",
     compile: bool = False,  # noqa: A002 - torch's own name for it
 ) -> ModelRunner | NoCacheRunner:
     """A runner over a new store, or over none at all for `kv="none"`.
@@ -39,7 +39,8 @@ def open_runner(
         attention: backend; way: forces a way into the model.
         weights: "plain", "prepacked", "int8" or "auto": what the linear layers read, see `quire.models.prepack`.
         share: "off", or "prefix": requests find what others computed before them, see `quire.store.sharing`.
-        tiers: memory below the cache's, as `"host:8GiB,disk:100GiB@/var/cache/quire"`; needs share="prefix".
+        tiers: memory below the cache's, as `"host:8GiB,disk:100GiB@/var/cache/quire"`, or as `parse_tiers` read it;
+            needs share="prefix".
         compile: decode steps run as code that torch.compile made, see `quire.models.compiled`.
 
     Raises:
@@ -47,10 +48,10 @@ def open_runner(
     """
     if compile:
         check_compile()
-    below = parse_tiers(tiers)
+    below = parse_tiers(tiers) if isinstance(tiers, str) else tiers
     if below.on and not parse_share(share).on:
         raise ConfigError(
-            f"tiers={tiers!r} keep blocks that are found by their prefix, and share={share!r} names none; "
+            f"tiers={below.text!r} keep blocks that are found by their prefix, and share={share!r} names none; "
             "add share='prefix'"
         )
     if kv == "none":

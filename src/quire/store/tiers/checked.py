@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from quire.store.tiers.contract import Block, Outcome, Tier, TierCaps, TierHealth
+from quire.store.tiers.contract import Block, Outcome, Tier, TierHealth
 from quire.store.tiers.envelope import HEADER_BYTES, check, seal
 
 __all__ = ["Checked"]
@@ -25,8 +26,8 @@ class Checked:
         self.inner = inner
         self.name = inner.name
         caps = inner.caps
-        self.caps = TierCaps(
-            caps.persistent, caps.shared, caps.local, caps.max_block_bytes - HEADER_BYTES
+        self.caps = replace(
+            caps, max_block_bytes=caps.max_block_bytes - HEADER_BYTES, align_bytes=1
         )
 
     async def lookup(self, ns: bytes, keys: Sequence[bytes]) -> int:

@@ -50,6 +50,7 @@ class TierCaps:
         local: asking whether a block is there costs microseconds, not a round trip.
         max_block_bytes: of one block; larger ones are rejected.
         align_bytes: buffers that begin at multiples of it are filled without a copy.
+        batch_bytes: it likes to be given so many together, however small the blocks are.
     """
 
     persistent: bool = False
@@ -57,6 +58,7 @@ class TierCaps:
     local: bool = True
     max_block_bytes: int = 1 << 40
     align_bytes: int = 1
+    batch_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,10 @@ __all__ = [
     "Header",
     "check",
     "checksum",
+    "lengthen",
     "read_header",
     "seal",
+    "shorten",
     "whole",
 ]
 
@@ -123,6 +125,20 @@ def seal(ns: bytes, block: Block, sequence: int = 0) -> bytes:
         head[_FIXED.size : _FIXED.size + len(block.tokens)] = block.tokens
     head[_SUM_AT:] = checksum(memoryview(head)[:_SUM_AT])
     return bytes(head)
+
+
+def shorten(head: bytes) -> bytes:
+    """A header without the zeros that fill its page, for where pages mean nothing."""
+    body = head[:_SUM_AT].rstrip(b"\0")
+    return len(body).to_bytes(2, "little") + body + head[_SUM_AT:]
+
+
+def lengthen(data: memoryview) -> tuple[bytes, memoryview]:
+    """The header that `shorten` made shorter, and what lies behind it; of other bytes, something that is no header."""
+    n = int.from_bytes(data[:2], "little")
+    end = 2 + n + SUM_BYTES
+    head = bytes(data[2 : 2 + n]).ljust(_SUM_AT, b"\0") + bytes(data[2 + n : end])
+    return head, data[end:]
 
 
 def read_header(head: bytes | memoryview) -> Header | None:

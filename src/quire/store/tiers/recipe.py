@@ -2,6 +2,7 @@
 
 host:SIZE             memory of this process
 disk:SIZE@FOLDER      files; what it holds is found again after a restart
+redis:SIZE@HOST:PORT  a Redis or Valkey server, shared; see `quire.store.tiers.address` for TLS and users
 NAME:SIZE@PLACE       another package's, by its entry point in the group `quire.tiers`
 …;deadline=0.5        for all: seconds that a request waits for its blocks before it computes them; 1 by default
 …;sync=batch          of a disk: fdatasync after each batch, instead of at the end
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import ConfigError
+from quire.store.tiers.address import RedisAddress, masked, parse_address
 from quire.store.tiers.checked import Checked
 from quire.store.tiers.contract import Tier
 
@@ -24,16 +26,17 @@ __all__ = ["TierRecipe", "TiersConfig", "open_tiers", "parse_tiers"]
 EXAMPLE = "for example host:8GiB,disk:100GiB@/var/cache/quire"
 _UNITS = {"": 1, "b": 1} | {f"{u}b": 1000**i for i, u in enumerate("kmgt", 1)}
 _UNITS |= {f"{u}ib": 1024**i for i, u in enumerate("kmgt", 1)}
-OWN = ("host", "disk")
+OWN = ("host", "disk", "redis")
 
 
 @dataclass(frozen=True)
 class TierRecipe:
-    """One tier: its kind, its capacity, and where it lies ("" where that means nothing)."""
+    """One tier: its kind, its capacity, and where it lies ("" where that means nothing); a server has an address."""
 
     kind: str
     capacity_bytes: int
     place: str = ""
+    address: RedisAddress | None = None
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,23 @@ class TiersConfig:
         return any(t.kind != "host" for t in self.tiers)
 
 
-def parse_tiers(text: str) -> TiersConfig:
-    """The string form as a value. Raises ConfigError with one line that says what would work."""
+def parse_tiers(text: str, password: str | None = None) -> TiersConfig:
+    """The string form as a value.
+
+    Args:
+        text: see the module's. No message and no value that is printed holds its password.
+        password: of a Redis server whose address names none.
+
+    Raises:
+        ConfigError: one line that says what would work.
+    """
     body, *options = (part.strip() for part in text.split(";"))
+    text = masked(text)
     if body in ("", "none"):
         if options:
             raise ConfigError(f"tiers={text!r}: options without a tier mean nothing; {EXAMPLE}")
         return TiersConfig()
-    tiers = tuple(_tier(part.strip(), text) for part in body.split(","))
+    tiers = tuple(_tier(part.strip(), text, password) for part in body.split(","))
     kinds = [t.kind for t in tiers]
     if kinds.count("host") > 1 or "host" in kinds[1:]:
         raise ConfigError(f"tiers={text!r}: one host tier, and before all others; {EXAMPLE}")
@@ -78,12 +90,11 @@ def parse_tiers(text: str) -> TiersConfig:
     return TiersConfig(tiers, text=text, **_options(options, text, kinds))
 
 
-def _tier(part: str, text: str) -> TierRecipe:
+def _tier(part: str, text: str, password: str | None) -> TierRecipe:
     found = re.fullmatch(r"([A-Za-z_][\w-]*):\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)(?:@(.+))?", part)
+    shown = "a part of it" if "***" in text else repr(part)
     if found is None:
-        raise ConfigError(
-            f"tiers={text!r}: {part!r} is not KIND:SIZE or KIND:SIZE@PLACE; {EXAMPLE}"
-        )
+        raise ConfigError(f"tiers={text!r}: {shown} is not KIND:SIZE or KIND:SIZE@PLACE; {EXAMPLE}")
     kind, number, unit, place = found[1], found[2], found[3].lower(), found[4] or ""
     if kind not in OWN and kind not in _others():
         known = ", ".join((*OWN, *sorted(_others())))
@@ -98,9 +109,16 @@ def _tier(part: str, text: str) -> TierRecipe:
         raise ConfigError(
             f"tiers={text!r}: a disk tier needs a folder, disk:{number}{found[3]}@/path"
         )
+    if kind == "redis" and not place:
+        raise ConfigError(
+            f"tiers={text!r}: a redis tier needs a server, redis:{number}{found[3]}@HOST:PORT"
+        )
     n_bytes = int(float(number) * _UNITS[unit])
     if n_bytes < 1 << 16:
-        raise ConfigError(f"tiers={text!r}: {part!r} is {n_bytes} bytes; did you mean {number}GiB?")
+        raise ConfigError(f"tiers={text!r}: {shown} is {n_bytes} bytes; did you mean {number}GiB?")
+    if kind == "redis":
+        address = parse_address(place, password)
+        return TierRecipe(kind, n_bytes, str(address), address)
     return TierRecipe(kind, n_bytes, place)
 
 
@@ -158,5 +176,9 @@ def _open(recipe: TierRecipe, config: TiersConfig) -> Tier:
 
         folder = Path(recipe.place).expanduser()
         return DiskTier(folder, recipe.capacity_bytes, sync=config.sync)  # type: ignore[arg-type]
+    if recipe.address is not None:
+        from quire.store.tiers.redis import RedisTier
+
+        return RedisTier(recipe.address, recipe.capacity_bytes, timeout_s=config.deadline_s)
     make: Callable[[int, str], Tier] = _others()[recipe.kind].load()
     return Checked(make(recipe.capacity_bytes, recipe.place))

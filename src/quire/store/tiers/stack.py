@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 QUEUE_BYTES = 64 << 20
 """Of blocks on their way down, per level."""
-BATCH_BLOCKS = 16
+BATCH_BLOCKS, MOST_BLOCKS = 16, 64
+"""Stored at a time; more where the tier wants more bytes together."""
 STORE_S = 30.0
 """A batch of stores that takes longer is given up."""
 GRACE_S = 0.25
@@ -256,7 +257,8 @@ class TierStack:
     async def touch(self, keys: Sequence[bytes]) -> None:
         """A prefix was of use."""
         for at in self.levels:
-            await self._guard(at, at.tier.touch(self.ns, keys), 1.0)
+            if not at.resting:
+                await self._guard(at, at.tier.touch(self.ns, keys), 1.0)
 
     async def _lookup(self, at: Level, keys: list[bytes]) -> int:
         n = await self._guard(at, at.tier.lookup(self.ns, keys), 1.0)
@@ -308,17 +310,31 @@ class TierStack:
             await wake.wait()
             wake.clear()
             while at.queue:
-                with self._lock:
-                    batch = [at.queue[i] for i in range(min(BATCH_BLOCKS, len(at.queue)))]
+                batch = self._batch(at)
                 n_bytes = sum(len(b.data) for b in batch)
-                call = at.tier.store(self.ns, batch, deadline=monotonic() + STORE_S)
-                found = await self._guard(at, call, STORE_S + GRACE_S)
-                self._count(at, batch, found)
+                if at.resting:
+                    at.counts["dropped"] += len(batch)
+                else:
+                    call = at.tier.store(self.ns, batch, deadline=monotonic() + STORE_S)
+                    found = await self._guard(at, call, STORE_S + GRACE_S)
+                    self._count(at, batch, found)
                 with self._lock:  # only now: what is on its way counts
                     for _ in batch:
                         at.queue.popleft()
                     at.queued_bytes -= n_bytes
             await self._look_after(at)
+
+    def _batch(self, at: Level) -> list[Block]:
+        """What is stored next."""
+        batch: list[Block] = []
+        n_bytes, wanted = 0, at.tier.caps.batch_bytes
+        with self._lock:
+            for block in at.queue:
+                if len(batch) >= (BATCH_BLOCKS if n_bytes >= wanted else MOST_BLOCKS):
+                    break
+                batch.append(block)
+                n_bytes += len(block.data)
+        return batch
 
     def _count(self, at: Level, batch: list[Block], found: Any) -> None:
         if isinstance(found, Outcome) or len(found) != len(batch):
