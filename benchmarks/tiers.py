@@ -1,12 +1,14 @@
-"""The disk tier beside plain files and SQLite, and the first token after a restart.
+"""The disk and redis tiers beside plain files and SQLite, and the first token after a restart.
 
     python benchmarks/tiers.py                       blocks of 1 MiB in a folder under the current one
     python benchmarks/tiers.py --folder /mnt/nvme    elsewhere
+    python benchmarks/tiers.py --redis HOST:PORT     that server, instead of one that is started here for the time
 
 Every side has what it wrote on the disk when its time ends: the tier by fdatasync per batch of 16, files by fsync of
 each and of their folder, SQLite (WAL, synchronous=FULL) by a commit per 16. Reads are cold: the tier's pass the page
 cache by, the others' pages are dropped before. The tier verifies every block that it reads, the others nothing. It has
-4 threads, and so have the files of the third side.
+4 threads, and so have the files of the third side. A Redis server has what it was given in memory, not on a disk:
+its tier, which verifies too, stands beside a client that pipelines 16 plain values and verifies nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +17,17 @@ import argparse
 import asyncio
 import os
 import shutil
+import socket
 import sqlite3
+import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import common
@@ -30,13 +37,14 @@ from common import Document, Table
 from quire.bench.machine import Spread
 from quire.store.tiers import Block, Outcome
 from quire.store.tiers import envelope as sealing
+from quire.store.tiers.address import RedisAddress, parse_address
 from quire.store.tiers.disk import DiskTier
+from quire.store.tiers.redis import RedisTier
 from quire.store.tiers.slots import buffer_of
 
 NS = b"n" * 32
 FAR = 1e18
 BATCH = 16
-SIDES = ("tier", "files", "files, 4 threads", "sqlite")
 
 
 def blocks_of(n: int, n_bytes: int, turn: int) -> list[Block]:
@@ -59,14 +67,14 @@ def forget(path: Path) -> None:
 
 
 class TierSide:
-    """Our disk tier, as the engine drives it."""
+    """A tier of ours, as the engine drives it; `make` is called where its loop runs."""
 
-    def __init__(self, folder: Path, capacity_bytes: int) -> None:
+    def __init__(self, make: Callable[[], Any]) -> None:
         self.loop = asyncio.new_event_loop()
-        self.tier: Any = self.loop.run_until_complete(self._open(folder, capacity_bytes))
+        self.tier: Any = self.loop.run_until_complete(self._open(make))
 
-    async def _open(self, folder: Path, capacity_bytes: int) -> DiskTier:
-        return DiskTier(folder, capacity_bytes, sync="batch")
+    async def _open(self, make: Callable[[], Any]) -> Any:
+        return make()
 
     def put(self, blocks: Sequence[Block]) -> None:
         for at in range(0, len(blocks), BATCH):
@@ -177,18 +185,89 @@ class SqliteSide:
         self.db.close()
 
 
+class PlainRedisSide:
+    """What somebody would write: a value per block, 16 in a pipeline."""
+
+    def __init__(self, address: RedisAddress) -> None:
+        import redis
+
+        self.client = redis.Redis(**address.options())
+
+    def put(self, blocks: Sequence[Block]) -> None:
+        for at in range(0, len(blocks), BATCH):
+            with self.client.pipeline(transaction=False) as pipe:
+                for b in blocks[at : at + BATCH]:
+                    pipe.set(b"plain:" + b.key, b.data.tobytes())
+                pipe.execute()
+
+    def cool(self) -> None:
+        """Its memory is what it is."""
+
+    def get(self, wanted: Sequence[Block]) -> None:
+        for at in range(0, len(wanted), BATCH):
+            part = wanted[at : at + BATCH]
+            values: Any = self.client.mget([b"plain:" + w.key for w in part])
+            for want, value in zip(part, values, strict=True):
+                want.data[:] = np.frombuffer(value, np.uint8)
+
+    def clear(self, blocks: Sequence[Block]) -> None:
+        self.client.unlink(*(b"plain:" + b.key for b in blocks))
+
+    def close(self) -> None:
+        self.client.close()
+
+
+@contextmanager
+def redis_at(place: str | None) -> Iterator[RedisAddress | None]:
+    """The server that was named, one of our own, or None where there is none."""
+    if place is not None:
+        yield parse_address(place)
+        return
+    binary = shutil.which("redis-server") or shutil.which("valkey-server")
+    if binary is None or find_spec("redis") is None:
+        common.say("no Redis server or no package redis here: that side is left out")
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "socket"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = ["--port", str(port), "--unixsocket", str(path), "--save", "", "--dir", folder]
+        process = subprocess.Popen([binary, *words], stdout=subprocess.DEVNULL)
+        try:
+            while not path.exists():
+                if process.poll() is not None:
+                    raise SystemExit("the Redis server ended")
+                sleep(0.01)
+            yield parse_address(f"127.0.0.1:{port}")
+        finally:
+            process.terminate()
+            process.wait()
+
+
 def stores(doc: Document, args: argparse.Namespace, folder: Path) -> None:
     """Puts and cold gets of all sides, in turns."""
+    with redis_at(args.redis) as address:
+        _stores(doc, args, folder, address)
+
+
+def _stores(
+    doc: Document, args: argparse.Namespace, folder: Path, address: RedisAddress | None
+) -> None:
     n = args.blocks
     room = 4 * n * (args.block_bytes + 8192)
     sides: dict[str, Any] = {
-        "tier": TierSide(folder / "tier", room),
+        "disk tier": TierSide(partial(DiskTier, folder / "tier", room, sync="batch")),
         "files": FileSide(folder / "files", 1),
         "files, 4 threads": FileSide(folder / "files4", 4),
         "sqlite": SqliteSide(folder / "blocks.db"),
     }
+    if address is not None:
+        sides["redis tier"] = TierSide(partial(RedisTier, address, 1 << 60, needed=True))
+        sides["redis, plain"] = PlainRedisSide(address)
     seconds: dict[tuple[str, str], list[float]] = {
-        (s, w): [] for s in SIDES for w in ("put", "get")
+        (s, w): [] for s in sides for w in ("put", "get")
     }
     for turn in range(args.repeats + 1):
         blocks = blocks_of(n, args.block_bytes, turn)
@@ -211,7 +290,7 @@ def stores(doc: Document, args: argparse.Namespace, folder: Path) -> None:
     for side in sides.values():
         side.close()
     total = n * args.block_bytes
-    for name in SIDES:
+    for name in sides:
         row: dict[str, Any] = {"side": name}
         for work in ("put", "get"):
             mine, files = seconds[name, work], seconds["files", work]
@@ -318,6 +397,7 @@ def _copying(runner: Any) -> float:
 def main(argv: Sequence[str] | None = None) -> Document:
     p = common.parser(__doc__ or "")
     p.add_argument("--folder", type=Path, default=Path(), help="on the disk that is measured")
+    p.add_argument("--redis", metavar="HOST:PORT", help="a server to measure")
     p.add_argument("--blocks", type=int, default=128)
     p.add_argument("--block-bytes", type=int, default=1 << 20)
     p.add_argument("--tokens", type=int, default=2000, help="of the prefix that is found again")
@@ -332,7 +412,9 @@ def main(argv: Sequence[str] | None = None) -> Document:
     if min(args.blocks, args.block_bytes, args.tokens, args.requests) < 1:
         raise SystemExit("--blocks, --block-bytes, --tokens and --requests are at least 1")
     common.prepare(args)
-    doc = common.document("tiers", "How fast is the disk tier, and what does a restart keep?", args)
+    doc = common.document(
+        "tiers", "How fast are the disk and redis tiers, and what does a restart keep?", args
+    )
     doc["checksum"] = {1: "sha256", 2: "xxh3"}[sealing.ALGORITHM]
     doc["steps"] = []
     doc["stores"], doc["restart"] = [], {"cold_s": [], "restarted_s": []}

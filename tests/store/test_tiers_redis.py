@@ -168,6 +168,19 @@ def test_stored_again_it_is_counted_once(server: RedisServer) -> None:
     over(tier_of(server), call)
 
 
+def test_a_segment_of_which_nothing_is_left_counts_no_more(server: RedisServer) -> None:
+    async def call(tier: Any) -> None:
+        await tier.store(NS, chain(0, 4), deadline=soon())
+        before = await tier.health()
+        await tier.store(NS, [*chain(10, 3), block(20, 9 << 20)], deadline=soon())
+        await tier.drop(NS, [b.key for b in chain(10, 2)])
+        assert (await tier.health()).blocks == 8
+        await tier.drop(NS, [block(12).key, block(20).key, block(21).key])
+        assert await tier.health() == before
+
+    over(tier_of(server), call)
+
+
 # -- what lies there is spoilt -----------------------------------------------------------------------------------
 
 

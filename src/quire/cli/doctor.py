@@ -1,8 +1,9 @@
-"""`quire doctor`: what this machine's memory and disk give, and which tiers pay for a model. --help needs no torch."""
+"""`quire doctor`: what memory, disk and network give here, and which tiers pay for a model. --help needs no torch."""
 
 from __future__ import annotations
 
 import json as json_module
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,14 @@ def command(
             help="On the disk that is meant; default: the system's temporary folder.",
         ),
     ] = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            show_default=False,
+            help="A Redis or Valkey server that could be a tier, as --tiers redis:SIZE@… has it.",
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="Of the prompt that is timed.")] = 512,
     size: Annotated[
         int, typer.Option(metavar="MIB", help="Written to the disk and read back, each turn.")
@@ -43,16 +52,16 @@ def command(
         typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
     ] = False,
 ) -> None:
-    """Measure copies, checksums, the disk and the model, and say which tiers pay.
+    """Measure copies, checksums, the disk, the network and the model, and say which tiers pay.
 
-    A tier pays where bringing a block up takes clearly less than computing it. The network is not measured: the package
-    has no remote tier.
+    A tier pays where bringing a block up takes clearly less than computing it. With --redis that tier is timed over the
+    network that lies between, under names of its own; its password may come from QUIRE_REDIS_PASSWORD.
 
     [dim]quire doctor --folder /var/cache[/dim]
     """
 
     def work() -> int:
-        return _run(model, kv, folder, tokens, size, repeats, json=json)
+        return _run(model, kv, folder, redis, tokens, size, repeats, json=json)
 
     raise typer.Exit(interruptible(work))
 
@@ -61,6 +70,7 @@ def _run(
     model: str | None,
     kv: str,
     folder: str | None,
+    redis: str | None,
     tokens: int,
     size: int,
     repeats: int,
@@ -73,6 +83,11 @@ def _run(
     place = Path(tempfile.gettempdir() if folder is None else folder).expanduser()
     if not place.is_dir():
         raise ConfigError(f"--folder {place}: there is no such folder")
+    address = None
+    if redis is not None:
+        from quire.store.tiers.address import parse_address
+
+        address = parse_address(redis, os.environ.get("QUIRE_REDIS_PASSWORD") or None)
     from quire.cli.options import NO_CACHE
     from quire.plan.layout import check_config
     from quire.spec import KVConfig
@@ -91,7 +106,7 @@ def _run(
     with spinner("loading the model …"):
         runner: Any = open_runner(load_model(source).model, kv=kv)
     try:
-        doc = _measure(runner, place, tokens, size << 20, repeats)
+        doc = _measure(runner, place, address, tokens, size << 20, repeats)
     finally:
         runner.close()
     doc |= {"model": source.name, "kv": kv}
@@ -99,7 +114,9 @@ def _run(
     return 0
 
 
-def _measure(runner: Any, place: Path, tokens: int, n_bytes: int, repeats: int) -> dict[str, Any]:
+def _measure(
+    runner: Any, place: Path, address: Any, tokens: int, n_bytes: int, repeats: int
+) -> dict[str, Any]:
     from quire.bench import doctor
     from quire.bench.machine import hardware
 
@@ -115,6 +132,12 @@ def _measure(runner: Any, place: Path, tokens: int, n_bytes: int, repeats: int) 
         device = doctor.device_rates(n_bytes, repeats)
     with spinner(f"timing the disk at {place} …"):
         disk = doctor.disk_rates(place, largest, max(1, n_bytes // largest), repeats)
+    with spinner("timing the network …"):
+        network = doctor.network_rates(n_bytes, repeats)
+        network["redis"] = None
+        if address is not None:
+            n_blocks = max(1, n_bytes // largest)
+            network["redis"] = doctor.redis_rates(address, largest, n_blocks, repeats)
     with spinner("timing the model …"):
         speed = doctor.compute_tokens_per_s(runner, tokens, repeats)
     compute_s = chunk / speed["median"]
@@ -124,6 +147,13 @@ def _measure(runner: Any, place: Path, tokens: int, n_bytes: int, repeats: int) 
         doctor.judge("host", host_rate, chunk_bytes, compute_s),
         doctor.judge("disk", disk["get_gb_per_s"]["median"] * 1e9, chunk_bytes, compute_s),
     ]
+    remote = network["redis"]
+    if remote is not None:
+        rate, wait_s = remote["get_gb_per_s"]["median"] * 1e9, remote["lookup_s"]["median"]
+        wait_s /= max(
+            1, tokens // chunk
+        )  # one question, for as long a prefix as the prompt that was timed
+        verdicts.append(doctor.judge("redis", rate, chunk_bytes, compute_s, wait_s))
     return {
         "hardware": hardware(),
         "folder": str(place),
@@ -133,7 +163,7 @@ def _measure(runner: Any, place: Path, tokens: int, n_bytes: int, repeats: int) 
         "prefill_tokens_per_s": speed,
         "block_tokens": chunk,
         "block_bytes": chunk_bytes,
-        "network": None,
+        "network": network,
         "verdicts": [
             {**vars(v), "times_as_fast": round(v.times, 2), "text": v.text()} for v in verdicts
         ],
@@ -153,6 +183,7 @@ def _page(doc: dict[str, Any]) -> str:
     if doc["device"] is not None:
         up, down = (doc["device"][k]["median"] for k in ("up_gb_per_s", "down_gb_per_s"))
         lines.append(f"GPU, up and down   {up:8.2f} and {down:.2f} GB/s, pinned")
+    lines += _network(doc["network"])
     speed = doc["prefill_tokens_per_s"]["median"]
     a_block = f"{doc['block_bytes']:,} bytes for {doc['block_tokens']} tokens"
     lines += [
@@ -162,3 +193,23 @@ def _page(doc: dict[str, Any]) -> str:
     if memory["checksum"] == "sha256":
         lines.append("pip install 'quire[tiers]' verifies with XXH3, many times as fast")
     return "\n".join(lines) + "\n"
+
+
+def _network(found: dict[str, Any]) -> list[str]:
+    rate, trip = (found[k]["median"] for k in ("loopback_gb_per_s", "loopback_round_trip_s"))
+    links = ", ".join(
+        f"{name} {speed:,} Mbit/s" for name, speed in found["links_mbit_per_s"].items()
+    )
+    remote = found["redis"]
+    hint = f"; links: {links}" if links else ""
+    lines = [f"TCP on loopback    {rate:8.2f} GB/s  a round trip in {1e6 * trip:.0f} µs{hint}"]
+    if remote is None:
+        return [*lines, "no server was measured: --redis HOST:PORT times one as a tier"]
+    put, get = (remote[k]["median"] for k in ("put_gb_per_s", "get_gb_per_s"))
+    wait = f"a look-up in {1e6 * remote['lookup_s']['median']:.0f} µs"
+    of = f"blocks of {remote['block_bytes']:,} bytes"
+    return [
+        *lines,
+        f"redis, put         {put:8.2f} GB/s  at {remote['address']}",
+        f"redis, get         {get:8.2f} GB/s  verified, {wait}, {of}",
+    ]

@@ -60,6 +60,7 @@ class RedisTier:
         capacity_bytes: of all blocks there, of whichever process and model. A server with a smaller `maxmemory` evicts,
             or refuses, by itself.
         timeout_s: for what has no deadline of its own.
+        needed: raise also where it does not answer, or takes nothing.
 
     Raises:
         ConfigError: no capacity, the package `redis` is missing, a certificate cannot be read, or the server refuses
@@ -71,7 +72,12 @@ class RedisTier:
     name = "redis"
 
     def __init__(
-        self, address: RedisAddress, capacity_bytes: int, *, timeout_s: float = 1.0
+        self,
+        address: RedisAddress,
+        capacity_bytes: int,
+        *,
+        timeout_s: float = 1.0,
+        needed: bool = False,
     ) -> None:
         if capacity_bytes < 2 * HEADER_BYTES:
             raise ConfigError(f"a redis tier of {capacity_bytes} bytes holds nothing; give it more")
@@ -83,7 +89,7 @@ class RedisTier:
             batch_bytes=BATCH_BYTES,
         )
         self.address, self.capacity_bytes = address, capacity_bytes
-        self.timeout_s = min(1.0, timeout_s)
+        self.timeout_s, self._needed = min(1.0, timeout_s), needed
         self._why = ""
         self._writing = asyncio.Lock()
         self._secret = secrets.token_bytes(32)
@@ -148,12 +154,16 @@ class RedisTier:
 
         async def work() -> None:
             found = await self._pointers(ns, keys)
+            parts = list(dict.fromkeys(p for pointer in found for p in pointer))
             async with self._client.pipeline(transaction=False) as pipe:
                 for key, pointer in zip(keys, found, strict=True):
                     for part in pointer:
                         pipe.hdel(segment_name(ns, part), key)
                     pipe.delete(block_name(ns, key))
-                await pipe.execute()
+                for part in parts:
+                    pipe.exists(segment_name(ns, part))
+                left = (await pipe.execute())[-len(parts) or None :]
+            await self._uncount(ns, [p for p, there in zip(parts, left, strict=False) if not there])
 
         if keys:
             await self._soon(work)
@@ -162,10 +172,13 @@ class RedisTier:
         """See `Tier`."""
         try:
             async with asyncio.timeout(self.timeout_s):
-                await self._client.set(SECRET, self._secret, nx=True)  # where it was evicted
-                n_bytes, blocks = (
-                    int(x or 0) for x in await self._client.hmget(USED, "bytes", "blocks")
-                )
+                async with self._client.pipeline(transaction=False) as pipe:
+                    pipe.set(SECRET, self._secret, nx=True)  # where it was evicted
+                    pipe.hmget(USED, "bytes", "blocks")
+                    found = (await pipe.execute(raise_on_error=False))[1]
+                if isinstance(found, Exception):
+                    raise found
+                n_bytes, blocks = (int(x or 0) for x in found)
         except self._errors as e:
             why = str(e) or "no answer in time"
             return TierHealth(ok=False, capacity_bytes=self.capacity_bytes, why=why)
@@ -289,6 +302,14 @@ class RedisTier:
 
     # -- within --------------------------------------------------------------------------------------------------
 
+    async def _uncount(self, ns: bytes, gone: list[bytes]) -> None:
+        """Segments of which nothing is left; each is counted off by whoever takes it from the set."""
+        for part in gone:
+            if await self._client.zrem(LRU, ns + part):
+                async with self._client.pipeline(transaction=True) as pipe:
+                    count(pipe, part, -1)
+                    await pipe.execute()
+
     async def _pointers(self, ns: bytes, keys: Sequence[bytes]) -> list[Pointer]:
         """Where each block is; [] where it is not, or where what is said makes no sense."""
         found = await self._client.mget([block_name(ns, key) for key in keys]) if keys else []
@@ -384,7 +405,7 @@ class RedisTier:
         except redis.exceptions.ResponseError as e:
             if any(word in str(e) for word in ("NOAUTH", "NOPERM", "WRONGPASS", "DB index")):
                 raise ConfigError(f"{self.address} refuses us ({e})") from None
-            self._warn(e)
+            self._warn(e, "it is read, and not written to")
         except redis.exceptions.InvalidResponse as e:
             raise ConfigError(
                 f"{self.address} does not speak as Redis does ({e}); name another port"
@@ -396,11 +417,11 @@ class RedisTier:
         finally:
             client.close()
 
-    def _warn(self, e: Exception) -> None:
+    def _warn(self, e: Exception, so: str = "going on without it until it answers") -> None:
         self._why = str(e)
-        logger.warning(
-            "tier redis at %s: %s; going on without it until it answers", self.address, e
-        )
+        if self._needed:
+            raise ConfigError(f"{self.address}: {e}") from None
+        logger.warning("tier redis at %s: %s; %s", self.address, e, so)
 
 
 async def _together(work: Callable[[], Coroutine[Any, Any, None]], n: int) -> None:
