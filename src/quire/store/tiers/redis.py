@@ -48,6 +48,8 @@ T = TypeVar("T")
 
 CONNECTIONS = 2
 """Segments that are on their way at a time."""
+READ_BYTES = 1 << 18
+"""Of an answer at a time; the client's default, a quarter, costs a fifth of the speed."""
 STORE_S = 5.0
 """A batch of stores that takes longer is given up, whatever its deadline says."""
 
@@ -377,6 +379,7 @@ class RedisTier:
             timeout=None,  # whoever waits has a deadline
             retry=Retry(NoBackoff(), 0),
             protocol=2,
+            socket_read_size=READ_BYTES,
             **self.address.options(),
         )
         return Redis(connection_pool=pool)
