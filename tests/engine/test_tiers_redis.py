@@ -11,6 +11,7 @@ import pytest
 from quire.engine import Engine, SamplingParams, SchedulerConfig
 from quire.models.open import open_runner
 from quire.store.namespace import Namespace
+from quire.store.tiers.segments import SECRET
 from redis_server import RedisServer, needs_redis, ours, redis_server
 from tiny_model import chaotic_model
 
@@ -97,6 +98,22 @@ def test_what_one_process_computed_another_finds(
         assert out.token_ids == plain[0]
         assert (out.figures.loaded_tokens > 100) is loads
     assert len({key for _, key, _ in ours(server)}) == 2 * -(-(len(PROMPTS[0]) + 7) // 16)
+
+
+def test_a_tier_far_away_keeps_none_near_from_giving_parts_of_blocks(
+    opened: Make, server: RedisServer, tmp_path: Any
+) -> None:
+    """And what tenants' names depend on is the secret that others share."""
+    found, prompt = [], PROMPTS[0]
+    for tiers in (f"disk:8MiB@{tmp_path}/t", f"disk:8MiB@{tmp_path}/t,redis:8MiB@{server.place}"):
+        runner = opened(tiers, memory="8MiB")
+        with Engine(runner) as engine:
+            (out,) = engine.generate([prompt], PARAMS)
+            found.append(out.figures.cached_tokens)
+            prompt = [*prompt, *out.token_ids, 1, 2, 3]  # a conversation goes on
+    assert found == [0, len(PROMPTS[0]) + 7]
+    with server.client() as client:
+        assert runner.tiering.secret() == client.get(SECRET)
 
 
 def test_killed_stopped_and_started_again(

@@ -440,6 +440,34 @@ def test_the_password_lets_in_and_is_never_shown(caplog: pytest.LogCaptureFixtur
         assert "pass" not in line.replace("password", "").replace("username-pass", "")
 
 
+def test_a_user_who_may_do_little_suffices(mortal: RedisServer) -> None:
+    with mortal.client() as client:
+        client.acl_setuser(
+            "quire",
+            enabled=True,
+            passwords=["+few"],
+            keys=["quire:1:*"],
+            categories=["+@read", "+@write", "+@connection", "+@transaction"],
+        )
+        client.acl_setuser("nobody", enabled=True, passwords=["+few"], categories=["+@read"])
+        client.acl_setuser("default", enabled=False)
+    with pytest.raises(ConfigError, match="refuses us"):
+        open_tiers(parse_tiers(f"redis:1MiB@redis://nobody:few@{mortal.place}"))
+    config = parse_tiers(f"redis:1MiB@redis://quire@{mortal.place}", "few")
+
+    async def call(tier: Any) -> None:
+        for at in range(0, 300, 10):
+            assert set(await tier.store(NS, chain(at, 10), deadline=soon())) == {Outcome.STORED}
+        assert await tier.lookup(NS, [b.key for b in chain(290, 10)]) == 10
+        await tier.touch(NS, [b.key for b in chain(290, 10)])
+        await tier.drop(NS, [block(291).key])
+        out = [Outcome.HIT, Outcome.MISS, *[Outcome.HIT] * 8]
+        assert await hits(tier, chain(290, 10)) == out
+        assert (await tier.health()).ok
+
+    over(open_tiers(config)[0], call)
+
+
 def test_tls_with_an_authority_of_its_own(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path)
     blocks = chain(0, 3)
@@ -479,6 +507,11 @@ def test_a_server_that_is_not_there_yet(
         assert await hits(tier, chain(0, 2)) == [Outcome.HIT] * 2
 
     over(tier, call)
+
+
+def test_a_database_that_is_not_there(server: RedisServer) -> None:
+    with pytest.raises(ConfigError, match="name another database"):
+        RedisTier(parse_address(f"{server.place}/99"), 1 << 30)
 
 
 def test_something_that_is_no_redis() -> None:

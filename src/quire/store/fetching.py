@@ -249,15 +249,15 @@ class Fetcher:
     async def _load_partial(self, fetch: Fetch, deadline: float) -> None:
         """The longest beginning of what comes next that a sequence left behind, where no codec needs blocks whole."""
         sharing, at = self.sharing, fetch.boundary
-        local = all(level.tier.caps.local for level in self.stack.levels)
-        if not sharing.index.plain or not local:  # each length is a name of its own, and a question
+        if not sharing.index.plain:
             return
         parent, rest = fetch.parents[at], fetch.chunks[at] if at < len(fetch.chunks) else fetch.rest
         for n in range(min(len(rest) // TOKEN_BYTES, sharing.grain - 1), 0, -1):
             tokens = rest[: n * TOKEN_BYTES]
             name = chunk_name(parent, tokens)
             keys = [block_key(name, place) for place in self._places]
-            levels = [x for x in await self.stack.locate(keys) if x is not None]
+            found = await self.stack.locate(keys, far=False)  # each length is a question of its own
+            levels = [x for x in found if x is not None]
             if len(levels) == len(keys):
                 break
         else:

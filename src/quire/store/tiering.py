@@ -333,12 +333,8 @@ class Tiering:
             self.stack.close(timeout_s)
 
     def secret(self) -> bytes | None:
-        """Of the first tier that lasts and keeps one; None: names end with the process."""
-        for level in self.stack.levels:
-            keeps = getattr(level.tier, "secret", None)
-            if keeps is not None:
-                return bytes(keeps())
-        return None
+        """Of the first tier that keeps one, one that is shared before all; None: names end with the process."""
+        return self.stack.secret()
 
     def report(self) -> dict[str, Any]:
         """Counters as plain data."""

@@ -5,7 +5,7 @@ cut there. What goes here is a segment, and we choose it: the one that was used 
 server, which counts for all who share it. `segments.py` has the names.
 
 Whatever the server says is verified; whatever it does not say in time is a TIMEOUT. The client's own retries are off:
-they wait for a stopped server until it goes on.
+they would spend the deadline on waiting.
 """
 
 from __future__ import annotations
@@ -393,6 +393,11 @@ class RedisTier:
         options = self.address.options()
         if self.address.path:
             options["unix_socket_path"] = options.pop("path")
+        refused = (
+            redis.exceptions.AuthenticationError,
+            redis.exceptions.AuthorizationError,
+            redis.exceptions.NoPermissionError,
+        )
         limit = {"socket_timeout": 2.0, "socket_connect_timeout": 2.0}
         once = Retry(NoBackoff(), 0)
         client = redis.Redis(ssl=self.address.tls, protocol=2, retry=once, **limit, **options)
@@ -401,13 +406,15 @@ class RedisTier:
             found: Any = client.get(SECRET)
             if isinstance(found, bytes) and len(found) == 32:
                 self._secret = found
-        except (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError) as e:
+        except refused as e:
             raise ConfigError(
                 f"{self.address} refuses us ({e}); give QUIRE_REDIS_PASSWORD, or redis://USER@… for another user"
             ) from None
         except redis.exceptions.ResponseError as e:
-            if any(word in str(e) for word in ("NOAUTH", "NOPERM", "WRONGPASS", "DB index")):
-                raise ConfigError(f"{self.address} refuses us ({e})") from None
+            if "DB index" in str(e):
+                raise ConfigError(
+                    f"{self.address} refuses us ({e}); name another database"
+                ) from None
             self._warn(e, "it is read, and not written to")
         except redis.exceptions.InvalidResponse as e:
             raise ConfigError(

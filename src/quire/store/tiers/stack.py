@@ -174,6 +174,14 @@ class TierStack:
         """The first level that outlives the process."""
         return next((i for i, at in enumerate(self.levels) if at.tier.caps.persistent), None)
 
+    def secret(self) -> bytes | None:
+        """What tenants' names depend on: of a tier that others share, so that they find the same; else of the first."""
+        for at in sorted(self.levels, key=lambda at: not at.tier.caps.shared):
+            keeps = getattr(at.tier, "secret", None)
+            if keeps is not None:
+                return bytes(keeps())
+        return None
+
     @property
     def queued_bytes(self) -> int:
         """On their way, all levels together."""
@@ -217,12 +225,16 @@ class TierStack:
 
     # -- in the tiers' loop --------------------------------------------------------------------------------------
 
-    async def locate(self, keys: Sequence[bytes]) -> list[int | None]:
-        """The level where each key is, as far as the tiers say; of remote ones a run from the first key on."""
+    async def locate(self, keys: Sequence[bytes], *, far: bool = True) -> list[int | None]:
+        """The level where each key is, as far as the tiers say; of remote ones a run from the first key on.
+
+        Args:
+            far: ask also those that a question costs a round trip.
+        """
         out: list[int | None] = [None] * len(keys)
         for number, at in enumerate(self.levels):
             left = [i for i, found in enumerate(out) if found is None]
-            if at.resting or not left:
+            if at.resting or not left or not (far or at.tier.caps.local):
                 continue
             asked = [[i] for i in left] if at.tier.caps.local else [left]
             for run in asked:
