@@ -19,6 +19,7 @@ import openai
 
 from quire.engine import Engine, SchedulerConfig
 from quire.serve.config import ServeConfig
+from quire.serve.house import House
 from quire.serve.server import QuireServer, bind, make_server
 from quire.serve.service import Service
 
@@ -55,8 +56,10 @@ class Served:
 
     def wait_idle(self) -> None:
         """Until nothing runs; what was held must have come back."""
-        wait_for(lambda: not self.engine.stats().live_requests and not self.service.gate.live)
-        assert self.engine.stats().usage.held_bytes == 0
+        engines = [service.engine for service in self.server.house.services]
+        wait_for(lambda: not any(e.stats().live_requests for e in engines))
+        wait_for(lambda: not self.service.gate.live)
+        assert not any(e.stats().usage.held_bytes for e in engines)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -98,15 +101,23 @@ def serving(
         eos_token_ids=loaded.eos_token_ids,
     )
     service = Service(engine, config, name, kv="fp32", tracing=tracing)
+    with serving_house(House([service]), keys=keys) as served:
+        yield served
+    runner.close()
+
+
+@contextmanager
+def serving_house(house: House, *, keys: dict[str, str] | None = None) -> Iterator[Served]:
+    """Serves what is given at a free port; its runners are the caller's to close."""
     ready = threading.Event()
-    server = make_server(service, ready.set)
-    listening = bind(config)
+    server = make_server(house, ready.set)
+    listening = bind(house.config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
         assert ready.wait(PATIENCE_S)
         host, port = listening.getsockname()[:2]
-        served = Served(f"http://{host}:{port}", service, server, keys or {})
+        served = Served(f"http://{host}:{port}", house.first, server, keys or {})
         yield served
         for client in served.clients.values():
             client.close()
@@ -114,7 +125,6 @@ def serving(
         server.should_exit = True
         thread.join(PATIENCE_S)
         listening.close()
-        runner.close()
         assert not thread.is_alive()
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from quire.serve.config import ServeConfig
+from served import serving
 
 FILE = Path(__file__).parents[2] / "deploy" / "grafana.json"
 NAME = re.compile(r"\b(?:quire|vllm)[_:][a-z_]+")
@@ -34,6 +38,14 @@ def dashboard() -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def tiered(tiny_folder: Path) -> Iterator[Any]:
+    """A server with a tier, of which a prefix was cut short: a counter without a reason yet is not exported."""
+    with serving(str(tiny_folder), ServeConfig(port=0), tiers="host:1MiB") as served:
+        served.engine.runner.tiering.stats.truncated["timeout"] += 1
+        yield served
+
+
 def exported(served: Any) -> set[str]:
     with served.http() as client:
         text = client.get("/metrics").text
@@ -50,8 +62,8 @@ def asked(dashboard: dict[str, Any]) -> list[str]:
     return [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
 
 
-def test_every_metric_is_exported(packaged: Any, dashboard: dict[str, Any]) -> None:
-    there = exported(packaged)
+def test_every_metric_is_exported(tiered: Any, dashboard: dict[str, Any]) -> None:
+    there = exported(tiered)
     queries = [*asked(dashboard), *(v["query"] for v in dashboard["templating"]["list"])]
     wanted = {name for query in queries for name in NAME.findall(query)}
     assert len(wanted) > 15

@@ -12,7 +12,7 @@ from quire.engine.sharing import sharing_report
 from quire.models.load import load_model
 from quire.models.open import open_runner
 from quire.serve.config import ServeConfig
-from quire.serve.metrics import Meters
+from quire.serve.house import House
 from quire.serve.service import Service
 from tiny_model import make_model
 
@@ -28,10 +28,9 @@ def test_metrics_tell_of_tiers_and_tenants_find_their_own_again(tmp_path: Path) 
                 [prompt], SamplingParams(max_tokens=2), namespace=service.tenants.of(tenant)
             )
             assert out.figures.loaded_tokens == expected
-            meters = Meters("m")
-            meters.stats = engine.stats
-            meters.sharing = lambda engine=engine: sharing_report(engine)
-            text = meters.text().decode()
+            service.meters.stats = engine.stats
+            service.meters.sharing = lambda engine=engine: sharing_report(engine)
+            text = House([service]).metrics().decode()
         runner.close()
     samples = {
         (s.name, s.labels.get("tier"), s.labels.get("outcome")): s.value

@@ -14,7 +14,7 @@ from quire.store.tiers.address import RedisAddress
 from quire.store.tiers.checked import Checked
 from quire.store.tiers.disk import DiskTier
 from quire.store.tiers.host import HostTier
-from quire.store.tiers.recipe import TierRecipe, open_tiers, parse_tiers
+from quire.store.tiers.recipe import TierRecipe, divided, open_tiers, parse_tiers
 
 
 def test_what_is_read() -> None:
@@ -130,6 +130,15 @@ def test_no_message_holds_a_password(text: str) -> None:
 def test_the_rest_of_a_recipe_stays_readable() -> None:
     found = parse_tiers("host:1GiB,redis:1GiB@redis://u:p@h,disk:1MiB@/a b;deadline=2")
     assert found.text == "host:1GiB,redis:1GiB@redis://u:***@h,disk:1MiB@/a b;deadline=2"
+
+
+def test_several_caches_divide_tiers() -> None:
+    text = "host:8MiB,disk:1GiB@/var/x y,redis:2GiB@redis://u:p@h;deadline=2"
+    found = divided(text, "one", 4)
+    assert found == ("host:2097152,disk:268435456@/var/x y/one,redis:2GiB@redis://u:p@h;deadline=2")
+    assert parse_tiers(found).deadline_s == 2
+    with pytest.raises(ConfigError, match="did you mean"):
+        parse_tiers(divided("host:128KiB", "one", 4))
 
 
 def test_tiers_of_others_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatOptions", "Options", "RunOptions", "TourOptions", "check_tiers", "flag", "tiers_of"]
 
+AUTO = "auto"
+"""--share auto: prefixes are shared where the model allows it."""
+
 NO_CACHE = "none"
 """--kv none: nothing is kept, everything is computed at every step."""
 
@@ -88,7 +91,7 @@ class Options:
         set_flags = {k: v for k, v in flags.items() if k in known and _given(v)}
         values |= set_flags
         given |= set(set_flags)
-        for name in {"stop", "cors"} & set(values):
+        for name in {"stop", "cors", "models", "adapter"} & set(values):
             several = values[name]
             values[name] = (several,) if isinstance(several, str) else tuple(several)
         if values.get("tiers") and "share" in known and "share" not in values:

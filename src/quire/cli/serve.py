@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,21 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quire.cli.console import interruptible, say, write
-from quire.cli.options import NO_CACHE, Options, check_tiers
+from quire.cli.options import AUTO, NO_CACHE, Options, check_tiers
 from quire.codecs.recipe import available
 from quire.errors import ConfigError
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
 if TYPE_CHECKING:
-    from quire.models.load import Loaded
     from quire.serve.config import ServeConfig
-    from quire.serve.tracing import Tracing
+    from quire.serve.house import House
 
 __all__ = ["ServeOptions", "command"]
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
-AUTO = "auto"
-EXPLAINED = "prefix:explain=on"
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -43,6 +40,8 @@ _MODEL, _CACHE, _WHO, _MUCH, _OUTPUT = "Model", "Cache", "Who may come in", "How
 class ServeOptions(Options):
     """What `quire serve` does."""
 
+    models: tuple[str, ...] = ()
+    adapter: tuple[str, ...] = ()
     share: str = AUTO
     tiers: str = ""
     name: str | None = None
@@ -92,17 +91,29 @@ class ServeOptions(Options):
 
 def command(
     context: typer.Context,
-    model: Annotated[
-        str | None,
+    models: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="MODEL",
+            metavar="[NAME=]MODEL…",
             show_default=False,
-            help="A model folder, or a hub id. Without it the model that QUIRE_MODEL names, else the packaged one.",
+            help="Model folders, or hub ids, with what clients call each. Without any the model that QUIRE_MODEL "
+            "names, else the packaged one.",
         ),
     ] = None,
     name: Annotated[
         str | None,
-        _option(_MODEL, "--name", "NAME", "What clients call the model; default: as it is given."),
+        _option(
+            _MODEL, "--name", "NAME", "What clients call the only model; default: as it is given."
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        _option(
+            _MODEL,
+            "--adapter",
+            "NAME=DIR",
+            "A LoRA adapter that clients name as a model; may be repeated. Of several models: NAME=DIR,base=MODEL.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, _option(_MODEL, "--dtype", "NAME", "float32, bfloat16, …; default: the file's.")
@@ -136,7 +147,7 @@ def command(
             _CACHE,
             "--memory",
             "SIZE",
-            "Memory for the cache: 8GiB, or a share of what is free; default: 0.5.",
+            "Memory for the cache, of all models together: 8GiB, or a share of what is free; default: 0.5.",
         ),
     ] = None,
     block_tokens: Annotated[
@@ -164,7 +175,8 @@ def command(
             _CACHE,
             "--tiers",
             "TIERS",
-            "Memory below the cache, as host:8GiB,disk:100GiB@DIR; with a disk the cache survives a restart.",
+            "Memory below the cache, as host:8GiB,disk:100GiB@DIR or redis:8GiB@HOST:PORT; "
+            "with a disk or a server the cache survives a restart.",
         ),
     ] = None,
     host: Annotated[
@@ -304,7 +316,7 @@ def command(
         ),
     ] = None,
 ) -> None:
-    """Serve a model: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages.
+    """Serve models: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages.
 
     Prefixes that prompts have in common are computed once, for each key apart; answers say how many tokens were cached.
 
@@ -323,6 +335,10 @@ def _serve(options: ServeOptions) -> int:
 
         write(new_key(Path(str(options.keys)), options.new_key, operator=options.operator) + "\n")
         return 0
+    from quire.cli.served import check_adapters, named_models, open_house
+
+    named = named_models(options)
+    check_adapters(named)
     settled = _config(options)
     tracing = None
     if options.otlp is not None:
@@ -333,9 +349,36 @@ def _serve(options: ServeOptions) -> int:
 
     listening = bind(settled)
     try:
-        return _run(options, settled, listening, tracing)
+        house = open_house(options, named, settled, tracing)
+        _serve_house(options, house, listening)
     finally:
         listening.close()
+    return 0
+
+
+def _serve_house(options: ServeOptions, house: House, listening: Any) -> None:
+    """Until SIGTERM."""
+    from quire.serve.server import make_server
+
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    scheme = "http" if house.config.tls_cert is None else "https"
+
+    def started() -> None:
+        if not options.quiet:
+            keys = len(house.config.keys.by_digest)
+            who = f"{keys} key{'s' * (keys != 1)}" if keys else "no keys"
+            cache = "prefixes shared" if any(s.shares for s in house.services) else "nothing shared"
+            names = ", ".join(map(repr, house.models))
+            say(f"serving {names} at {scheme}://{shown}:{port}/v1 ({who}, {cache})")
+            if house.config.dashboard:
+                say(f"dashboard: {scheme}://{shown}:{port}/")
+
+    make_server(house, started).run(sockets=[listening])
+    for service in house.services:
+        service.engine.runner.close()  # type: ignore[attr-defined]
+    if not options.quiet:
+        say("all requests have ended")
 
 
 def _config(options: ServeOptions) -> ServeConfig:
@@ -370,80 +413,3 @@ def _config(options: ServeOptions) -> ServeConfig:
         drain_s=options.drain,
         dashboard=not options.no_dashboard,
     )
-
-
-def _run(
-    options: ServeOptions, settled: ServeConfig, listening: Any, tracing: Tracing | None
-) -> int:
-    from quire.cli.prepare import load, look
-
-    off = replace(options, share="off")
-    source = look(off if options.share == AUTO else options)
-    loaded = load(source, off, [])
-    if loaded.tokenizer is None:
-        raise ConfigError(f"{loaded.name} comes without a tokenizer, so it cannot read text")
-    runner = _open(loaded, options)
-
-    from quire.engine import Engine, SchedulerConfig
-    from quire.serve.server import make_server
-    from quire.serve.service import Service
-
-    engine = Engine(
-        runner,
-        loaded.tokenizer,
-        config=SchedulerConfig(
-            step_tokens=options.step_tokens,
-            beside_tokens=options.beside_tokens,
-            max_running=options.max_running,
-        ),
-        eos_token_ids=loaded.eos_token_ids,
-    )
-    name = options.name or loaded.name
-    tiering = getattr(runner, "tiering", None)
-    secret = None if tiering is None else tiering.secret()  # names must outlive the process as well
-    service = Service(
-        engine,
-        settled,
-        name,
-        kv=options.kv,
-        keep=options.keep,
-        secret=secret,
-        tracing=tracing,
-    )
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    scheme = "http" if settled.tls_cert is None else "https"
-
-    def started() -> None:
-        if not options.quiet:
-            who = f"{len(settled.keys.by_digest)} keys" if settled.keys else "no keys"
-            cache = "prefixes shared" if service.shares else "nothing shared"
-            say(f"serving {name!r} at {scheme}://{shown}:{port}/v1 ({who}, {cache})")
-            if settled.dashboard:
-                say(f"dashboard: {scheme}://{shown}:{port}/")
-
-    make_server(service, started).run(sockets=[listening])
-    runner.close()
-    if not options.quiet:
-        say("all requests have ended")
-    return 0
-
-
-def _open(loaded: Loaded, options: ServeOptions) -> Any:
-    """A runner that shares prefixes where it can and nothing else was asked."""
-    from quire.cli.prepare import open_cache
-
-    if options.share != AUTO:
-        if "share" not in options.given:  # --tiers wants prefixes
-            options = replace(options, share=EXPLAINED)
-        return open_cache(loaded, options)
-    if options.kv != NO_CACHE:
-        try:
-            return open_cache(loaded, replace(options, share=EXPLAINED))
-        except ConfigError as e:
-            refused = e
-        runner = open_cache(loaded, replace(options, share="off"))
-        if not options.quiet:
-            say(f"no prefixes are shared: {refused}", "yellow")
-        return runner
-    return open_cache(loaded, replace(options, share="off"))

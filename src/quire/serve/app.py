@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,10 +21,11 @@ from quire.serve.completions import completion_routes
 from quire.serve.dashboard import dashboard_routes
 from quire.serve.errors import ApiError, as_api_error, reply
 from quire.serve.guard import Guard
+from quire.serve.house import House
 from quire.serve.messages import message_routes
 from quire.serve.plain import plain_routes
 from quire.serve.responses import response_routes
-from quire.serve.service import ClientGoneError, Service
+from quire.serve.service import ClientGoneError
 
 __all__ = ["build_app"]
 
@@ -41,17 +43,18 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_app(service: Service) -> FastAPI:
-    """The application over a service, which it closes at its end."""
+def build_app(house: House) -> FastAPI:
+    """The application over what is served, which it closes at its end."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.meters.stats = service.engine.stats
-        service.meters.sharing = lambda: sharing_report(service.engine)
+        for service in house.services:
+            service.meters.stats = service.engine.stats
+            service.meters.sharing = partial(sharing_report, service.engine)
         try:
             yield
         finally:
-            service.close()
+            house.close()
 
     app = FastAPI(
         title="Quire",
@@ -71,18 +74,18 @@ def build_app(service: Service) -> FastAPI:
         plain_routes,
         dashboard_routes,
     ):
-        app.include_router(routes(service))
-    _name_models(app, service)
+        app.include_router(routes(house))
+    _name_models(app, house)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientGoneError, _gone)
     for kind in (ApiError, QuireError, Exception):
         app.add_exception_handler(kind, _failed)
-    app.add_middleware(Guard, config=service.config)
-    if service.config.cors_origins:
+    app.add_middleware(Guard, config=house.config)
+    if house.config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(service.config.cors_origins),
+            allow_origins=list(house.config.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-api-key"],
             expose_headers=["retry-after"],
@@ -90,7 +93,7 @@ def build_app(service: Service) -> FastAPI:
     return app
 
 
-def _name_models(app: FastAPI, service: Service) -> None:
+def _name_models(app: FastAPI, house: House) -> None:
     """Lets the interface's document say which models there are."""
     plain = app.openapi
 
@@ -99,7 +102,7 @@ def _name_models(app: FastAPI, service: Service) -> None:
         for form in document["components"]["schemas"].values():
             model = form.get("properties", {}).get("model")
             if model is not None:
-                model["enum"] = [*service.models, *([None] if "anyOf" in model else [])]
+                model["enum"] = [*house.models, *([None] if "anyOf" in model else [])]
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

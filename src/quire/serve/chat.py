@@ -12,6 +12,7 @@ from quire.serve.answer import EventStream, chat_logprobs, new_id, openai_sampli
 from quire.serve.errors import ApiError, JSONReply, event
 from quire.serve.forms import ChatForm, ToolChoice
 from quire.serve.grammar import wanted_grammar
+from quire.serve.house import House
 from quire.serve.prompt import as_turns
 from quire.serve.service import Run, Service, unless_gone
 from quire.serve.tools import Call, Reader, ToolUse, plan_tools
@@ -19,13 +20,13 @@ from quire.serve.tools import Call, Reader, ToolUse, plan_tools
 __all__ = ["chat_routes"]
 
 
-def chat_routes(service: Service) -> APIRouter:
+def chat_routes(house: House) -> APIRouter:
     """The endpoint."""
     router = APIRouter()
 
     @router.post("/v1/chat/completions", summary="Continue a conversation", tags=["OpenAI"])
     async def chat_completions(form: ChatForm, request: Request) -> Response:
-        adapter = service.check_model(form.model)
+        service, adapter = house.find(form.model)
         use = _tools(service, form)
         grammar = wanted_grammar(form.response_format, form.structured_outputs)
         if grammar is not None and use.way != "none":

@@ -13,18 +13,19 @@ from quire.serve.answer import EventStream, new_id, openai_sampling, text_logpro
 from quire.serve.errors import ApiError, JSONReply, event
 from quire.serve.forms import CompletionForm
 from quire.serve.grammar import wanted_grammar
+from quire.serve.house import House
 from quire.serve.service import Run, Service, unless_gone
 
 __all__ = ["completion_routes"]
 
 
-def completion_routes(service: Service) -> APIRouter:
+def completion_routes(house: House) -> APIRouter:
     """The endpoint."""
     router = APIRouter()
 
     @router.post("/v1/completions", summary="Continue texts", tags=["OpenAI"])
     async def completions(form: CompletionForm, request: Request) -> Response:
-        adapter = service.check_model(form.model)
+        service, adapter = house.find(form.model)
         n = form.n or 1
         if form.best_of not in (None, n):
             raise ApiError(400, "best_of must equal n: all samples are returned", param="best_of")

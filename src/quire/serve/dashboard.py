@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from quire.serve.errors import JSONReply
-from quire.serve.service import Service
+from quire.serve.house import House
 from quire.serve.watch import Seat, Watch
 
 if TYPE_CHECKING:
@@ -56,22 +56,24 @@ class Figures(StreamingResponse):
             self._watch.leave(self._seat)
 
 
-def dashboard_routes(service: Service) -> APIRouter:
+def dashboard_routes(house: House) -> APIRouter:
     """The endpoints."""
     router = APIRouter()
 
     @router.get("/v1/kv/stats", summary="What goes on", tags=["Quire"])
-    async def stats(request: Request) -> Response:
+    async def stats(request: Request, model: str | None = None) -> Response:
         """One document; with `Accept: text/event-stream` another every second.
 
-        A tenant's key is told of the tenant, an operator's of everybody.
+        A tenant's key is told of the tenant, an operator's of everybody. Of several models, the one that is named, else
+        the first.
         """
         caller = request.state.caller
+        service, _ = house.find(model)
         if STREAM in request.headers.get("accept", ""):
             return Figures(service.watch, service.watch.sit(caller))
         return JSONReply(await service.watch.document(caller))
 
-    if service.config.dashboard:
+    if house.config.dashboard:
         for path, (name, kind) in FILES.items():
             _add_file(router, path, (FOLDER / name).read_bytes(), kind)
     return router

@@ -18,6 +18,7 @@ from quire.engine import Completion, Delta
 from quire.serve.answer import EventStream, new_id, sampling
 from quire.serve.errors import ApiError, JSONReply, event
 from quire.serve.forms import CacheOptions, Form, SamplingForm
+from quire.serve.house import House
 from quire.serve.service import Run, Service, Usage, unless_gone
 from quire.serve.tools import Call, Reader, ToolUse, plan_tools
 
@@ -139,13 +140,13 @@ class Conversation:
     life_s: float
 
 
-def message_routes(service: Service) -> APIRouter:
+def message_routes(house: House) -> APIRouter:
     """The endpoints."""
     router = APIRouter()
 
     @router.post("/v1/messages", summary="Continue a conversation", tags=["Anthropic"])
     async def messages(form: MessagesForm, request: Request) -> Response:
-        adapter = service.check_model(form.model)
+        service, adapter = house.find(form.model)
         talk = _conversation(form)
         use = _tools(service, form)
         turns = use.turns(talk.turns)
@@ -169,7 +170,7 @@ def message_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/messages/count_tokens", summary="How long a prompt is", tags=["Anthropic"])
     async def count_tokens(form: CountForm) -> Response:
-        service.check_model(form.model)
+        service, _ = house.find(form.model)
         use = _tools(service, form)
         turns = use.turns(_conversation(form).turns)
         return JSONReply({"input_tokens": len(await service.prompts.chat(turns, use.tools))})

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -78,8 +77,6 @@ class Meters:
         """By tenant, and of all under None."""
         self.stats: Callable[[], EngineStats] | None = None
         self.sharing: Callable[[], dict[str, Any] | None] = lambda: None
-        self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(self)
 
     def refused(self, tenant: str, reason: str) -> None:
         """A request was told to come back."""
@@ -133,10 +130,6 @@ class Meters:
         row["output"] += usage.output_tokens
         if done:
             self.whole.observe(seconds)
-
-    def text(self) -> bytes:
-        """The exposition format."""
-        return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
         """Everything, now."""

@@ -9,28 +9,28 @@ from starlette.responses import Response
 from quire import __version__
 from quire.serve.errors import ApiError, JSONReply
 from quire.serve.forms import DetokenizeForm, TokenizeForm
+from quire.serve.house import House
 from quire.serve.prompt import as_turns
 from quire.serve.service import Service
 
 __all__ = ["plain_routes"]
 
 
-def plain_routes(service: Service) -> APIRouter:
+def plain_routes(house: House) -> APIRouter:
     """The endpoints."""
     router = APIRouter()
 
     @router.get("/v1/models", summary="What is served", tags=["OpenAI"])
     async def models() -> Response:
-        return JSONReply({"object": "list", "data": [_model(service, n) for n in service.models]})
+        return JSONReply({"object": "list", "data": [_model(house, n) for n in house.models]})
 
     @router.get("/v1/models/{name:path}", summary="One of them", tags=["OpenAI"])
     async def model(name: str) -> Response:
-        service.check_model(name)
-        return JSONReply(_model(service, name))
+        return JSONReply(_model(house, name))
 
     @router.post("/tokenize", summary="A text, or messages, as tokens", tags=["Quire"])
     async def tokenize(form: TokenizeForm) -> Response:
-        service.check_model(form.model)
+        service, _ = house.find(form.model)
         tokens = await _tokens(service, form)
         found: dict[str, Any] = {
             "count": len(tokens),
@@ -43,7 +43,7 @@ def plain_routes(service: Service) -> APIRouter:
 
     @router.post("/detokenize", summary="Tokens as text", tags=["Quire"])
     async def detokenize(form: DetokenizeForm) -> Response:
-        service.check_model(form.model)
+        service, _ = house.find(form.model)
         if max(form.tokens, default=0) >= service.engine.runner.vocab_size:
             raise ApiError(
                 400,
@@ -52,9 +52,18 @@ def plain_routes(service: Service) -> APIRouter:
             )
         return JSONReply({"prompt": service.prompts.decode(form.tokens)})
 
+    @router.post("/v1/embeddings", include_in_schema=False)
+    async def embeddings() -> Response:
+        raise ApiError(
+            404,
+            "there are no embeddings here: models that continue texts were not trained to compare them; ask a server "
+            "of an embedding model",
+            code="not_offered",
+        )
+
     @router.get("/health", summary="Whether tokens come", tags=["Quire"])
     async def health() -> Response:
-        await service.health()
+        await house.health()
         return JSONReply({"status": "ok"})
 
     @router.get("/live", summary="Whether the process answers", tags=["Quire"])
@@ -69,7 +78,7 @@ def plain_routes(service: Service) -> APIRouter:
     async def metrics(request: Request) -> Response:
         if not request.state.caller.operator:
             raise ApiError(403, "metrics are for an operator's key", code="operator_only")
-        return Response(service.meters.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(house.metrics(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 
@@ -91,12 +100,13 @@ async def _tokens(service: Service, form: TokenizeForm) -> list[int]:
     return await prompts.encode(form.prompt, special=form.add_special_tokens is not False)
 
 
-def _model(service: Service, name: str) -> dict[str, Any]:
+def _model(house: House, name: str) -> dict[str, Any]:
+    service, adapter = house.find(name)
     return {
         "id": name,
         "object": "model",
         "created": service.created_s,
         "owned_by": "quire",
-        "parent": None if service.models[name] is None else service.name,
+        "parent": None if adapter is None else service.name,
         "max_model_len": service.prompts.context_tokens,
     }

@@ -25,6 +25,7 @@ from quire.serve.forms import (
     ToolCall,
 )
 from quire.serve.grammar import wanted_grammar
+from quire.serve.house import House
 from quire.serve.prompt import as_turns, plain_text
 from quire.serve.service import Run, Service, unless_gone
 from quire.serve.tools import Call, Reader, ToolUse, plan_tools
@@ -118,13 +119,13 @@ class ResponsesForm(SamplingForm, Labels):
     cache: CacheOptions | None = None
 
 
-def response_routes(service: Service) -> APIRouter:
+def response_routes(house: House) -> APIRouter:
     """The endpoint."""
     router = APIRouter()
 
     @router.post("/v1/responses", summary="Answer", tags=["OpenAI"])
     async def responses(form: ResponsesForm, request: Request) -> Response:
-        adapter = service.check_model(form.model)
+        service, adapter = house.find(form.model)
         use = _tools(service, form)
         grammar = wanted_grammar(_format(form), None)
         if grammar is not None and use.way != "none":

@@ -13,7 +13,7 @@ import uvicorn
 from quire.errors import ConfigError
 from quire.serve.app import build_app
 from quire.serve.config import ServeConfig
-from quire.serve.service import Service
+from quire.serve.house import House
 
 __all__ = ["QuireServer", "bind", "make_server"]
 
@@ -32,11 +32,11 @@ class QuireServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        service: Service,
+        house: House,
         started: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(config)
-        self.service = service
+        self.house = house
         self.when_started = started
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -52,9 +52,9 @@ class QuireServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains."""
-        self.service.drain()
-        drain_s = self.service.config.drain_s
-        timer = asyncio.get_running_loop().call_later(drain_s, self.service.abort)
+        self.house.drain()
+        drain_s = self.house.config.drain_s
+        timer = asyncio.get_running_loop().call_later(drain_s, self.house.abort)
         try:
             await super().shutdown(sockets)
         finally:
@@ -80,15 +80,15 @@ def bind(config: ServeConfig) -> socket.socket:
     return made
 
 
-def make_server(service: Service, started: Callable[[], None] = lambda: None) -> QuireServer:
-    """A server over a service; `run(sockets=[bind(config)])` serves until SIGTERM.
+def make_server(house: House, started: Callable[[], None] = lambda: None) -> QuireServer:
+    """A server over what is served; `run(sockets=[bind(config)])` serves until SIGTERM.
 
     Args:
         started: called once requests are answered.
     """
-    config = service.config
+    config = house.config
     options = uvicorn.Config(
-        build_app(service),
+        build_app(house),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -98,4 +98,4 @@ def make_server(service: Service, started: Callable[[], None] = lambda: None) ->
         ssl_certfile=config.tls_cert,
         ssl_keyfile=config.tls_key,
     )
-    return QuireServer(options, service, started)
+    return QuireServer(options, house, started)

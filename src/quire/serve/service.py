@@ -86,6 +86,7 @@ class Service:
         name: the model's, as clients write it.
         kv, keep: the recipe and policy that the engine's cache runs.
         secret: from which tenants' salts follow; None: one that ends with the process.
+        gate: where several models have one; None: its own.
         tracing: makes a span of each request; None: of none.
     """
 
@@ -98,6 +99,7 @@ class Service:
         kv: str = "auto",
         keep: str = "full",
         secret: bytes | None = None,
+        gate: Gate | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         self.engine = engine
@@ -110,7 +112,7 @@ class Service:
         self.grammars = Grammars(
             engine.tokenizer, engine.runner.vocab_size, sorted(engine.intake.eos_token_ids)
         )
-        self.gate = Gate(config)
+        self.gate = gate or Gate(config)
         self.tenants = Tenants(secret)
         self.owners: dict[bytes, str] = {}
         """Salt -> tenant, of those who asked last: whose a tree of prefixes is."""
@@ -122,20 +124,11 @@ class Service:
         self._probing = asyncio.Lock()
         adapters = getattr(getattr(engine.runner, "adapters", None), "names", ())
         self.models: dict[str, str | None] = {name: None} | {str(a): str(a) for a in adapters}
+        self.served: tuple[str, ...] = (name,)
+        """Names of all models and adapters of the server."""
         self.shares = getattr(engine.runner, "sharing", None) is not None
 
     # -- what a request may ask ----------------------------------------------------------------------------------
-
-    def check_model(self, name: str | None) -> str | None:
-        """The adapter behind a model's name. Raises ApiError: 404."""
-        if name is None or name in self.models:
-            return None if name is None else self.models[name]
-        raise ApiError(
-            404,
-            f"there is no model {name[:100]!r} here; there is {', '.join(map(repr, self.models))}",
-            code="model_not_found",
-            param="model",
-        )
 
     def cache_wishes(self, caller: Caller, options: CacheOptions | None) -> dict[str, Any]:
         """What `submit` is told about the cache: whose it is, and the request's own wishes within the limits.
@@ -311,10 +304,8 @@ class Service:
             run.abort(ApiError(503, "the server is shutting down", code="draining"))
 
     def close(self) -> None:
-        """End everything."""
+        """End everything but the tracing, which others may use."""
         self.engine.close()
-        if self.tracing is not None:
-            self.tracing.close()
 
 
 @dataclass(eq=False)

@@ -239,6 +239,7 @@ class Watch:
             "version": __version__,
             "model": service.name,
             "models": list(service.models),
+            "served": list(service.served),
             "kv": service.kv,
             "keep": service.keep,
             "share": "prefix" if service.shares else "off",

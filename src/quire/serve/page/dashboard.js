@@ -9,6 +9,7 @@ const ABOUT = {
 };
 let last = null; // the latest document
 let stopped = null; // ends the stream that runs
+let chosen = null; // of several models or adapters, the one that is looked at and talked to
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
@@ -172,7 +173,8 @@ function drawTree(trees) {
 function show(s) {
   last = s;
   $("main").removeAttribute("aria-busy");
-  document.title = `Quire · ${s.model}`;
+  document.title = `Quire · ${chosen ?? s.model}`;
+  showServed(s);
   const model = $("model");
   if (!model.firstChild) model.append(make("b"), "");
   text(model.firstChild, s.model);
@@ -197,6 +199,14 @@ function show(s) {
   ]), 1);
   text($("tenants-more"), s.tenants_left_out ? `and ${count(s.tenants_left_out)} more` : "since the start");
   showPrompts(s);
+}
+
+function showServed(s) {
+  const select = $("served");
+  select.hidden = s.served.length < 2;
+  if (select.hidden || document.activeElement === select) return;
+  each(select, s.served, () => make("option"), (option, name) => { text(option, name); option.value = name; });
+  select.value = chosen ?? s.model;
 }
 
 function showMemory(b, tiers) {
@@ -276,7 +286,8 @@ async function why(response) {
 async function watch(signal) {
   for (let pause = 500; !signal.aborted; pause = Math.min(10000, pause * 2)) {
     try {
-      const response = await fetch("/v1/kv/stats", { headers: headers({ accept: "text/event-stream" }), signal });
+      const of = chosen ? `?model=${encodeURIComponent(chosen)}` : "";
+      const response = await fetch(`/v1/kv/stats${of}`, { headers: headers({ accept: "text/event-stream" }), signal });
       if (response.status === 401) { say("lost", "needs a key"); askKey(sessionStorage.getItem(KEY) ? await why(response) : null); return; }
       if (!response.ok) throw new Error(await why(response));
       $("key-button").hidden = !sessionStorage.getItem(KEY);
@@ -309,6 +320,7 @@ $("key-form").addEventListener("submit", (e) => {
   $("key-dialog").close();
   start();
 });
+$("served").addEventListener("change", (e) => { chosen = e.target.value; start(); });
 $("key-button").addEventListener("click", () => { sessionStorage.removeItem(KEY); askKey(null); });
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) { stopped?.abort(); say("", "paused while hidden"); } else start();
@@ -339,7 +351,7 @@ async function answer() {
     const response = await fetch("/v1/chat/completions", {
       method: "POST", headers: headers({ "content-type": "application/json" }), signal: answering.signal,
       body: JSON.stringify({
-        model: last?.model ?? null, messages: turns, max_tokens: Number($("most").value), stream: true, temperature: 0.7,
+        model: chosen ?? last?.model ?? null, messages: turns, max_tokens: Number($("most").value), stream: true, temperature: 0.7,
         stream_options: { include_usage: true },
       }),
     });

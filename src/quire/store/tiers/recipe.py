@@ -21,7 +21,7 @@ from quire.store.tiers.address import RedisAddress, masked, parse_address
 from quire.store.tiers.checked import Checked
 from quire.store.tiers.contract import Tier
 
-__all__ = ["TierRecipe", "TiersConfig", "open_tiers", "parse_tiers"]
+__all__ = ["TierRecipe", "TiersConfig", "divided", "open_tiers", "parse_tiers"]
 
 EXAMPLE = "for example host:8GiB,disk:100GiB@/var/cache/quire"
 _UNITS = {"": 1, "b": 1} | {f"{u}b": 1000**i for i, u in enumerate("kmgt", 1)}
@@ -88,6 +88,25 @@ def parse_tiers(text: str, password: str | None = None) -> TiersConfig:
     if len(set(places)) < len(places):
         raise ConfigError(f"tiers={text!r}: two tiers cannot share a place")
     return TiersConfig(tiers, text=text, **_options(options, text, kinds))
+
+
+def divided(text: str, own: str, parts: int) -> str:
+    """The recipe of one of several caches: an equal share of each size, and a folder `own` below a disk's.
+
+    A server's size is of all that lies there, whosever it is, and stays.
+    """
+    body, *options = text.split(";")
+    tiers, config = body.split(","), parse_tiers(text)
+    if len(tiers) != len(config.tiers):
+        raise ConfigError(
+            f"tiers={config.text!r}: folders with a comma in their name are for one model"
+        )
+    out = []
+    for part, tier in zip(tiers, config.tiers, strict=True):
+        place = f"@{Path(tier.place) / own}" if tier.kind == "disk" else ""
+        share = f"{tier.kind}:{tier.capacity_bytes // parts}{place}"
+        out.append(share if tier.kind in ("host", "disk") else part)
+    return ";".join([",".join(out), *options])
 
 
 def _tier(part: str, text: str, password: str | None) -> TierRecipe:
