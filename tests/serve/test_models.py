@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import openai
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
 from browser import browsing
 from lora import make_adapter, merged
+from quire.cli.commands import app
 from quire.engine import Engine, SchedulerConfig
 from quire.errors import ConfigError
 from quire.models.adapters import check_adapter_folder, load_adapters
@@ -243,6 +246,21 @@ def test_metrics_and_figures_are_told_apart_by_model(house: Served) -> None:
     assert set(steps) == {"first", "second"}
     assert min(steps.values()) > 0
     assert "first" in text
+
+
+def test_a_terminal_shows_the_one_that_is_named(house: Served) -> None:
+    runner = CliRunner()
+    words = ["inspect", house.url, "--key", KEYS["root"], "--json"]
+    for more, name in (
+        ([], "first"),
+        (["--model", "second"], "second"),
+        (["--model", "bob"], "first"),
+    ):
+        done = runner.invoke(app, [*words, *more])
+        assert done.exit_code == 0
+        assert json.loads(done.stdout)["model"] == name
+    failed = runner.invoke(app, [*words, "--model", "third"])
+    assert "there is no model 'third' here" in str(failed.exception)
 
 
 def test_names_are_unique(folders: dict[str, Path]) -> None:

@@ -64,7 +64,9 @@ def command(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH|HUB_ID", show_default=False, help="Default: the packaged model."
+            metavar="PATH|HUB_ID",
+            show_default=False,
+            help="Default: the packaged model; of a server with several, its name there.",
         ),
     ] = None,
     kv: Annotated[
@@ -96,7 +98,7 @@ def command(
 
     def work() -> int:
         if url is not None:
-            of_a_prompt = (attention, model, dtype, html)
+            of_a_prompt = (attention, dtype, html)
             if any(x is not None for x in of_a_prompt) or (token, kv, memory) != (
                 -1,
                 "auto",
@@ -107,7 +109,7 @@ def command(
                 )
             from quire.cli.live import inspect_server
 
-            return inspect_server(url, key, json=json, once=once)
+            return inspect_server(url, key, model, json=json, once=once)
         if attention is None:
             raise ConfigError("inspect needs --attention PROMPT, or the URL of a server")
         if key is not None or once:

@@ -9,7 +9,7 @@ from http.client import HTTPException, HTTPResponse
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from quire.cli.console import out, write
@@ -50,8 +50,13 @@ class _NoRedirect(HTTPRedirectHandler):
         """Refuses."""
 
 
-def inspect_server(url: str, key: str | None, *, json: bool, once: bool) -> int:
+def inspect_server(
+    url: str, key: str | None, model: str | None = None, *, json: bool, once: bool
+) -> int:
     """Shows a server: again every second on a terminal until Ctrl-C, else once.
+
+    Args:
+        model: of several that are served, the one that is shown; None: the first.
 
     Raises:
         ConfigError: nobody answers there, or not with this key.
@@ -61,7 +66,7 @@ def inspect_server(url: str, key: str | None, *, json: bool, once: bool) -> int:
     key = key or os.environ.get("QUIRE_API_KEY")
     console = out()
     if json or once or not console.is_terminal:
-        with _open(url, key, "application/json") as answer:
+        with _open(url, key, model, "application/json") as answer:
             document = _read(url, answer.read())
         if json:
             write(json_module.dumps(document, ensure_ascii=False) + "\n")
@@ -79,7 +84,7 @@ def inspect_server(url: str, key: str | None, *, json: bool, once: bool) -> int:
             redirect_stdout=False,
             redirect_stderr=False,
         ) as live:
-            for document in _stream(url, key):
+            for document in _stream(url, key, model):
                 size = get_terminal_size()
                 console.size = ConsoleDimensions(size.columns, size.lines)
                 live.update(picture(document, size.columns), refresh=True)
@@ -91,8 +96,10 @@ def inspect_server(url: str, key: str | None, *, json: bool, once: bool) -> int:
 # -- the server ----------------------------------------------------------------------------------------------------
 
 
-def _open(url: str, key: str | None, kind: str) -> HTTPResponse:
-    request = Request(url.rstrip("/").removesuffix("/v1") + PATH, headers={"accept": kind})  # noqa: S310 - http(s), checked
+def _open(url: str, key: str | None, model: str | None, kind: str) -> HTTPResponse:
+    place = url.rstrip("/").removesuffix("/v1") + PATH
+    place += "" if model is None else "?" + urlencode({"model": model})
+    request = Request(place, headers={"accept": kind})  # noqa: S310 - http(s), checked
     if key:
         request.add_unredirected_header("authorization", f"Bearer {key}")
     try:
@@ -125,8 +132,8 @@ def _read(url: str, raw: bytes) -> dict[str, Any]:
     return document
 
 
-def _stream(url: str, key: str | None) -> Iterator[dict[str, Any]]:
-    with _open(url, key, "text/event-stream") as answer:
+def _stream(url: str, key: str | None, model: str | None) -> Iterator[dict[str, Any]]:
+    with _open(url, key, model, "text/event-stream") as answer:
         try:
             for line in answer:
                 if line.startswith(b"data:"):
