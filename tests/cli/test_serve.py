@@ -32,6 +32,7 @@ from tiny_model import CHAT_TEMPLATE, make_model
         (["a=no-such-folder/here"], "no-such-folder"),
         (["a=x/y", "a=x/z"], "two models are called 'a'"),
         (["x/y", "x/y"], "two models are called 'x/y'"),
+        (["packaged", "packaged"], "two models are called 'packaged'"),
         (["=x"], "neither MODEL nor NAME=MODEL"),
         (["a=x/y", "b=x/z", "--name", "c"], "--name is for one model"),
         (["--adapter", "ada"], "write NAME=DIR"),

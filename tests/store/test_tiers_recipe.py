@@ -77,6 +77,7 @@ def test_what_is_refused(text: str, part: str) -> None:
         ("10.0.0.1:7000/3", RedisAddress("10.0.0.1", 7000, 3)),
         ("[::1]:7000", RedisAddress("::1", 7000)),
         ("redis://ann@here", RedisAddress("here", username="ann")),
+        ("ann:p@here:1", RedisAddress("here", 1, username="ann", password="p")),
         (
             "redis://ann:p%40%2C%3B@here/2",
             RedisAddress("here", db=2, username="ann", password="p@,;"),
@@ -109,6 +110,9 @@ def test_a_password_from_elsewhere_is_for_who_names_none() -> None:
     "text",
     [
         "redis:1GiB@redis://u:hidden@host:x",
+        "redis:1GiB@u:hidden@host:x",
+        "redis:1GiB@u:hid,den@host,host:1GiB",
+        "redis:1@u:hidden@host",
         "redis:1GiB@redis://u:hid,den@host",
         "redis:1GiB@redis://u:hid;den@host",
         "redis:1GiB@redis://u:hid@den@host/x",
@@ -137,8 +141,8 @@ def test_several_caches_divide_tiers() -> None:
     found = divided(text, "one", 4)
     assert found == ("host:2097152,disk:268435456@/var/x y/one,redis:2GiB@redis://u:p@h;deadline=2")
     assert parse_tiers(found).deadline_s == 2
-    with pytest.raises(ConfigError, match="did you mean"):
-        parse_tiers(divided("host:128KiB", "one", 4))
+    with pytest.raises(ConfigError, match="131,072 bytes of host are too few for 4 models"):
+        divided("host:128KiB", "one", 4)
 
 
 def test_tiers_of_others_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -572,6 +572,24 @@ def test_the_breaker_leaves_a_stopped_server_alone(mortal: RedisServer) -> None:
         stack.close()
 
 
+def test_what_is_told_of_it_is_how_it_is_now(mortal: RedisServer) -> None:
+    mortal.kill()
+    stack = TierStack([tier_of(mortal)], NS)
+    try:
+        (level,) = stack.levels
+        assert not level.report()["ok"]
+        assert level.report()["why"]
+        mortal.start()
+        stack.ask(stack.locate([block(0).key]))
+        limit = soon()
+        while not level.report()["ok"] and soon(0) < limit:
+            stack.ask(asyncio.sleep(0.01))
+        assert level.report()["ok"]
+        assert not level.report()["why"]
+    finally:
+        stack.close()
+
+
 def test_what_is_queued_for_a_server_that_stops_is_dropped(
     mortal: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

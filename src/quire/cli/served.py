@@ -74,14 +74,17 @@ def named_models(options: ServeOptions) -> list[Named]:
     return found
 
 
-def _divided(text: str) -> tuple[str | None, str]:
-    """NAME=MODEL, or a MODEL whose own name has an = in it."""
+def _divided(text: str) -> tuple[str | None, str | None]:
+    """NAME=MODEL, or a MODEL whose own name has an = in it; the packaged one goes by its name, too."""
+    from quire.models.load import PACKAGED
+
     name, equals, path = text.partition("=")
     if not equals or Path(text).is_dir():
-        return None, text
-    if not name or not path:
+        name, path = "", text
+    elif not name or not path:
         raise ConfigError(f"{text!r} is neither MODEL nor NAME=MODEL")
-    return name, path
+    packaged = path == PACKAGED and not Path(path).exists()
+    return name or None, None if packaged else path
 
 
 def _adapter(text: str) -> tuple[str, str | None, Path]:

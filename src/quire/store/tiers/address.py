@@ -1,7 +1,7 @@
 """Where a Redis or Valkey server is, as a user writes it behind the @ of `redis:SIZE@…`.
 
-HOST[:PORT][/DB]
-redis://[USER[:PASSWORD]@]HOST[:PORT][/DB]
+[USER[:PASSWORD]@]HOST[:PORT][/DB]
+redis://[USER[:PASSWORD]@][USER[:PASSWORD]@]HOST[:PORT][/DB]
 rediss://…[?ca=FILE][&cert=FILE&key=FILE]     TLS, verified by the system's authorities or by that file
 unix:///PATH[?db=N]
 
@@ -60,7 +60,9 @@ class RedisAddress:
 
 def masked(text: str) -> str:
     """A recipe or an address without the passwords of its URLs, even of one that was written with a comma in it."""
-    return re.sub(r"(://[^/@:]*:)(?:(?!,\s*[A-Za-z_][\w-]*:\s*[0-9]).)*@", r"\1***@", text)
+    return re.sub(
+        r"((?:://|@(?!\w+://))[^/@:]*:)(?:(?!,\s*[A-Za-z_][\w-]*:\s*[0-9]).)*@", r"\1***@", text
+    )
 
 
 def parse_address(text: str, password: str | None = None) -> RedisAddress:
@@ -74,9 +76,8 @@ def parse_address(text: str, password: str | None = None) -> RedisAddress:
         ConfigError: it is none; the message holds no password.
     """
     scheme, colon, _ = text.partition("://")
-    shown = (
-        f"{scheme}://…" if colon else text
-    )  # a URL may hold half a password where we look for a port
+    first, more, _ = text.partition(":")  # behind it may be half a password, where a port should be
+    shown = f"{scheme}://…" if colon else f"{first}:…" if more else text
     try:
         parts = _split(text if colon else f"redis://{text}")
         return _address(parts, password or "")

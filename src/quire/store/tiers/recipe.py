@@ -103,6 +103,11 @@ def divided(text: str, own: str, parts: int) -> str:
         )
     out = []
     for part, tier in zip(tiers, config.tiers, strict=True):
+        if tier.kind in ("host", "disk") and tier.capacity_bytes < parts << 16:
+            raise ConfigError(
+                f"tiers={config.text!r}: {tier.capacity_bytes:,} bytes of {tier.kind} are too few for {parts} models; "
+                f"give {parts << 16:,} or more"
+            )
         place = f"@{Path(tier.place) / own}" if tier.kind == "disk" else ""
         share = f"{tier.kind}:{tier.capacity_bytes // parts}{place}"
         out.append(share if tier.kind in ("host", "disk") else part)

@@ -92,7 +92,7 @@ class RedisTier:
         )
         self.address, self.capacity_bytes = address, capacity_bytes
         self.timeout_s, self._needed = min(1.0, timeout_s), needed
-        self._why = ""
+        self._why = ""  # it takes nothing
         self._writing = asyncio.Lock()
         self._secret = secrets.token_bytes(32)
         self._client = self._connect()
@@ -284,6 +284,7 @@ class RedisTier:
         ) as e:  # the server has no room, or does not let us write; it may still be read
             self._why = f"{self.address} takes nothing: {e}"
             return Outcome.REJECTED
+        self._why = ""
         return Outcome.STORED
 
     async def _make_room(self, n_bytes: int) -> None:
@@ -329,12 +330,10 @@ class RedisTier:
         try:
             async with asyncio.timeout(left):
                 await self._again(work)
-            if Outcome.REJECTED not in out:
-                self._why = ""
         except TimeoutError:
-            self._why = f"{self.address} did not answer in time"
+            pass
         except self._errors as e:
-            self._why = str(e)
+            logger.debug("tier redis at %s: %s", self.address, e)
             out[:] = [Outcome.ERROR if o is Outcome.TIMEOUT else o for o in out]
 
     async def _soon(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -415,6 +414,7 @@ class RedisTier:
                 raise ConfigError(
                     f"{self.address} refuses us ({e}); name another database"
                 ) from None
+            self._why = str(e)
             self._warn(e, "it is read, and not written to")
         except redis.exceptions.InvalidResponse as e:
             raise ConfigError(
@@ -428,7 +428,6 @@ class RedisTier:
             client.close()
 
     def _warn(self, e: Exception, so: str = "going on without it until it answers") -> None:
-        self._why = str(e)
         if self._needed:
             raise ConfigError(f"{self.address}: {e}") from None
         logger.warning("tier redis at %s: %s; %s", self.address, e, so)

@@ -274,7 +274,11 @@ class TierStack:
 
     async def _lookup(self, at: Level, keys: list[bytes]) -> int:
         n = await self._guard(at, at.tier.lookup(self.ns, keys), 1.0)
-        return n if isinstance(n, int) else 0
+        if not isinstance(n, int):
+            return 0
+        if not at.health.ok:  # it answers again
+            self._keep(self._look_after(at))
+        return n
 
     async def _load(self, at: Level, wanted: list[Block], deadline: float) -> list[Outcome]:
         left = deadline - monotonic()
