@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from quire.plan import KVLayer, StateLayer, build_layout
 from quire.spans import Full
 from quire.spec import Field, KVConfig
 from quire.store import BlockStore
+from quire.store.park import Parked
+from quire.store.tiers.moving import Mover
 
 MAX_TOKENS = 40
 
@@ -220,6 +223,39 @@ class Programs(RuleBasedStateMachine):
         self.world.seqs.remove(seq)
         seq.table.release()
         seq.table.release()
+
+    @precondition(some)
+    @rule(
+        i=st.integers(0, 3), more=st.integers(0, 9), others=st.integers(0, 9), again=st.booleans()
+    )
+    def park(self, i: int, more: int, others: int, again: bool) -> None:
+        """Swapped out with tokens reserved and not computed; others write where it was; back in, if there is room."""
+        seq, store = self.pick(i), self.world.store
+        if seq.committed < len(seq.tokens):
+            return
+        with suppress(CapacityError):
+            seq.table.append(more)
+        parked = Parked(seq.table, Mover(store.arena))
+        assert seq.table.held_bytes() == 0
+        self.world.check_books()
+        taken = []
+        for pool in store.pools.values():
+            with suppress(CapacityError):
+                taken.extend((pool, pool.take()) for _ in range(others))
+        for pool, block in taken:
+            at = pool.byte_offset(block)
+            store.arena.buffer[at : at + pool.block_bytes] = 255
+            pool.release(block)
+        if again and self.attempt(seq, parked.take):
+            with suppress(CapacityError):
+                seq.table.append(more)
+            parked.leave()
+            assert seq.table.held_bytes() == 0
+        if self.attempt(seq, parked.take):
+            parked.fill()
+        else:
+            parked.drop()
+            self.world.seqs.remove(seq)
 
     @precondition(some)
     @rule(i=st.integers(0, 3), upto=st.integers(1, 20), then_release=st.booleans())

@@ -53,6 +53,8 @@ def result(loaded: Loaded, runner: Any, options: RunOptions, outcome: Outcome) -
         "output_tokens": outcome.output_tokens,
         "steps": outcome.books.steps,
         "seconds": outcome.seconds,
+        "shortage": None if outcome.stats is None else asdict(outcome.stats.ladder),
+        "checks": None if outcome.stats is None else outcome.stats.checks,
     }
 
 
@@ -87,6 +89,7 @@ def _request(output: RequestOutput, outcome: Outcome, at: int) -> dict[str, Any]
         "kv_bytes_peak": figures.kv_bytes_peak,
         "kv_bytes_end": figures.kv_bytes_end,
         "preemptions": figures.preemptions,
+        "swaps": figures.swaps,
         "seed": output.seed,
     }
     if figures.miss is not None:

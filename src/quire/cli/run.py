@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from quire.cli.console import err, say, write
 from quire.cli.meter import Books, Meter
@@ -15,6 +15,9 @@ from quire.cli.prompts import Ask, encode, read_prompts
 from quire.engine.request import RequestOutput
 from quire.errors import ConfigError
 from quire.models.load import Loaded
+
+if TYPE_CHECKING:
+    from quire.engine.core import EngineStats
 
 __all__ = ["Outcome", "generate", "main"]
 
@@ -32,6 +35,7 @@ class Outcome:
         seconds: from submission to the last token.
         step_s: of each step, the forward and the draw.
         sharing: what the prefix cache did, where there is one.
+        stats: the engine's counters at the end.
     """
 
     outputs: list[RequestOutput]
@@ -40,6 +44,7 @@ class Outcome:
     errors: dict[int, Exception] = field(default_factory=dict)
     step_s: list[float] = field(default_factory=list)
     sharing: dict[str, Any] | None = None
+    stats: EngineStats | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -158,7 +163,7 @@ def generate(
             write("" if last == "\n" else "\n")
         raise KeyboardInterrupt(f"after {engine.core.output_tokens} tokens") from None
     outcome.seconds = time.monotonic() - began
-    outcome.sharing = sharing_report(engine)
+    outcome.sharing, outcome.stats = sharing_report(engine), engine.stats()
     if stream:
         write("" if last == "\n" and engine.core.output_tokens else "\n")
     if len(asks) == 1 and outcome.errors:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quire.engine.audit import Auditor
+from quire.engine.checks import Checks
+from quire.engine.ladder import LadderStats
 from quire.engine.request import (
     Completion,
     Delta,
@@ -49,6 +52,8 @@ class EngineStats:
         requests: submitted.
         finished: samples by finish reason.
         output_tokens: sampled.
+        ladder: what was done when memory ran short.
+        checks: how often invariants were looked at, and violations by name.
     """
 
     steps: int = 0
@@ -59,6 +64,8 @@ class EngineStats:
     finished: dict[str, int] = field(default_factory=dict)
     scheduler: SchedulerStats = field(default_factory=SchedulerStats)
     usage: Usage | None = None
+    ladder: LadderStats = field(default_factory=LadderStats)
+    checks: dict[str, Any] = field(default_factory=dict)
 
 
 class Core:
@@ -91,6 +98,7 @@ class Core:
         self.deliver = deliver
         self.auditor = auditor
         self.opener = opener if opener is not None and opener.tiering is not None else None
+        self.checks = Checks(runner, scheduler)
         self.live: dict[str, Request] = {}
         self.steps = self.forwards = self.output_tokens = 0
         self.finished: Counter[str] = Counter()
@@ -130,9 +138,13 @@ class Core:
             self.auditor.run()
         for adapter, samples in plan.batches():
             items = [sample.item for sample in samples if sample.item is not None]
+            began = perf_counter()
             logits = self.runner.forward(items, adapter)
+            n_tokens = sum(item.stop - item.start for item in items)
+            self.scheduler.ladder.rates.computed(n_tokens, perf_counter() - began)
             self.forwards += 1
             self._accept(samples, logits)
+        self.checks.step()
 
     def _begin_step(self) -> None:
         """Samples whose prefix has come take their seats again."""
@@ -183,6 +195,8 @@ class Core:
             finished=dict(self.finished),
             scheduler=self.scheduler.stats(),
             usage=self.runner.usage(),
+            ladder=self.scheduler.ladder.snapshot(),
+            checks=self.checks.report(),
         )
 
     # ---- after the forward ------------------------------------------------------------------------------------------

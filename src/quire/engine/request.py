@@ -8,7 +8,7 @@ tokens:
     |------- in the cache, committed ------|
 
 While a prompt is prefilled `computed` may lie inside it; after a preemption it is 0 again and the output is recomputed
-like a prompt. In a decode step exactly one token is pending: the one sampled last.
+like a prompt, unless the sample was swapped out. In a decode step exactly one token is pending: the one sampled last.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from quire.store.namespace import Hints, Namespace
 if TYPE_CHECKING:
     from quire.engine.runner import Item, Table
     from quire.store.fetching import Fetch
+    from quire.store.park import Parked
 
 __all__ = [
     "Completion",
@@ -71,6 +72,7 @@ class RequestFigures:
         computed_tokens: token positions pushed through the model, recomputed ones included.
         recomputed_tokens: of those, positions that had been computed before a preemption took them.
         preemptions: times that a sample lost its cache to another request.
+        swaps: of them, times that it found it again in host memory.
         kv_bytes_held: bytes its tables reference now; samples that share a prompt's blocks each count them.
         kv_bytes_peak: most it ever held.
         kv_bytes_end: held at the last step of each sample, before its release.
@@ -85,6 +87,7 @@ class RequestFigures:
     computed_tokens: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0
     kv_bytes_held: int = 0
     kv_bytes_peak: int = 0
     kv_bytes_end: int = 0
@@ -137,6 +140,8 @@ class Sample:
         awaits: the name of a chunk of its prompt that a request before it is computing.
         fetch: what is being brought up from the tiers for it.
         fetched: chunks that were there when the tiers were last asked; they are asked again for more only.
+        parked: its table in host memory, where it was preempted and swapped out.
+        queued: it waits because there was no room when it was its turn.
     """
 
     request: Request
@@ -155,6 +160,8 @@ class Sample:
     awaits: bytes | None = None
     fetch: Fetch | None = None
     fetched: int = -1
+    parked: Parked | None = None
+    queued: bool = False
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     token_times_s: list[float] = field(default_factory=list)

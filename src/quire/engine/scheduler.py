@@ -28,6 +28,7 @@ from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
 
+from quire.engine.ladder import Ladder
 from quire.engine.request import Request, Sample, State
 from quire.engine.runner import Item, Room, Table
 from quire.engine.schedule import Plan, SchedulerConfig, SchedulerStats
@@ -50,6 +51,7 @@ class Scheduler:
             anywhere.
         restart_tokens: a sequence that grows past so many is computed anew, at once up to there (LongRoPE).
         opener: gives a waiting sample its table, or None while it must wait for another; default: an empty one.
+        ladder: what is tried when memory runs short; default: one over the room.
 
     Cost: O(samples in the step) Python, about a microsecond each beside the table's own `append`; admission adds
     O(log waiting).
@@ -63,8 +65,10 @@ class Scheduler:
         cut: Callable[[Table, int, int], int] | None = None,
         restart_tokens: int | None = None,
         opener: Callable[[Sample], Table | None] | None = None,
+        ladder: Ladder | None = None,
     ) -> None:
         self.room = room
+        self.ladder = ladder or Ladder(room)
         self.opener = opener or (lambda _: room.open())
         self.config = config or SchedulerConfig()
         self.clock = clock
@@ -110,6 +114,7 @@ class Scheduler:
             del self._loading[sample]
         sample.state = State.FINISHED
         sample.item = None
+        self.ladder.drop(sample)
         request = sample.request
         if sample.table is not None:
             held = sample.table.held_bytes()
@@ -310,10 +315,15 @@ class Scheduler:
 
     def _restart(self, sample: Sample, table: Table | None = None) -> None:
         """Forget what a sample has computed (or found in `table`) if its next token turns it into something else."""
-        past, table = self.restart_tokens, table or sample.table
-        if past and table is not None and 0 < sample.computed <= past < len(sample.tokens):
+        table = table or sample.table
+        if table is not None and self._changes(sample):
             table.truncate(0)
             sample.computed = 0
+
+    def _changes(self, sample: Sample) -> bool:
+        """Whether a sample's next token turns what it has computed into something else."""
+        past = self.restart_tokens
+        return past is not None and 0 < sample.computed <= past < len(sample.tokens)
 
     def _reserve(self, sample: Sample, n_tokens: int, plan: Plan) -> int:
         """Room for a running sample's next tokens, taken from those behind it.
@@ -344,38 +354,84 @@ class Scheduler:
         Returns:
             None when somebody before it computes what it shares, or a tier brings it: who comes behind may be let in.
         """
-        if self._rows + sample.rows > self.max_rows or not self._worth_trying(sample):
+        if self._rows + sample.rows > self.max_rows:
             return False
+        if not self.room.chunked_prefill and plan.prefills:
+            return False  # one whole prompt a step
+        if not self._worth_trying(sample):
+            return self._queue(sample)
         while True:
+            found = self._try(sample, plan)
+            if found is not False:
+                return found
+            last = self._running[-1] if self._running else None
+            if last is None and sample.parked is not None:
+                self.ladder.drop(sample)  # even alone: it is computed anew, in chunks that fit
+                sample.computed = 0
+            elif last is None or last.seat < sample.seat:
+                return self._queue(sample)
+            else:
+                self._preempt(last, plan)
+
+    def _queue(self, sample: Sample) -> bool:
+        """It stays where it is, for want of room."""
+        if not sample.queued:
+            sample.queued = True
+            self.ladder.stats.queued += 1
+        return False
+
+    def _try(self, sample: Sample, plan: Plan) -> bool | None:
+        """Open a table for a waiting sample, reserve its next chunk and let it in; None: see `_admit`.
+
+        Returns:
+            False where there is no room: nothing has changed.
+        """
+        if sample.parked is not None and self._changes(sample):
+            self.ladder.drop(sample)
+        parked = sample.parked
+        if parked is None:
             table = self.opener(sample)
             if table is None:
                 return None
+        else:
             try:
-                sample.computed = table.length
-                self._restart(sample, table)
-                wanted, least = self._chunk(sample, table, plan), self._least(sample)
-                n_tokens = wanted
-                while n_tokens:
-                    if self._take(table, n_tokens):
-                        self._let_in(sample, table, n_tokens, plan)
-                        return True
-                    alone = not self._running and self.room.chunked_prefill and n_tokens > least
-                    n_tokens = max(least, n_tokens // 2) if alone else 0  # as little as need be
-            finally:  # an interrupt may come anywhere, and nobody else knows this table yet
-                if sample.table is not table:
-                    table.release()
-            sample.computed = 0
-            last = self._running[-1] if self._running else None
-            if not wanted or last is None or last.seat < sample.seat:
+                parked.take()
+            except CapacityError:
                 return False
-            self._preempt(last, plan)
+            table = parked.table
+            if parked.table.keeper is not None:
+                parked.fill()  # what it appends may compact what is there
+        done = 0 if parked is None else sample.computed
+        try:
+            if parked is None:
+                sample.computed = table.length
+            self._restart(sample, table)
+            n_tokens, least = self._chunk(sample, table, plan), self._least(sample)
+            while n_tokens:
+                if self._take(table, n_tokens):
+                    self._let_in(sample, table, n_tokens, plan)
+                    return True
+                alone = not self._running and self.room.chunked_prefill and n_tokens > least
+                n_tokens = max(least, n_tokens // 2) if alone else 0  # as little as need be
+        finally:  # an interrupt may come anywhere, and nobody else knows this table yet
+            if sample.table is not table:
+                sample.computed = done
+                if parked is None:
+                    table.release()
+                else:
+                    self.ladder.leave(sample)
+        return False
 
     def _let_in(self, sample: Sample, table: Table, n_tokens: int, plan: Plan) -> None:
         heappop(self._waiting)
         self._n_waiting -= 1
         sample.table = table
-        self._enter(sample)
+        sample.queued = False
         figures = sample.request.figures
+        if sample.parked is not None:
+            figures.swaps += 1
+            self.ladder.settle(sample)
+        self._enter(sample)
         if figures.admitted_s is None:
             figures.admitted_s = self.clock()
             figures.cached_tokens = sample.computed
@@ -445,7 +501,7 @@ class Scheduler:
         self._account(sample)
 
     def _preempt(self, victim: Sample, plan: Plan) -> None:
-        """Release a sample's table wholly and put it back among the waiting, where its seat is."""
+        """Swap a sample's table out, or release it, and put it back among the waiting, where its seat is."""
         if victim.item is not None:
             plan.samples.remove(victim)
             plan.budget += victim.item.stop - victim.item.start
@@ -454,9 +510,13 @@ class Scheduler:
         assert victim.table is not None
         victim.need_bytes = victim.table.held_bytes()
         self._leave(victim)
-        self._release(victim)
-        victim.computed = 0
-        victim.fetched = -1
+        if self.ladder.swap_out(victim):
+            self._account(victim, 0)
+        else:
+            self.ladder.stats.recomputed += 1
+            self._release(victim)
+            victim.computed = 0
+            victim.fetched = -1
         victim.request.figures.preemptions += 1
         self.counters.preemptions += 1
         self._wait(victim)

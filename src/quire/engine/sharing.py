@@ -143,6 +143,8 @@ class Opener:
             request = sample.request
             if sample.fetch is not None or sample.fetched >= 0 or not request.share:
                 continue
+            if sample.parked is not None:
+                continue
             rules = None
             if request.keep is not None:
                 rules = self.room.rules(request.keep)  # type: ignore[attr-defined]

@@ -40,7 +40,7 @@ def open_runner(
         weights: "plain", "prepacked", "int8" or "auto": what the linear layers read, see `quire.models.prepack`.
         share: "off", or "prefix": requests find what others computed before them, see `quire.store.sharing`.
         tiers: memory below the cache's, as `"host:8GiB,disk:100GiB@/var/cache/quire"`, or as `parse_tiers` read it;
-            needs share="prefix".
+            needs share="prefix", but for `"host:8GiB;swap=auto"`, which only takes preempted requests.
         compile: decode steps run as code that torch.compile made, see `quire.models.compiled`.
 
     Raises:
@@ -49,12 +49,16 @@ def open_runner(
     if compile:
         check_compile()
     below = parse_tiers(tiers) if isinstance(tiers, str) else tiers
-    if below.on and not parse_share(share).on:
+    if below.on and not below.live and not parse_share(share).on:
         raise ConfigError(
             f"tiers={below.text!r} keep blocks that are found by their prefix, and share={share!r} names none; "
             "add share='prefix'"
         )
     if kv == "none":
+        if below.on:
+            raise ConfigError(
+                f"tiers={tiers!r} keep cached blocks and kv='none' caches nothing; drop one of them"
+            )
         if parse_share(share).on:
             raise ConfigError(
                 f"share={share!r} finds cached prefixes and kv='none' caches nothing; drop one of them"

@@ -23,6 +23,7 @@ from quire.models.rope import Regimes
 from quire.models.sharing import AdapterDigests, open_tiering
 from quire.retention import Keep
 from quire.spec import Usage
+from quire.store.below import Below
 from quire.store.table import BlockTable
 from quire.store.tiering import Tiering
 from quire.store.tiers.recipe import TiersConfig
@@ -74,6 +75,8 @@ class ModelRunner:
         self.adapter_digest = AdapterDigests(bridge.adapters.model)
         self.weights = bridge.weights
         self.tiering: Tiering | None = None
+        self.below: Below | None = None
+        """Host memory, and disks, for running sequences."""
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -145,7 +148,7 @@ class ModelRunner:
 
     def open_tiers(self, config: TiersConfig, weights: bytes) -> None:
         """Puts tiers below the prefix cache; `weights` tells these from all others. Raises ConfigError."""
-        self.tiering = open_tiering(self, config, weights)
+        self.tiering, self.below = open_tiering(self, config, weights)
 
     def close(self) -> None:
         """Gives the model back as it was: its attention, its cache, its weights. Idempotent.
@@ -154,6 +157,8 @@ class ModelRunner:
         """
         if self.tiering is not None:
             self.tiering.close()
+        elif self.below is not None:
+            self.below.stack.close()
         self.bridge.close()
 
     # -- forwards ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from secrets import token_bytes
 from typing import Any
 
 from quire.errors import ConfigError
@@ -12,6 +13,7 @@ from quire.models.load import fingerprint, full_digest
 from quire.models.rope import Regimes
 from quire.share import parse_share
 from quire.spec import KVConfig
+from quire.store.below import Below
 from quire.store.sharing import Sharing
 from quire.store.snapshot import spec_digest
 from quire.store.tiering import Tiering
@@ -131,8 +133,8 @@ def _open_alike(cache: KVCache, rows: list[list[int]], columns: int) -> int:
         found = min(ends)
 
 
-def open_tiering(runner: Any, config: TiersConfig, weights: bytes) -> Tiering:
-    """Tiers below a runner's prefix cache.
+def open_tiering(runner: Any, config: TiersConfig, weights: bytes) -> tuple[Tiering | None, Below]:
+    """Tiers below a runner's prefix cache, and what running sequences have of them.
 
     What lies in them outlives the process, so names there depend on every element of the weights and not on a sample,
     on the form in which the linear layers read them, and on the version of the code that computes keys and values.
@@ -141,21 +143,29 @@ def open_tiering(runner: Any, config: TiersConfig, weights: bytes) -> Tiering:
         runner: a `ModelRunner` over a new store.
         weights: digest of all of them, and the form that was asked for.
 
+    Returns:
+        The first None where nothing is shared: the tiers then serve running sequences alone.
+
     Raises:
-        ConfigError: nothing is shared, or a tier cannot be had.
+        ConfigError: nothing is shared and nothing else asked for, or a tier cannot be had.
     """
     import transformers
 
-    sharing = runner.sharing
+    sharing, arena = runner.sharing, runner.bridge.store.arena
     if sharing is None:
-        raise ConfigError(
-            "tiers keep what a prefix cache names; open the runner with share='prefix'"
-        )
+        if not config.live:
+            raise ConfigError(
+                "tiers keep what a prefix cache names; open the runner with share='prefix', or with tiers that say "
+                "swap=auto, for preempted requests alone"
+            )
+        stack = TierStack(open_tiers(config), token_bytes(32))
+        return None, Below(arena, stack, config)
     about = (weights, runner.weights is not None, transformers.__version__)
     sharing.rebase(repr(about).encode())
     runner.adapter_digest.whole = True
     ns = sha256(b"quire tier 1" + sharing.base).digest()
-    return Tiering(sharing, TierStack(open_tiers(config), ns), config.deadline_s)
+    stack = TierStack(open_tiers(config), ns)
+    return Tiering(sharing, stack, config.deadline_s), Below(arena, stack, config)
 
 
 class AdapterDigests:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quire.engine.request import RequestFigures
     from quire.serve.service import Usage
 
-from quire.serve.tier_metrics import tier_metrics
+from quire.serve.tier_metrics import ladder_metrics, tier_metrics
 
 __all__ = ["Histogram", "Meters"]
 
@@ -248,6 +248,7 @@ class Meters:
         ):
             for name in names:
                 yield self._one(CounterMetricFamily, name, what, value)
+        yield from ladder_metrics(stats, self.model)
 
     def _sharing(self) -> Iterator[Metric]:
         report = self.sharing()

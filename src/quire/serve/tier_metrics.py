@@ -1,13 +1,25 @@
-"""What Prometheus is told about tiers."""
+"""What Prometheus is told about tiers, and about what was done when memory ran short."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-__all__ = ["tier_metrics"]
+if TYPE_CHECKING:
+    from quire.engine.core import EngineStats
+
+__all__ = ["ladder_metrics", "tier_metrics"]
+
+LADDER = {
+    "drop": "dropped_blocks",
+    "demote": "demoted_blocks",
+    "swap": "swapped",
+    "recompute": "recomputed",
+    "queue": "queued",
+}
+"""Step to its counter: of blocks the first two, of samples the others."""
 
 LOADS = ("hit", "miss", "corrupt", "timeout", "error")
 STORES = {
@@ -73,3 +85,59 @@ def tier_metrics(report: dict[str, Any], model: str) -> Iterator[Metric]:
     for reason, count in report["truncated"].items():
         cut.add_metric([model, reason], count)
     yield cut
+
+
+def ladder_metrics(stats: EngineStats, model: str) -> Iterator[Metric]:
+    """The steps of `engine.ladder`, and the invariants that were looked at."""
+    ladder, checks = stats.ladder, stats.checks
+    steps = CounterMetricFamily(
+        "quire_shortage_steps",
+        "What was done for want of memory: blocks dropped and demoted, samples swapped, recomputed and queued.",
+        labels=["model_name", "step"],
+    )
+    for step, name in LADDER.items():
+        steps.add_metric([model, step], getattr(ladder, name))
+    yield steps
+    for kind, name, what, value in (
+        (CounterMetricFamily, "quire_swapped_bytes", "Bytes of swapped samples.", "swapped_bytes"),
+        (
+            CounterMetricFamily,
+            "quire_swaps_returned",
+            "Swapped samples that came back.",
+            "returned",
+        ),
+        (
+            GaugeMetricFamily,
+            "quire_parked_bytes",
+            "Of swapped samples, in host memory.",
+            "parked_bytes",
+        ),
+        (
+            GaugeMetricFamily,
+            "quire_copy_bytes_per_second",
+            "Of swaps, as measured; 0: not yet.",
+            "copy_bytes_per_s",
+        ),
+        (
+            GaugeMetricFamily,
+            "quire_prefill_tokens_per_second",
+            "As measured; 0: not yet.",
+            "prefill_tokens_per_s",
+        ),
+    ):
+        family = kind(name, what, labels=["model_name"])
+        family.add_metric([model], getattr(ladder, value))
+        yield family
+    looks = CounterMetricFamily(
+        "quire_invariant_looks", "How often invariants were looked at.", labels=["model_name"]
+    )
+    looks.add_metric([model], checks.get("looks", 0))
+    yield looks
+    found = CounterMetricFamily(
+        "quire_invariant_violations",
+        "Invariants that did not hold, by name. Not zero: a bug of ours.",
+        labels=["model_name", "invariant"],
+    )
+    for name, count in checks.get("violations", {}).items():
+        found.add_metric([model, name], count)
+    yield found

@@ -207,6 +207,15 @@ class BlockTable:
         self.accepted = min(self.accepted, n_tokens)
         self.committed = min(self.committed, n_tokens)
 
+    def unreserve(self) -> None:
+        """Forgets tokens that were reserved and not computed, and the blocks that were taken for them alone."""
+        n = self.committed
+        for chain in self.chains:
+            want = chain.entries_for(n, n)
+            while chain.count > want and not chain.group.recurrent:
+                chain.pop()
+        self.length = self.accepted = n
+
     def reset(self) -> None:
         """Back to an empty sequence; every block is given back, later ones first."""
         for chain in self.chains:

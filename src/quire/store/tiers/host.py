@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
 
@@ -32,6 +33,9 @@ class HostTier:
         self.caps = TierCaps(max_block_bytes=capacity_bytes - HEADER_BYTES)
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
+        self.borrowed_bytes = 0
+        """Of the capacity, what live sequences have for themselves."""
+        self._lock = threading.Lock()
         self.given_up: Callable[[bytes, Block], None] | None = None
         """Told of what makes room for others, before it is forgotten."""
         self._order: Order[tuple[bytes, Block]] = Order()
@@ -66,7 +70,7 @@ class HostTier:
         for block in blocks:
             if (ns, block.key) in self._order:
                 out.append(Outcome.STORED)
-            elif len(block.data) > self.caps.max_block_bytes:
+            elif len(block.data) > self.caps.max_block_bytes - self.borrowed_bytes:
                 out.append(Outcome.REJECTED)
             elif monotonic() > deadline:
                 out.append(Outcome.TIMEOUT)
@@ -100,6 +104,26 @@ class HostTier:
         self._order = Order()
         self.used_bytes = 0
 
+    def borrow(self, n_bytes: int) -> bool:
+        """Takes a part of the capacity for something else, from any thread; False where so much is not left.
+
+        Cached blocks give way: at once where `trim` is called, at the next store otherwise.
+        """
+        with self._lock:
+            if self.borrowed_bytes + n_bytes > self.capacity_bytes:
+                return False
+            self.borrowed_bytes += n_bytes
+            return True
+
+    def give_back(self, n_bytes: int) -> None:
+        """Ends a loan, or a part of it; from any thread."""
+        with self._lock:
+            self.borrowed_bytes -= n_bytes
+
+    async def trim(self) -> None:
+        """Gives up what lies in borrowed room."""
+        self._make_room(0)
+
     def oldest_first(self) -> list[tuple[bytes, Block]]:
         """(ns, block) of everything, what was used longest ago first."""
         return [(ns, found[1]) for ns, key in self._order if (found := self._order.get((ns, key)))]
@@ -107,9 +131,10 @@ class HostTier:
     # -- within --------------------------------------------------------------------------------------------------
 
     def _make_room(self, n_bytes: int) -> None:
-        while self.used_bytes + n_bytes > self.capacity_bytes:
+        while self.used_bytes + n_bytes > self.capacity_bytes - self.borrowed_bytes:
             name = self._order.oldest()
-            assert name is not None
+            if name is None:
+                return
             found = self._forget(name)
             if self.given_up is not None and found is not None:
                 self.given_up(name[0], found)

@@ -63,6 +63,26 @@ class Mover:
                 tiles[:, hole] = 0
         return out
 
+    def space(self, n: int, n_bytes: int) -> np.ndarray:
+        """`[n, n_bytes] uint8` of host memory, pinned where the arena lies on a GPU."""
+        if self.arena.device is not None and self.arena.buffer.device.type == "cuda":
+            import torch
+
+            pinned: np.ndarray = torch.empty(n, n_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+            return pinned
+        return np.empty((n, n_bytes), np.uint8)
+
+    def read_into(self, pool: BlockPool, block: int, out: np.ndarray) -> None:
+        """Copies a block as it is, all of its bytes."""
+        start, size = pool.byte_offset(block), pool.block_bytes
+        memory = self._host_memory()
+        if memory is not None:
+            np.copyto(out, memory[start : start + size])
+            return
+        import torch
+
+        torch.from_numpy(out).copy_(self.arena.buffer[start : start + size])
+
     def write(self, pool: BlockPool, block: int, data: np.ndarray) -> None:
         """Puts `[block_bytes] uint8` into a block."""
         start, size = pool.byte_offset(block), pool.block_bytes

@@ -6,6 +6,7 @@ redis:SIZE@HOST:PORT  a Redis or Valkey server, shared; see `quire.store.tiers.a
 NAME:SIZE@PLACE       another package's, by its entry point in the group `quire.tiers`
 …;deadline=0.5        for all: seconds that a request waits for its blocks before it computes them; 1 by default
 …;sync=batch          of a disk: fdatasync after each batch, instead of at the end
+…;swap=auto           preempted requests go to the host tier where that is cheaper than computing again; always, off
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ EXAMPLE = "for example host:8GiB,disk:100GiB@/var/cache/quire"
 _UNITS = {"": 1, "b": 1} | {f"{u}b": 1000**i for i, u in enumerate("kmgt", 1)}
 _UNITS |= {f"{u}ib": 1024**i for i, u in enumerate("kmgt", 1)}
 OWN = ("host", "disk", "redis")
+SWAPS = ("auto", "always", "off")
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,30 @@ class TiersConfig:
     Args:
         deadline_s: that a request waits for blocks before it computes them.
         sync: of disks, see `DiskTier`.
+        swap: whether preempted sequences go to the host tier: "auto" (where measured to be cheaper), "always", "off".
+            "": as auto where there is a host tier.
     """
 
     tiers: tuple[TierRecipe, ...] = ()
     deadline_s: float = 1.0
     sync: str = "close"
+    swap: str = ""
     text: str = field(default="", compare=False)
 
     @property
     def on(self) -> bool:
         """Whether there is any."""
         return bool(self.tiers)
+
+    @property
+    def swaps(self) -> bool:
+        """Whether preempted sequences may go to host memory."""
+        return self.swap != "off" and any(t.kind == "host" for t in self.tiers)
+
+    @property
+    def live(self) -> bool:
+        """Whether somebody asked for what needs no prefix cache: room for running sequences."""
+        return self.swap in ("auto", "always")
 
     @property
     def persistent(self) -> bool:
@@ -163,8 +178,17 @@ def _options(options: list[str], text: str, kinds: list[str]) -> dict[str, Any]:
             if "disk" not in kinds:
                 raise ConfigError(f"tiers={text!r}: sync is about disks and there is none")
             values["sync"] = value
+        elif key == "swap":
+            if value not in SWAPS:
+                raise ConfigError(f"tiers={text!r}: swap is {', '.join(SWAPS)}, not {value!r}")
+            if "host" not in kinds and value != "off":
+                raise ConfigError(
+                    f"tiers={text!r}: requests are swapped to a host tier and there is none; {EXAMPLE}"
+                )
+            values["swap"] = value
         else:
-            raise ConfigError(f"tiers={text!r}: unknown option {key!r}; known: deadline, sync")
+            known = "deadline, sync, swap"
+            raise ConfigError(f"tiers={text!r}: unknown option {key!r}; known: {known}")
     return values
 
 

@@ -1,0 +1,194 @@
+"""What happens when memory runs short, by cost; each step is counted. No torch.
+
+    drop        idle blocks that nobody asked for lately       the pools, by what they are worth (`store/evict.py`)
+    demote      the same, to a tier                            `store/tiering.py`
+    swap        a preempted sequence goes to host memory       here, where copying costs less than computing
+    recompute   a preempted sequence is computed again         the scheduler
+    queue       who finds no room waits in its seat            the scheduler
+
+Whether a swap pays is measured, not assumed: the bytes that it moves, there and back, at the rate of the copies so far,
+against its tokens at the rate of the prefills so far. The first copies are a trial on the victim's own blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quire.store.park import Parked
+
+if TYPE_CHECKING:
+    from quire.engine.request import Sample
+    from quire.store.below import Below
+
+__all__ = ["Ladder", "LadderStats", "Rates"]
+
+KEEP = 0.75
+"""Share of an old rate in the new one."""
+LEAST_TOKENS = 8
+"""Forwards of fewer tokens say nothing of a prefill."""
+TRIAL_BYTES = 4 << 20
+
+
+@dataclass(slots=True)
+class LadderStats:
+    """Counters since the start, from the cheapest step to the dearest.
+
+    Args:
+        dropped_blocks: idle ones given up for good.
+        demoted_blocks: idle ones that went to a tier.
+        swapped: sequences that went to host memory when they were preempted; `swapped_bytes` of them.
+        returned: of them, those that came back; the others were cancelled, or computed anew after all.
+        recomputed: preempted sequences that are computed again.
+        swap_dearer: of them, those of which the copy would have taken longer; `swap_no_room`: the host tier was full.
+        queued: samples that found no room when it was their turn, each counted once per wait.
+        copy_bytes_per_s, prefill_tokens_per_s: as measured; 0: not yet.
+        parked, parked_bytes: in host memory now.
+    """
+
+    dropped_blocks: int = 0
+    demoted_blocks: int = 0
+    swapped: int = 0
+    swapped_bytes: int = 0
+    returned: int = 0
+    recomputed: int = 0
+    swap_dearer: int = 0
+    swap_no_room: int = 0
+    queued: int = 0
+    copy_bytes_per_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    parked: int = 0
+    parked_bytes: int = 0
+
+
+class Rates:
+    """How fast this machine copies and computes, as seen so far."""
+
+    def __init__(self) -> None:
+        self.copy_bytes_per_s = 0.0
+        self.prefill_tokens_per_s = 0.0
+
+    def copied(self, n_bytes: int, seconds: float) -> None:
+        """So many bytes were moved."""
+        self.copy_bytes_per_s = _mean(self.copy_bytes_per_s, n_bytes, seconds)
+
+    def computed(self, n_tokens: int, seconds: float) -> None:
+        """A forward of so many tokens took so long."""
+        if n_tokens >= LEAST_TOKENS:
+            self.prefill_tokens_per_s = _mean(self.prefill_tokens_per_s, n_tokens, seconds)
+
+    def swap_pays(self, n_bytes: int, n_tokens: int) -> bool:
+        """Whether moving bytes out and in takes less than computing tokens; False where a rate is not known."""
+        if not self.copy_bytes_per_s or not self.prefill_tokens_per_s:
+            return False
+        return 2 * n_bytes / self.copy_bytes_per_s < n_tokens / self.prefill_tokens_per_s
+
+
+def _mean(old: float, n: int, seconds: float) -> float:
+    now = n / max(seconds, 1e-9)
+    return KEEP * old + (1 - KEEP) * now if old else now
+
+
+class Ladder:
+    """The steps that need more than the scheduler's books.
+
+    Args:
+        room: the runner; its `below` is where sequences are swapped to, where it has one.
+        clock: seconds, real ones: what is compared are durations on this machine.
+    """
+
+    def __init__(self, room: Any, clock: Callable[[], float] = time.perf_counter) -> None:
+        below: Below | None = getattr(room, "below", None)
+        self.below = below if below is not None and below.config.swaps else None
+        self.sharing: Any = getattr(room, "sharing", None)
+        self.rates, self.clock = Rates(), clock
+        self.stats = LadderStats()
+
+    def swap_out(self, sample: Sample) -> bool:
+        """Moves a preempted sample's table to host memory; False where it is cheaper to compute, or has no place."""
+        below, table = self.below, sample.table
+        if below is None or not hasattr(table, "unreserve") or not sample.computed:
+            return False
+        n_bytes = table.held_bytes()  # type: ignore[union-attr]
+        if below.config.swap != "always" and not self._pays(below, table, n_bytes, sample.computed):
+            self.stats.swap_dearer += 1
+            return False
+        if not below.borrow(n_bytes):
+            self.stats.swap_no_room += 1
+            return False
+        began = self.clock()
+        sample.parked = parked = Parked(table, below.mover)  # type: ignore[arg-type]
+        self.rates.copied(parked.n_bytes, self.clock() - began)
+        below.give_back(n_bytes - parked.n_bytes)  # reserved and not computed
+        sample.table = None
+        stats = self.stats
+        stats.swapped += 1
+        stats.swapped_bytes += parked.n_bytes
+        stats.parked += 1
+        stats.parked_bytes += parked.n_bytes
+        return True
+
+    def settle(self, sample: Sample) -> None:
+        """A sample that was let in again gets its bytes back, and the host its memory."""
+        parked = sample.parked
+        assert parked is not None
+        began = self.clock()
+        parked.fill()
+        self.rates.copied(parked.n_bytes, self.clock() - began)
+        self.stats.returned += 1
+        self._forget(sample)
+
+    def leave(self, sample: Sample) -> None:
+        """There is no room after all for a parked sample that took its blocks."""
+        parked = sample.parked
+        assert parked is not None
+        before = parked.n_bytes
+        parked.leave()
+        self.stats.parked_bytes += parked.n_bytes - before
+        if self.below is not None:
+            self.below.give_back(before - parked.n_bytes)
+
+    def drop(self, sample: Sample) -> None:
+        """A sample that is over, or will be computed anew, needs its copy no longer."""
+        if sample.parked is not None:
+            sample.parked.drop()
+            self._forget(sample)
+
+    def snapshot(self) -> LadderStats:
+        """The counters as they are now."""
+        stats, sharing = self.stats, self.sharing
+        now = LadderStats(**{n: getattr(stats, n) for n in LadderStats.__slots__})
+        now.copy_bytes_per_s = self.rates.copy_bytes_per_s
+        now.prefill_tokens_per_s = self.rates.prefill_tokens_per_s
+        if sharing is not None:
+            if sharing.tiering is not None:
+                now.demoted_blocks = sharing.tiering.stats.demoted_blocks
+            now.dropped_blocks = sharing.stats.evicted_blocks - now.demoted_blocks
+        return now
+
+    def _pays(self, below: Below, table: Any, n_bytes: int, n_tokens: int) -> bool:
+        if not self.rates.copy_bytes_per_s:
+            self._try_copies(below, table)
+        return self.rates.swap_pays(n_bytes, n_tokens)
+
+    def _try_copies(self, below: Below, table: Any) -> None:
+        """Reads some of a table's blocks and throws them away."""
+        for chain in table.chains:
+            some = chain.live()[: max(1, TRIAL_BYTES // chain.group.block_bytes)]
+            rows = below.mover.space(len(some), chain.group.block_bytes)
+            began = self.clock()
+            for row, block in zip(rows, some, strict=True):
+                below.mover.read_into(chain.pool, int(block), row)
+            if len(some):
+                self.rates.copied(rows.nbytes, self.clock() - began)
+
+    def _forget(self, sample: Sample) -> None:
+        assert sample.parked is not None
+        n_bytes = sample.parked.n_bytes
+        sample.parked = None
+        self.stats.parked -= 1
+        self.stats.parked_bytes -= n_bytes
+        if self.below is not None:
+            self.below.give_back(n_bytes)
