@@ -27,6 +27,7 @@ from quire.attention.step import Step
 from quire.errors import ConfigError, InvariantError
 from quire.kernels import native
 from quire.kernels.native import DecodeArgs, EncodeArgs, GatherArgs, Library, WriteArgs
+from quire.ops.attend import Partial, empty_partial, merge
 from quire.spec import CacheGroup
 from quire.store.recent import Recent
 
@@ -151,6 +152,8 @@ class CpuBackend(TorchBackend):
         window: int | None = None,
         attended: Attended | None = None,
     ) -> torch.Tensor:
+        if step.away:
+            return self._streamed(step, layer, q, scale, keys, value, softcap, sinks, window)
         plain = window is None and softcap is None and sinks is None and attended is None
         if plain and len(keys) == 2 and keys[0] == value:
             answer = self._absorbed(step, layer, q, keys, scale)
@@ -218,6 +221,57 @@ class CpuBackend(TorchBackend):
         self._decode(args, tiles, q, out, scale, softcap or 0.0, logits)
         paid.answer(layer, tiles.kv_heads, flat, attended)
         return out
+
+    def _partials(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        reads: list[Read],
+        total: Partial | None,
+        share: int,
+        scale: float,
+        keys: tuple[str, ...],
+        value: str,
+        softcap: float | None,
+        window: int | None,
+    ) -> Partial:
+        """Single queries by the kernel, which gives their log-sum-exp as well."""
+        rest = share, scale, keys, value, softcap, window
+        single = [r for r in reads if r.queries == 1 and not r.sinks]
+        fits = q.dtype in _DTYPES and len(keys) == 1 and step.device.type == "cpu"
+        plan = plan_segments(step, single) if fits and window is None else None
+        tiles = None if plan is None else self._tiles_of(step, plan, layer, keys[0], value)
+        if (
+            plan is None
+            or tiles is None
+            or tiles.d != q.shape[2]
+            or tiles.kv_heads * share != q.shape[1]
+        ):
+            return super()._partials(step, layer, q, reads, total, *rest)
+        others = [r for r in reads if r.queries > 1 or r.sinks]
+        if others:
+            total = super()._partials(step, layer, q, others, total, *rest)
+        q = q if q.stride(2) == 1 else q.contiguous()
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+        plan.args.lse, plan.args.probs = lse.data_ptr(), None
+        self._decode(plan.args, tiles, q, out, scale, softcap or 0.0, None)
+        if total is None:
+            total = empty_partial(q.shape[:2], q.shape[2], torch.float32, q.device)
+        at = torch.cat([r.tokens.view(-1) for r in single]).unique()
+        both = merge(Partial(total.out[at], total.lse[at]), Partial(out[at].float(), lse[at]))
+        total.out[at], total.lse[at] = both.out, both.lse
+        return total
+
+    def _tiles_of(
+        self, step: Step, plan: Segments, layer: int, key: str, value: str
+    ) -> Tiles | None:
+        """How a layer's tiles lie in the groups of a plan; None where the kernel does not read them."""
+        known = self._tiles.setdefault(plan.groups, {})
+        at = layer, key, value
+        if at not in known:
+            known[at] = lay_out(step.layout, plan.groups, layer, key, value)
+        return known[at]
 
     def _served(
         self, step: Step, layer: int, q: torch.Tensor, keys: tuple[str, ...], value: str

@@ -19,6 +19,7 @@ from quire.attention.read import Places, Read, Row, Seal, Write, index
 from quire.plan.layout import Layout
 from quire.spec import BOUNDS, CacheGroup, Residual
 from quire.store.chain import GONE, Chain, Extent
+from quire.store.cold import Cold, Run
 from quire.store.store import BlockStore
 
 Turn = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,6 +57,8 @@ class Plan:
         self.bounds: list[tuple[CacheGroup, Places]] = []
         """Blocks of plain groups that become whole and have bounds beside them, see `attention.sparse`."""
         self.reads: list[Read] = []
+        self.away: list[tuple[Cold, Run, Read]] = []
+        """What queries read of blocks that are not in the arena, see `store.cold`."""
         self.prepared: dict[object, Any] = {}
         """What a backend makes of the plan once for all layers."""
         self.turn: Turn | None = None
@@ -174,6 +177,9 @@ class Plan:
             row = self.rows[at]
             found += [(at, e) for e in chain.extents(row.start, row.stop) if len(e.blocks)]
         mode = "raw" if raw is None else "body"
+        for at, chain in chains:
+            if chain.cold:
+                self._plan_away(group, mode, limit, at, chain, int(firsts[at]))
         for sinks in (True, False):
             some = [(at, e) for at, e in found if e.sinks is sinks]
             self._batch(group, group, mode, limit, some, firsts)
@@ -181,6 +187,28 @@ class Plan:
             self._batch(
                 group, raw, "through", limit, self._unsealed(chains, dict(members[raw])), firsts
             )
+
+    def _plan_away(
+        self,
+        group: CacheGroup,
+        mode: str,
+        limit: Residual | None,
+        at: int,
+        chain: Chain,
+        first: int,
+    ) -> None:
+        """A read per run of a chain's blocks that are away; where they lie is known when one is staged."""
+        row, size = self.rows[at], group.block_tokens
+        cold = row.table.cold
+        assert cold is not None
+        place = next(i for i, c in enumerate(row.table.chains) if c is chain)
+        for run in cold.runs[place]:
+            begin = run.first * size
+            blocks = np.zeros(run.count, np.int32)
+            extent = Extent(blocks, begin, begin, begin + run.count * size)
+            units = np.zeros((1, run.count), np.int64)
+            read = Read(group, group, mode, limit, [row], [first], [extent], units, self.device)
+            self.away.append((cold, run, read))
 
     def _unsealed(
         self, chains: list[tuple[int, Chain]], raws: dict[int, Chain]

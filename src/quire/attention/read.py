@@ -7,6 +7,7 @@ Both follow from the same extents, and only what is used is computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -94,6 +95,12 @@ class Read:
         """What `attention.fused` makes of the read once for all layers."""
         self._masks: dict[int | None, torch.Tensor | None] = {}
         self._biases: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = {}
+
+    def placed(self, units: np.ndarray) -> Read:
+        """The same read of blocks that begin elsewhere, `units: [R, n]`; what follows from positions is shared."""
+        twin = copy(self)
+        twin.blocks = Places(units, self.device)
+        return twin
 
     @cached_property
     def contiguous(self) -> bool:

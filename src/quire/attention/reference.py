@@ -68,6 +68,8 @@ class ReferenceBackend:
             `[n_tokens, H_q, D_v]` in q's dtype.
         """
         reads = step.of_layer(layer)[2]
+        if step.away:
+            return self._streamed(step, layer, q, scale, keys, value, softcap, sinks, window)
         if attended is not None:
             attended.begin(q)
             self.observe(step, layer, q, reads, attended, keys, scale, softcap, sinks, window)
@@ -166,7 +168,57 @@ class ReferenceBackend:
         window: int | None,
     ) -> torch.Tensor:
         """The general case: partial results per segment and head, merged in token order."""
-        total: Partial | None = None
+        total = self._partials(
+            step, layer, q, reads, None, share, scale, keys, value, softcap, window
+        )
+        return self._total(total, q, sinks)
+
+    def _streamed(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        scale: float,
+        keys: tuple[str, ...],
+        value: str,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """What is here, then what is away, run by run as it is staged: the same sum in more parts."""
+        reads = step.of_layer(layer)[2]
+        share = q.shape[1] // max(1, kv_heads_of(reads, layer))
+        rest = share, scale, keys, value, softcap, window
+        total = self._partials(step, layer, q, reads, None, *rest)
+        for r in step.staged(layer):
+            total = self._partials(step, layer, q, [r], total, *rest)
+        return self._total(total, q, sinks)
+
+    @staticmethod
+    def _total(total: Partial, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        """The sum `[n_tokens, H_q, D_v]` in q's dtype, with the model's sink logits."""
+        if sinks is not None:
+            turned = Partial(total.out.transpose(0, 1), total.lse.transpose(0, 1))
+            total = Partial(
+                merge(turned, sink_partial(sinks, turned)).out.transpose(0, 1), total.lse
+            )
+        return total.out.to(q.dtype)
+
+    def _partials(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        reads: list[Read],
+        total: Partial | None,
+        share: int,
+        scale: float,
+        keys: tuple[str, ...],
+        value: str,
+        softcap: float | None,
+        window: int | None,
+    ) -> Partial:
+        """`total` (default: nothing yet) with these reads merged in: `[n_tokens, H_q, D_v]` and `[n_tokens, H_q]`."""
         for r in reads:
             heads = torch.tensor(
                 [h * share + g for h in r.group.heads(layer) for g in range(share)], device=q.device
@@ -194,12 +246,7 @@ class ReferenceBackend:
             both = merge(Partial(total.out[at], total.lse[at]), mine)
             total.out[at], total.lse[at] = both.out, both.lse
         assert total is not None
-        if sinks is not None:
-            turned = Partial(total.out.transpose(0, 1), total.lse.transpose(0, 1))
-            total = Partial(
-                merge(turned, sink_partial(sinks, turned)).out.transpose(0, 1), total.lse
-            )
-        return total.out.to(q.dtype)
+        return total
 
     def _read(
         self,

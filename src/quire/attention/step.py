@@ -6,19 +6,32 @@ what queries read <── gather ── rows, or codes decoded
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from quire.attention.plan import Plan
 from quire.attention.read import Read, Seal
 from quire.spec import ALIGN_BYTES, BOUNDS, CacheGroup, Field
+from quire.store.cold import Stream
 
 Encode = Callable[[int, Seal], bool]
 
 
 class Step(Plan):
     """The plan of one forward, and the store's memory moved as it says."""
+
+    _stream: Stream | None = None
+
+    def staged(self, layer: int) -> Iterator[Read]:
+        """What the layer reads of blocks that are away: run after run, each good until the one after the next."""
+        if self._stream is None:
+            self._stream = Stream([(cold, run) for cold, run, _ in self.away])
+        for cold, run, read in self.away:
+            if run.group.holds(layer):
+                units = self._stream.units(cold, run, layer)
+                if units is not None:
+                    yield read.placed(units[None])
 
     def write(
         self, layer: int, values: dict[str, torch.Tensor], encode: Encode | None = None

@@ -33,7 +33,7 @@ from quire.engine.schedule import SchedulerStats
 from quire.engine.scheduler import Scheduler
 from quire.engine.sharing import Opener
 from quire.engine.text import Transcript
-from quire.errors import CapacityError, RequestError
+from quire.errors import CapacityError, RequestError, TierError
 
 __all__ = ["Core", "EngineStats"]
 
@@ -41,6 +41,10 @@ Done = list[tuple[Sample, Delta]]
 
 PREFETCHED = 2
 """Of the waiting, whose prefixes are brought up while others compute; half of what tiers load for at a time."""
+
+
+MOST_LOST = 3
+"""Times that a sample is computed anew because its blocks did not come back from a tier."""
 
 
 @dataclass(slots=True)
@@ -143,7 +147,7 @@ class Core:
             n_tokens = sum(item.stop - item.start for item in items)
             self.scheduler.ladder.rates.computed(n_tokens, perf_counter() - began)
             self.forwards += 1
-            self._accept(samples, logits)
+            self._accept(*self._whole(samples, logits))
         self.checks.step()
 
     def _begin_step(self) -> None:
@@ -250,6 +254,35 @@ class Core:
         self._close([pair for pair in deltas if pair[1].finish_reason is not None])
         for sample, delta in deltas:
             self.deliver(sample.request, delta)
+
+    def _whole(self, samples: Sequence[Sample], logits: Tensor) -> tuple[Sequence[Sample], Tensor]:
+        """Without those of which blocks did not come back from a tier, and their rows."""
+        if all(getattr(s.table, "cold", None) is None for s in samples):
+            return samples, logits
+        counts = [0 if s.item is None else s.item.logits for s in samples]
+        keep = [not self._lost(s) for s in samples]
+        rows = [
+            logit for part, k in zip(logits.split(counts), keep, strict=True) if k for logit in part
+        ]
+        kept = [s for s, k in zip(samples, keep, strict=True) if k]
+        return kept, torch.stack(rows) if rows else logits[:0]
+
+    def _lost(self, sample: Sample) -> bool:
+        """Whether what was computed just now read less than it should have: then nothing of it counts."""
+        cold = getattr(sample.table, "cold", None)
+        if cold is None or not cold.lost:
+            return False
+        if sample.lost < MOST_LOST:
+            self.scheduler.lose(sample)
+            return True
+        self.fail(
+            sample.request,
+            TierError(
+                f"request {sample.request.request_id}: its blocks did not come back from a tier {MOST_LOST + 1} times; "
+                "look at the tier (`quire fsck`), or give the cache more memory"
+            ),
+        )
+        return True
 
     def _append(
         self, sample: Sample, token: int, logprob: TokenLogprob | None, now: float

@@ -159,11 +159,13 @@ class Intake:
         if hints is not None and sharing is not None:
             sharing.check_hints()
         stop_ids = frozenset(params.stop_token_ids)
+        most = output_limit(self.room, len(ids), params, policy)
+        larger = getattr(self.room, "oversize", None)
         return Request(
             request_id=name,
             prompt_token_ids=ids,
             params=params,
-            max_tokens=output_limit(self.room, len(ids), params, policy),
+            max_tokens=most,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             prompt=prompt if isinstance(prompt, str) else None,
             priority=priority,
@@ -173,6 +175,7 @@ class Intake:
             share=shares,
             namespace=namespace,
             hints=hints,
+            oversize=larger is not None and policy is None and larger(len(ids) + max(most, 1) - 1),
             stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids,
         )
 

@@ -2,6 +2,7 @@
 
     drop        idle blocks that nobody asked for lately       the pools, by what they are worth (`store/evict.py`)
     demote      the same, to a tier                            `store/tiering.py`
+    offload     cold blocks of a sequence larger than the arena; they are read from where they lie (`store/cold.py`)
     swap        a preempted sequence goes to host memory       here, where copying costs less than computing
     recompute   a preempted sequence is computed again         the scheduler
     queue       who finds no room waits in its seat            the scheduler
@@ -13,10 +14,11 @@ against its tokens at the rate of the prefills so far. The first copies are a tr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quire.store.cold import Cold
 from quire.store.park import Parked
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class LadderStats:
     Args:
         dropped_blocks: idle ones given up for good.
         demoted_blocks: idle ones that went to a tier.
+        offloaded_bytes: of cold blocks that went to the host or to a tier while their sequence ran.
+        lost: sequences computed anew because such a block did not come back.
         swapped: sequences that went to host memory when they were preempted; `swapped_bytes` of them.
         returned: of them, those that came back; the others were cancelled, or computed anew after all.
         recomputed: preempted sequences that are computed again.
@@ -50,6 +54,8 @@ class LadderStats:
 
     dropped_blocks: int = 0
     demoted_blocks: int = 0
+    offloaded_bytes: int = 0
+    lost: int = 0
     swapped: int = 0
     swapped_bytes: int = 0
     returned: int = 0
@@ -102,9 +108,33 @@ class Ladder:
     def __init__(self, room: Any, clock: Callable[[], float] = time.perf_counter) -> None:
         below: Below | None = getattr(room, "below", None)
         self.below = below if below is not None and below.config.swaps else None
+        self.cellar = below if below is not None and below.config.offload else None
+        """Where cold blocks of running sequences go."""
         self.sharing: Any = getattr(room, "sharing", None)
         self.rates, self.clock = Rates(), clock
         self.stats = LadderStats()
+
+    def stage(self, sample: Sample, table: Any) -> bool:
+        """Frames for a sample that will have cold blocks, or has; False where there is no room for them."""
+        if not sample.request.oversize or self.cellar is None:
+            return True
+        if table.cold is None:
+            table.cold = Cold(table, self.cellar)
+        return bool(table.cold.stage())
+
+    def cool(self, running: Sequence[Sample]) -> bool:
+        """Lets the oldest blocks of a sequence that is larger than the arena go; whether there is more room now."""
+        if self.cellar is None:
+            return False
+        for sample in reversed(running):
+            table: Any = sample.table
+            if sample.request.oversize and table is not None and table.cold is not None:
+                arena = table.store.arena
+                freed = table.cold.grow(max(2 * arena.slab_bytes, arena.total_bytes // 8))
+                self.stats.offloaded_bytes += freed
+                if freed:
+                    return True
+        return False
 
     def swap_out(self, sample: Sample) -> bool:
         """Moves a preempted sample's table to host memory; False where it is cheaper to compute, or has no place."""
@@ -120,6 +150,8 @@ class Ladder:
             return False
         began = self.clock()
         sample.parked = parked = Parked(table, below.mover)  # type: ignore[arg-type]
+        if parked.table.cold is not None:
+            parked.table.cold.unstage()
         self.rates.copied(parked.n_bytes, self.clock() - began)
         below.give_back(n_bytes - parked.n_bytes)  # reserved and not computed
         sample.table = None
@@ -146,6 +178,8 @@ class Ladder:
         assert parked is not None
         before = parked.n_bytes
         parked.leave()
+        if parked.table.cold is not None:
+            parked.table.cold.unstage()
         self.stats.parked_bytes += parked.n_bytes - before
         if self.below is not None:
             self.below.give_back(before - parked.n_bytes)

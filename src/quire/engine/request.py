@@ -142,6 +142,7 @@ class Sample:
         fetched: chunks that were there when the tiers were last asked; they are asked again for more only.
         parked: its table in host memory, where it was preempted and swapped out.
         queued: it waits because there was no room when it was its turn.
+        lost: times that a block of it did not come back from a tier.
     """
 
     request: Request
@@ -162,6 +163,7 @@ class Sample:
     fetched: int = -1
     parked: Parked | None = None
     queued: bool = False
+    lost: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     token_times_s: list[float] = field(default_factory=list)
@@ -198,6 +200,7 @@ class Request:
         share: whether its prefix is looked up, and what it computes is left for others.
         namespace: who may find it; None: everybody who names none either.
         hints: how long its blocks should stay.
+        oversize: it is larger than the arena: its cold blocks lie in the tiers.
         prompt_logprobs: one per prompt position scored so far, the first always None; None when not asked for.
     """
 
@@ -215,6 +218,7 @@ class Request:
     share: bool = False
     namespace: Namespace | None = None
     hints: Hints | None = None
+    oversize: bool = False
     samples: list[Sample] = field(default_factory=list)
     unfinished: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None

@@ -175,6 +175,17 @@ class Scheduler:
         sample.computed = stop
         sample.most_computed = max(sample.most_computed, stop)
 
+    def lose(self, sample: Sample) -> None:
+        """Part of what a sample has computed did not come back: all of it is computed anew."""
+        assert sample.table is not None
+        sample.item = None
+        self._leave(sample)
+        self._release(sample)
+        sample.computed, sample.fetched = 0, -1
+        sample.lost += 1
+        self.ladder.stats.lost += 1
+        self._wait(sample)
+
     def stats(self) -> SchedulerStats:
         """A snapshot; later steps do not change it."""
         now = SchedulerStats(**{n: getattr(self.counters, n) for n in SchedulerStats.__slots__})
@@ -338,6 +349,8 @@ class Scheduler:
                 table.append(n_tokens)
             except CapacityError:
                 last = self._running[-1]
+                if self.ladder.cool(self._running):
+                    continue
                 if last is not sample:
                     self._preempt(last, plan)
                 elif len(self._running) == 1 and n_tokens > least and self.room.chunked_prefill:
@@ -358,12 +371,14 @@ class Scheduler:
             return False
         if not self.room.chunked_prefill and plan.prefills:
             return False  # one whole prompt a step
-        if not self._worth_trying(sample):
+        if not self._worth_trying(sample) and not self.ladder.cool(self._running):
             return self._queue(sample)
         while True:
             found = self._try(sample, plan)
             if found is not False:
                 return found
+            if self.ladder.cool(self._running):
+                continue
             last = self._running[-1] if self._running else None
             if last is None and sample.parked is not None:
                 self.ladder.drop(sample)  # even alone: it is computed anew, in chunks that fit
@@ -406,6 +421,8 @@ class Scheduler:
             if parked is None:
                 sample.computed = table.length
             self._restart(sample, table)
+            if not self.ladder.stage(sample, table):
+                return False
             n_tokens, least = self._chunk(sample, table, plan), self._least(sample)
             while n_tokens:
                 if self._take(table, n_tokens):

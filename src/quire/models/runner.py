@@ -23,6 +23,7 @@ from quire.models.rope import Regimes
 from quire.models.sharing import AdapterDigests, open_tiering
 from quire.retention import Keep
 from quire.spec import Usage
+from quire.store import cold
 from quire.store.below import Below
 from quire.store.table import BlockTable
 from quire.store.tiering import Tiering
@@ -117,10 +118,18 @@ class ModelRunner:
         if self.restart_tokens is not None and n_tokens > self.restart_tokens:
             chunk = max(chunk, self.restart_tokens + 1)
         if keep is None or (keep.full and self.keep.full):
-            return self.bridge.store.fits(n_tokens, chunk_tokens=chunk)
+            here = self.bridge.store.fits(n_tokens, chunk_tokens=chunk)
+            return here or self.oversize(n_tokens)
         rules = self.rules(keep)
         most = rules.most_tokens(n_tokens, prompt_tokens)
         return self.bridge.store.fits(most, chunk_tokens=min(chunk, most), groups=rules.groups)
+
+    def oversize(self, n_tokens: int) -> bool:
+        """Whether a sequence is served with its cold blocks in the tiers, and not otherwise."""
+        below, store = self.below, self.bridge.store
+        if below is None or not below.config.offload or store.fits(n_tokens):
+            return False
+        return cold.fits(store, n_tokens, below.capacity_bytes)
 
     def context_tokens(self, keep: Keep | None = None, prompt_tokens: int = 0) -> int:
         """The longest sequence that can be attended to: without end where a window bounds every distance.

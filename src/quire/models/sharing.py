@@ -14,6 +14,7 @@ from quire.models.rope import Regimes
 from quire.share import parse_share
 from quire.spec import KVConfig
 from quire.store.below import Below
+from quire.store.cold import goes_away
 from quire.store.sharing import Sharing
 from quire.store.snapshot import spec_digest
 from quire.store.tiering import Tiering
@@ -151,12 +152,14 @@ def open_tiering(runner: Any, config: TiersConfig, weights: bytes) -> tuple[Tier
     """
     import transformers
 
+    if config.offload:
+        check_offload(runner.bridge, config)
     sharing, arena = runner.sharing, runner.bridge.store.arena
     if sharing is None:
         if not config.live:
             raise ConfigError(
                 "tiers keep what a prefix cache names; open the runner with share='prefix', or with tiers that say "
-                "swap=auto, for preempted requests alone"
+                "swap=auto or offload=on, for running requests alone"
             )
         stack = TierStack(open_tiers(config), token_bytes(32))
         return None, Below(arena, stack, config)
@@ -166,6 +169,33 @@ def open_tiering(runner: Any, config: TiersConfig, weights: bytes) -> tuple[Tier
     ns = sha256(b"quire tier 1" + sharing.base).digest()
     stack = TierStack(open_tiers(config), ns)
     return Tiering(sharing, stack, config.deadline_s), Below(arena, stack, config)
+
+
+def check_offload(bridge: Bridge, config: TiersConfig) -> None:
+    """Raises ConfigError where blocks of a running sequence cannot be read from elsewhere."""
+    who, drop = f"tiers={config.text!r}: offload", "drop offload=on"
+    raws = {g.raw for g in bridge.layout.spec}
+    if not any(goes_away(g, raws) for g in bridge.layout.spec):
+        raise ConfigError(
+            f"{who} moves blocks of layers that read everything, and this cache has none; {drop}"
+        )
+    if not bridge.keep.full:
+        raise ConfigError(
+            f"{who} keeps every token and keep={bridge.keep.text!r} does not; drop one of them"
+        )
+    if bridge.way == "dense":
+        raise ConfigError(
+            f"{who} hands attention over in parts, and this model's own wants all at once (way 'dense'); {drop}"
+        )
+    if bridge.compiled is not None:
+        raise ConfigError(
+            f"{who} stages blocks between layers, which compiled code does not; {drop}"
+        )
+    kind = Regimes(bridge.model).kind
+    if kind != "fixed":
+        raise ConfigError(
+            f"{who}: this model's RoPE ({kind}) computes long sequences anew, at once; {drop}"
+        )
 
 
 class AdapterDigests:

@@ -99,6 +99,18 @@ def ladder_metrics(stats: EngineStats, model: str) -> Iterator[Metric]:
         steps.add_metric([model, step], getattr(ladder, name))
     yield steps
     for kind, name, what, value in (
+        (
+            CounterMetricFamily,
+            "quire_offloaded_bytes",
+            "Bytes of cold blocks that went away.",
+            "offloaded_bytes",
+        ),
+        (
+            CounterMetricFamily,
+            "quire_offload_lost",
+            "Samples computed anew for want of such a block.",
+            "lost",
+        ),
         (CounterMetricFamily, "quire_swapped_bytes", "Bytes of swapped samples.", "swapped_bytes"),
         (
             CounterMetricFamily,

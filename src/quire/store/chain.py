@@ -51,6 +51,7 @@ class Chain:
     """
 
     __slots__ = (
+        "cold",
         "count",
         "cursor",
         "cut",
@@ -72,6 +73,7 @@ class Chain:
         self.held = 0  # of them not GONE
         self.cursor = 0  # entries before this one are settled: GONE, or needed for good
         self.sealed = 0  # entries before this one are sealed
+        self.cold = 0  # entries before this one are away, see `store.cold`
         self.encoded = 0  # of a lossy body: entries before this one have their bytes in every layer
         self.kept: np.ndarray | None = None
         self.own: np.ndarray | None = None
@@ -210,7 +212,9 @@ class Chain:
             stop = min(stop, self.logical(self.count))
         out = []
         sinks = sinks_of(self.group.span)
-        for lo, hi in joined(self.group.span.needs(start), start, stop):
+        away = self.cold * size
+        for low, hi in joined(self.group.span.needs(start), start, stop):
+            lo = max(low, away)
             cuts = (lo, sinks, min(hi, stop)) if lo < sinks < min(hi, stop) else (lo, min(hi, stop))
             for a, b in pairwise(cuts):
                 if a < b:
@@ -228,6 +232,7 @@ class Chain:
         twin = Chain(self.group, self.pool)
         twin.ids, twin.count, twin.held = self.ids.copy(), self.count, self.held
         twin.cursor, twin.sealed, twin.encoded = self.cursor, self.sealed, self.encoded
+        twin.cold = self.cold
         twin.kept, twin.own, twin.cut = self.kept, self.own, self.cut
         return twin
 

@@ -92,6 +92,10 @@ def save_table(
         raise InvariantError(
             f"only settled tables can be saved: {table.committed} of {table.length} tokens committed"
         )
+    if table.cold is not None:
+        raise ConfigError(
+            f"a sequence of {table.length} tokens with blocks in a tier cannot be saved; give the cache more memory"
+        )
     if table.keeper is not None:
         raise ConfigError(
             "a sequence whose tokens are dropped by score, or read by choice, cannot be saved: what its policy has "

@@ -28,6 +28,7 @@ from quire.store.chain import GONE, Chain
 from quire.store.pool import BlockPool
 
 if TYPE_CHECKING:
+    from quire.store.cold import Cold
     from quire.store.path import Path
     from quire.store.store import BlockStore
 
@@ -85,6 +86,8 @@ class BlockTable:
         """Where it publishes its blocks (`Sharing.open`); None for a private sequence."""
         self.keeper: Keeper | None = None
         """Decides which tokens stay, at fixed lengths; None: all that the spans need."""
+        self.cold: Cold | None = None
+        """What lies in host memory or on a disk while the sequence runs."""
         store.tables.add(self)
 
     # -- growing -------------------------------------------------------------------------------------------------
@@ -221,12 +224,15 @@ class BlockTable:
         for chain in self.chains:
             while chain.count:
                 chain.pop()
-            chain.cursor = chain.sealed = chain.encoded = chain.cut = 0
+            chain.cursor = chain.sealed = chain.encoded = chain.cut = chain.cold = 0
             chain.kept = chain.own = None
         if self.path is not None:
             self.path.back(0)
         if self.keeper is not None:
             self.keeper.reset()
+        if self.cold is not None:
+            self.cold.drop()
+            self.cold = None
         self.length = self.accepted = self.committed = 0
 
     def follow(self, tokens: Sequence[int]) -> None:
@@ -254,6 +260,8 @@ class BlockTable:
         """
         if self.closed:
             raise InvariantError("fork of a released table")
+        if self.cold is not None:
+            raise CapacityError("a sequence with blocks away is not forked; compute the twin anew")
         twin = BlockTable(self.store)
         twin.length, twin.accepted, twin.committed = self.length, self.accepted, self.committed
         twin.chains = [c.copy() for c in self.chains]

@@ -7,6 +7,7 @@ NAME:SIZE@PLACE       another package's, by its entry point in the group `quire.
 …;deadline=0.5        for all: seconds that a request waits for its blocks before it computes them; 1 by default
 …;sync=batch          of a disk: fdatasync after each batch, instead of at the end
 …;swap=auto           preempted requests go to the host tier where that is cheaper than computing again; always, off
+…;offload=on          cold blocks of a request that is larger than the cache go there, and are read from there; off
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ class TiersConfig:
         sync: of disks, see `DiskTier`.
         swap: whether preempted sequences go to the host tier: "auto" (where measured to be cheaper), "always", "off".
             "": as auto where there is a host tier.
+        offload: whether cold blocks of a running sequence that is larger than the arena go there.
     """
 
     tiers: tuple[TierRecipe, ...] = ()
     deadline_s: float = 1.0
     sync: str = "close"
     swap: str = ""
+    offload: bool = False
     text: str = field(default="", compare=False)
 
     @property
@@ -71,7 +74,7 @@ class TiersConfig:
     @property
     def live(self) -> bool:
         """Whether somebody asked for what needs no prefix cache: room for running sequences."""
-        return self.swap in ("auto", "always")
+        return self.swap in ("auto", "always") or self.offload
 
     @property
     def persistent(self) -> bool:
@@ -186,8 +189,12 @@ def _options(options: list[str], text: str, kinds: list[str]) -> dict[str, Any]:
                     f"tiers={text!r}: requests are swapped to a host tier and there is none; {EXAMPLE}"
                 )
             values["swap"] = value
+        elif key == "offload":
+            if value not in ("on", "off"):
+                raise ConfigError(f"tiers={text!r}: offload is on or off, not {value!r}")
+            values["offload"] = value == "on"
         else:
-            known = "deadline, sync, swap"
+            known = "deadline, sync, swap, offload"
             raise ConfigError(f"tiers={text!r}: unknown option {key!r}; known: {known}")
     return values
 

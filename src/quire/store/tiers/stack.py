@@ -16,6 +16,7 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -137,6 +138,10 @@ class TierStack:
     def ask(self, work: Coroutine[Any, Any, Any], timeout_s: float = 60.0) -> Any:
         """Runs a coroutine in the tiers' loop and waits for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def begin(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Runs a coroutine in the tiers' loop; its result, later."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def start(self, work: Coroutine[Any, Any, Any]) -> None:
         """Runs a coroutine in the tiers' loop; nobody waits."""
@@ -265,6 +270,19 @@ class TierStack:
                     "tier %s: %d corrupt blocks so far; they are computed", at.label, bad
                 )
         return out
+
+    async def store_at(self, level: int, blocks: Sequence[Block], deadline: float) -> list[Outcome]:
+        """Stores in one level, past its queue, for who waits for it."""
+        at = self.levels[level]
+        call = at.tier.store(self.ns, blocks, deadline=deadline)
+        found = await self._guard(at, call, deadline - monotonic() + GRACE_S)
+        self._count(at, list(blocks), found)
+        return [found] * len(blocks) if isinstance(found, Outcome) else list(found)
+
+    async def drop_at(self, level: int, keys: Sequence[bytes]) -> None:
+        """Forgets what one level has under these names."""
+        at = self.levels[level]
+        await self._guard(at, at.tier.drop(self.ns, keys), 1.0)
 
     async def touch(self, keys: Sequence[bytes]) -> None:
         """A prefix was of use."""
