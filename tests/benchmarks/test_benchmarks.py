@@ -36,6 +36,8 @@ KEYS = {
     "serving": {"repeated", "beside", "verdicts"},
     "watching": {"looks", "misses"},
     "tiers": {"stores", "restart", "steps", "checksum"},
+    "offload": {"cases", "copy_gb_per_s", "disk_get_gb_per_s"},
+    "shortage": {"cases"},
 }
 ALWAYS = {"benchmark", "question", "command", "hardware", "commit", "settings", "checks", "smoke"}
 
