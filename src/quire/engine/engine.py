@@ -106,6 +106,7 @@ class Engine:
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
+        yields: str | Keep | None = None,
         on_delta: Sink | None = None,
     ) -> str:
         """Submit a request; it runs when somebody steps.
@@ -120,6 +121,8 @@ class Engine:
             share: "off": find nothing and leave nothing; default: as the runner was opened.
             namespace: who may find what it leaves, and whose it finds; default: those without one.
             hints: how long its blocks should stay cached.
+            yields: a policy, as `"keydiff:budget=0.5"`, that it goes under when memory runs short and not before: its
+                output then depends on what runs beside it. Default: it keeps its tokens.
             on_delta: called with every delta, from the thread that steps; default: `step` returns them.
 
         Returns:
@@ -139,6 +142,7 @@ class Engine:
             share=share,
             namespace=namespace,
             hints=hints,
+            yields=yields,
         )
         self._submit(request, on_delta)
         return request.request_id
@@ -382,7 +386,7 @@ class Engine:
         """The same as `stream`, but checked and queued when this returns; called within an event loop.
 
         Args:
-            wishes: priority, adapter, share, namespace and hints, see `add_request`.
+            wishes: priority, adapter, share, namespace, hints and yields, see `add_request`.
 
         Returns:
             Its deltas. Whoever stops reading before the end calls `close`, which cancels the request.

@@ -123,6 +123,7 @@ class Intake:
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
+        yields: str | Keep | None = None,
     ) -> Request:
         """Check and make one.
 
@@ -175,6 +176,7 @@ class Intake:
             share=shares,
             namespace=namespace,
             hints=hints,
+            yields=self._yields(yields, policy),
             oversize=larger is not None and policy is None and larger(len(ids) + max(most, 1) - 1),
             stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids,
         )
@@ -195,6 +197,25 @@ class Intake:
         except ConfigError as e:
             raise RequestError(str(e)) from e
         return None if policy.full and usual.full else policy
+
+    def _yields(self, yields: str | Keep | None, policy: Keep | None) -> Keep | None:
+        """The policy that a request goes under when memory runs short."""
+        if yields is None:
+            return None
+        check = getattr(self.room, "check_yields", None)
+        if check is None:
+            raise RequestError(f"this runner keeps no policy, so yields={yields!r} means nothing")
+        if policy is not None:
+            raise RequestError(
+                f"yields={yields!r} is for requests that keep everything, and this one has keep={policy.text!r}; "
+                "drop one of them"
+            )
+        try:
+            wanted = parse_keep(yields)
+            check(wanted)
+        except ConfigError as e:
+            raise RequestError(str(e)) from e
+        return wanted
 
     @staticmethod
     def _check_imports(keep: str | Keep, policy: Keep, usual: Keep) -> None:

@@ -2,6 +2,7 @@
 
     drop        idle blocks that nobody asked for lately       the pools, by what they are worth (`store/evict.py`)
     demote      the same, to a tier                            `store/tiering.py`
+    evict       tokens of a request that allows it, by the policy it names: while there is room for what is kept
     offload     cold blocks of a sequence larger than the arena; they are read from where they lie (`store/cold.py`)
     swap        a preempted sequence goes to host memory       here, where copying costs less than computing
     recompute   a preempted sequence is computed again         the scheduler
@@ -32,6 +33,8 @@ KEEP = 0.75
 LEAST_TOKENS = 8
 """Forwards of fewer tokens say nothing of a prefill."""
 TRIAL_BYTES = 4 << 20
+EASE = 0.15
+"""With a smaller share of the arena free, tokens go of those who allow it: what is kept is copied first."""
 
 
 @dataclass(slots=True)
@@ -41,6 +44,7 @@ class LadderStats:
     Args:
         dropped_blocks: idle ones given up for good.
         demoted_blocks: idle ones that went to a tier.
+        yielded: sequences that went under the policy that they allow; `yielded_bytes` were free then.
         offloaded_bytes: of cold blocks that went to the host or to a tier while their sequence ran.
         lost: sequences computed anew because such a block did not come back.
         swapped: sequences that went to host memory when they were preempted; `swapped_bytes` of them.
@@ -54,6 +58,8 @@ class LadderStats:
 
     dropped_blocks: int = 0
     demoted_blocks: int = 0
+    yielded: int = 0
+    yielded_bytes: int = 0
     offloaded_bytes: int = 0
     lost: int = 0
     swapped: int = 0
@@ -111,8 +117,35 @@ class Ladder:
         self.cellar = below if below is not None and below.config.offload else None
         """Where cold blocks of running sequences go."""
         self.sharing: Any = getattr(room, "sharing", None)
+        self.room = room
+        self.yielding = False
+        """Whether any request ever allowed it."""
         self.rates, self.clock = Rates(), clock
         self.stats = LadderStats()
+
+    def ease(self, running: Sequence[Sample]) -> None:
+        """Before a step, while there is room for the copies: if memory is short, somebody who allows it gives way."""
+        if self.yielding:
+            usage = self.room.usage()
+            if usage.free_bytes + usage.cached_bytes < EASE * usage.total_bytes:
+                self.give_way(running)
+
+    def give_way(self, running: Sequence[Sample]) -> bool:
+        """The last who allows it drops tokens; whether somebody did."""
+        if not self.yielding:
+            return False
+        for sample in reversed(running):
+            table: Any = sample.table
+            if sample.request.yields is None or table is None or table.keeper or table.cold:
+                continue
+            if sample.item is not None or sample.computed < sample.prompt_tokens:
+                continue
+            before = table.held_bytes()
+            if self.room.yield_tokens(table, sample.request.yields):
+                self.stats.yielded += 1
+                self.stats.yielded_bytes += before - table.held_bytes()
+                return True
+        return False
 
     def stage(self, sample: Sample, table: Any) -> bool:
         """Frames for a sample that will have cold blocks, or has; False where there is no room for them."""

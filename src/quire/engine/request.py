@@ -200,6 +200,7 @@ class Request:
         share: whether its prefix is looked up, and what it computes is left for others.
         namespace: who may find it; None: everybody who names none either.
         hints: how long its blocks should stay.
+        yields: a policy by which it may drop tokens when memory runs short; None: it keeps them.
         oversize: it is larger than the arena: its cold blocks lie in the tiers.
         prompt_logprobs: one per prompt position scored so far, the first always None; None when not asked for.
     """
@@ -218,6 +219,7 @@ class Request:
     share: bool = False
     namespace: Namespace | None = None
     hints: Hints | None = None
+    yields: Keep | None = None
     oversize: bool = False
     samples: list[Sample] = field(default_factory=list)
     unfinished: int = 0

@@ -98,6 +98,7 @@ class Scheduler:
         for sample in request.samples:
             sample.seat = (virtual_s, self._arrivals, sample.index)
         self._arrivals += 1
+        self.ladder.yielding |= request.yields is not None
         first.rows = min(len(request.samples), self.max_rows)
         self._wait(first)
 
@@ -229,6 +230,7 @@ class Scheduler:
 
         Every sample placed must be advanced (after the forward) or finished before the next call.
         """
+        self.ladder.ease(self._running)
         plan = Plan(self.config.step_tokens)
         placed = plan.samples
         prefills: list[Sample] = []
@@ -349,7 +351,7 @@ class Scheduler:
                 table.append(n_tokens)
             except CapacityError:
                 last = self._running[-1]
-                if self.ladder.cool(self._running):
+                if self.ladder.give_way(self._running) or self.ladder.cool(self._running):
                     continue
                 if last is not sample:
                     self._preempt(last, plan)

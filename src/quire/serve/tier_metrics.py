@@ -15,6 +15,7 @@ __all__ = ["ladder_metrics", "tier_metrics"]
 LADDER = {
     "drop": "dropped_blocks",
     "demote": "demoted_blocks",
+    "evict": "yielded",
     "swap": "swapped",
     "recompute": "recomputed",
     "queue": "queued",
@@ -92,7 +93,7 @@ def ladder_metrics(stats: EngineStats, model: str) -> Iterator[Metric]:
     ladder, checks = stats.ladder, stats.checks
     steps = CounterMetricFamily(
         "quire_shortage_steps",
-        "What was done for want of memory: blocks dropped and demoted, samples swapped, recomputed and queued.",
+        "For want of memory: blocks dropped, demoted; samples evicted from, swapped, recomputed, queued.",
         labels=["model_name", "step"],
     )
     for step, name in LADDER.items():
