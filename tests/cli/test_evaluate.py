@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from quire.cli.evaluate import split_recipes, split_tasks
+from quire.cli.eval_input import split_recipes, split_tasks
 from quire.errors import ConfigError
 
 KEYS = {"kv", "keep", "task", "metric", "value", "low", "high", "bytes_per_token", "tokens"}
@@ -52,7 +56,14 @@ def test_the_document(quire, tiny: Path, book: Path) -> None:
     assert half["kl"]["value"] > 0
     # 100 tokens in 13 blocks of 8: 2 layers, k and v, 2 heads of 8 channels, float16
     assert half["kl"]["bytes_per_token"] == 13 * 8 * 2 * 2 * 2 * 8 * 2 / 100
-    assert quire(*arguments, "--json").json == document, "to the last digit"
+    again = quire(*arguments, "--json").json
+    for costs in (document.pop("costs"), again.pop("costs")):
+        assert [c["kv"] for c in costs] == ["auto", "auto", "fp16"]
+        assert all(c["tokens_per_s"] > 0 for c in costs)
+        assert [c["capacity_tokens"] for c in costs] == [
+            int((8 << 20) // c["bytes_per_token"]) for c in costs
+        ]
+    assert again == document, "to the last digit"
 
 
 def test_the_table(quire, tiny: Path, book: Path) -> None:
@@ -73,8 +84,9 @@ def test_recall_by_length_and_depth_without_a_text(quire, tiny: Path) -> None:
     cells = [line.split() for line in done.out.splitlines()[1:]]
     assert {c[3] for c in cells} == {"200", "256"}
     assert {c[4] for c in cells} > {"all", "0.00"}
-    assert sum(int(c[-1]) for c in cells if c[4] != "all") == 20
-    assert [c[-1] for c in cells if c[4] == "all"] == ["10"] * 4
+    assert sum(int(c[9]) for c in cells if c[4] != "all") == 20
+    assert [c[9] for c in cells if c[4] == "all"] == ["10"] * 4
+    assert all(float(c[10]) > 0 for c in cells)
 
 
 def test_without_text_or_task_recall_is_measured(quire, tiny: Path, monkeypatch) -> None:
@@ -147,3 +159,76 @@ def test_lists_of_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="unknown parameter 'bits=2'"):
         split_recipes(["bf16:bits=2,fp32"])
     assert split_tasks(["ppl,kv:count=4,asked=2", "copy"]) == ["ppl", "kv:count=4,asked=2", "copy"]
+
+
+def test_a_killed_run_goes_on(quire, tiny: Path, tmp_path: Path) -> None:
+    """A real process, really killed; what it had scored is not scored again and the rows are the same."""
+    book, out = tmp_path / "long.txt", tmp_path / "rows.jsonl"
+    book.write_text(WORDS * 40)
+    part = Path(f"{out}.part")
+    flags = [tiny, "--kv", "int8,int4", "--task", "ppl", "--text", book, "--length", "64"]
+    flags += ["--memory", "8MiB", "--speed-tokens", "0"]
+    command = [sys.executable, "-m", "quire.cli", "eval", *map(str, flags), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not part.exists() or part.read_bytes().count(b"\n") < 5:
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < until
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert not out.exists()
+    known = part.read_bytes().count(b'"cells"')
+    other = quire("eval", *flags, "--out", out, "--seed", "3")
+    assert other.code == 2
+    assert "is of another run (seed differs)" in other.err
+    done = quire("eval", *flags, "--out", out)
+    assert done.code == 0, done.err
+    assert f"going on with {part}, which has {known + 1} entries" in done.err.replace("\n", " ")
+    assert not part.exists()
+    whole = quire("eval", *flags, "--json").json
+    assert [json.loads(line) for line in out.read_text().splitlines()] == whole["rows"]
+
+
+def test_prompts_layers_and_a_report(quire, tiny: Path, book: Path, tmp_path: Path) -> None:
+    prompts, report = tmp_path / "prompts.txt", tmp_path / "report.html"
+    prompts.write_text("the cat sat on the mat and the dog\nthe door all day long and the mat\n")
+    flags = ["--kv", "int4", "--memory", "8MiB", "--json"]
+    done = quire("eval", tiny, *flags, "--prompts", prompts, "--answer-tokens", "40")
+    assert done.code == 0, done.err
+    assert {(r["task"], r["metric"]) for r in done.json["rows"]} == {
+        ("prompts", m) for m in ("divergence", "same", "dnll", "kl", "agreement")
+    }
+    flags += ["--text", book, "--length", "64", "--layers", "--report", report]
+    done = quire("eval", tiny, *flags)
+    assert done.code == 0, done.err
+    layers = done.json["layers"]
+    assert {(x["layer"], x["field"]) for x in layers} == {(n, f) for n in (0, 1) for f in "kv"}
+    assert "Sensitivity by layer" in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--layers"], "--layers scores a text; give --text FILE"),
+        (["--answer-tokens", "0"], "--answer-tokens must be at least 1"),
+        (["--speed-tokens", "-1"], "--speed-tokens must be at least 0"),
+        (["--out", "nowhere/a.jsonl"], "there is no folder nowhere; make it first"),
+        (["--report", "."], "--report . is a folder"),
+        (["--prompts", "EMPTY"], "holds no prompt"),
+        (["--prompts", "LONG"], "at most 192 leave room for output"),
+    ],
+)
+def test_more_that_is_refused(
+    quire, tiny: Path, tmp_path: Path, flags: list[str], says: str
+) -> None:
+    empty, long = tmp_path / "empty.txt", tmp_path / "long.txt"
+    empty.write_text("\n")
+    long.write_text(WORDS)
+    named = {"EMPTY": str(empty), "LONG": str(long)}
+    done = quire("eval", tiny, *(named.get(f, f) for f in flags))
+    assert done.code == 2, done.err
+    assert done.err.count("\n") == 1
+    assert says in done.err

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import json as json_module
-import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quire.cli.console import err, quiet_transformers, say, spinner, write
-from quire.codecs.recipe import FIELDS, available, parse_recipe
+from quire.cli.console import err, say, spinner, write
+from quire.cli.eval_input import (
+    PPL,
+    check,
+    check_ask,
+    numbers,
+    read_file,
+    read_prompt_ids,
+    split_policies,
+    split_recipes,
+    split_tasks,
+)
+from quire.cli.eval_work import (
+    check_weights,
+    check_writable,
+    journal_asks,
+    load,
+    look,
+    show_columns,
+    write_file,
+)
+from quire.cli.progress import bar
+from quire.codecs.recipe import available
 from quire.errors import ConfigError, RequestError
-from quire.retention import parse_keep
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
 
 if TYPE_CHECKING:
     from quire.evaluate.report import Evaluation
     from quire.models.load import Source
 
-__all__ = ["command", "split_recipes", "split_tasks"]
-
-PPL = "ppl"
+__all__ = ["command"]
 
 
 def command(
@@ -51,8 +69,9 @@ def command(
         typer.Option(
             metavar="T,U,…",
             show_default=False,
-            help="ppl (needs --text), passkey, kv, token-kv, needle, tracking, copy; with numbers as "
-            "kv:count=32,asked=8; may be repeated. Default: ppl with --text, else passkey, kv and token-kv.",
+            help="ppl (needs --text), passkey, kv, token-kv, needle, tracking, copy, values, variables, common, "
+            "frequent; with numbers as kv:count=32,asked=8; may be repeated. Default: ppl with --text, none with "
+            "--prompts alone, else passkey, kv and token-kv.",
         ),
     ] = None,
     text: Annotated[
@@ -63,6 +82,18 @@ def command(
             help="UTF-8 text: what ppl scores, and what recall hides its facts in.",
         ),
     ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Your own prompts, one per line as text or as JSON: where greedy answers part from the exact ones, "
+            "and KL along them.",
+        ),
+    ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Most tokens of an answer to --prompts.")
+    ] = 64,
     length: Annotated[
         str,
         typer.Option(metavar="N,M,…", help="Tokens of a window, and of a recall task."),
@@ -107,6 +138,34 @@ def command(
             help="Where --keep drops tokens by score: questions come after that, or before (the first one counts).",
         ),
     ] = "after",
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            metavar=" ",
+            help="Also what each layer's keys and values alone cost (needs --text).",
+        ),
+    ] = False,
+    speed_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", help="Decoding steps timed per configuration; 0 for none."),
+    ] = 32,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            show_default=False,
+            help="Write the rows there, one JSON object per line. A run that is killed goes on from FILE.jsonl.part.",
+        ),
+    ] = None,
+    report: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.html",
+            show_default=False,
+            help="Write a page with plots and all figures; it needs nothing else.",
+        ),
+    ] = None,
     json: Annotated[
         bool,
         typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
@@ -118,173 +177,63 @@ def command(
 
     [dim]quire eval --kv bf16 --task ppl,passkey,kv --text book.txt --length 1024[/dim]
     """
-    usual = [PPL] if text is not None else ["passkey", "kv", "token-kv"]
+    usual = [PPL] if text is not None else [] if prompts else ["passkey", "kv", "token-kv"]
     recipes, tasks, lengths = (
         split_recipes(kv or ["auto"]),
-        split_tasks(task or usual),
-        _lengths(length),
+        split_tasks(task) if task else usual,
+        numbers(length),
     )
     configs = [(k, p) for p in split_policies(keep) for k in recipes]
-    _check(configs, tasks, examples, max_tokens, block_tokens, seed)
-    _check_ask(ask, configs)
-    words = _read(text)
+    check(configs, tasks, examples, max_tokens, block_tokens, seed)
+    check_ask(ask, configs)
+    for flag, n, least in (("answer-tokens", answer_tokens, 1), ("speed-tokens", speed_tokens, 0)):
+        if n < least:
+            raise ConfigError(f"--{flag} must be at least {least}, not {n}")
+    words = read_file("--text", text)
+    if layers and words is None:
+        raise ConfigError("--layers scores a text; give --text FILE")
+    for flag, name in (("--out", out), ("--report", report)):
+        check_writable(flag, name)
     with spinner("looking at the model …"):
-        source = _look(model, dtype, device, memory)
+        source = look(model, dtype, device, memory)
         _check_shape(source, configs, block_tokens)
-    for n in lengths:
+        asks = [] if prompts is None else read_prompt_ids(prompts, source, answer_tokens)
+    for n in lengths if tasks or words is not None else ():
         _check_source(source, tasks, words, n, max_tokens, examples, seed)
+    options: dict[str, Any] = {
+        "configs": configs,
+        "tasks": tasks,
+        "text": words,
+        "length_tokens": lengths,
+        "max_tokens": max_tokens,
+        "examples": examples,
+        "seed": seed,
+        "block_tokens": block_tokens,
+        "ask": ask,
+        "prompts": asks,
+        "answer_tokens": answer_tokens,
+    }
     found = _run(
         source,
         inject,
         json=json,
-        configs=configs,
-        tasks=tasks,
-        text=words,
-        length_tokens=lengths,
-        max_tokens=max_tokens,
-        examples=examples,
-        seed=seed,
-        block_tokens=block_tokens,
+        out=out,
+        layers=layers,
         memory=memory,
-        ask=ask,
+        speed_tokens=speed_tokens,
+        **options,
     )
+    if report is not None:
+        from quire.evaluate.page import page
+
+        write_file("--report", report, page(found))
     if json:
         write(json_module.dumps(found.document(), ensure_ascii=False, allow_nan=False) + "\n")
         return
     _show(found)
 
 
-# -- lists of recipes --------------------------------------------------------------------------------------------
-
-
-def split_recipes(texts: Sequence[str]) -> list[str]:
-    """`"auto,kivi:bits=2,residual=128"` to two recipes: a name begins one, `k=` begins one or goes on with one.
-
-    Raises:
-        ConfigError: an unknown codec, or `none`, which keeps nothing to read.
-    """
-    names = {"auto", "none", *available()}
-    found: list[str] = []
-    for text in texts:
-        current: list[str] = []
-        for item in text.split(","):
-            head = item.strip().partition(":")[0].partition(";")[0].strip()
-            field = head.partition("=")[0].strip() if "=" in head else ""
-            of_fields = bool(current) and current[0].partition("=")[0].strip() in FIELDS
-            goes_on = field not in FIELDS if field else head.lstrip("-").isdecimal()
-            if current and (goes_on or (field in FIELDS and of_fields)) and head not in names:
-                current.append(item)
-                continue
-            if current:
-                found.append(",".join(current).strip())
-            current = [item]
-        found.append(",".join(current).strip())
-    for recipe in found:
-        if recipe == "none":
-            raise ConfigError(
-                "--kv none keeps no cache, so there is nothing to evaluate; --kv auto is the exact one"
-            )
-        parse_recipe(recipe)
-    return found
-
-
-def split_policies(text: str) -> list[str]:
-    """`"full,h2o:budget=0.2,window=64,ada(snapkv:0.2)"` to three policies: what has a = and no name is a parameter."""
-    items, depth = [""], 0
-    for c in text:
-        depth += (c == "(") - (c == ")")
-        if c == "," and not depth:
-            items.append("")
-        else:
-            items[-1] += c
-    found: list[str] = []
-    for item in items:
-        head = item.partition("(")[0].partition(":")[0]
-        if found and "=" in head:
-            found[-1] += f",{item.strip()}"
-        else:
-            found.append(item.strip())
-    return found
-
-
-def _check_ask(ask: str, configs: Sequence[tuple[str, str]]) -> None:
-    from quire.evaluate.run import ASK
-
-    if ask not in ASK:
-        raise ConfigError(f"--ask {ask!r} is not known; known: {', '.join(ASK)}")
-    if ask == "before" and all(parse_keep(keep).spans for _, keep in configs):
-        raise ConfigError(
-            "--ask before is about policies that drop tokens by score, and no --keep here does; drop it"
-        )
-
-
-def split_tasks(texts: Sequence[str]) -> list[str]:
-    """`"ppl,kv:count=16,asked=4"` to two tasks: what has a = and no name is a number of the task before it."""
-    found: list[str] = []
-    for item in ",".join(texts).split(","):
-        if found and "=" in item and ":" not in item:
-            found[-1] += f",{item.strip()}"
-        else:
-            found.append(item.strip())
-    return found
-
-
-def _lengths(text: str) -> list[int]:
-    """`"512,1024"` to two numbers. Raises ConfigError."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--length {text!r} must be a number of tokens, or several as 512,1024")
-    return list(dict.fromkeys(map(int, parts)))
-
-
 # -- before the weights are read ---------------------------------------------------------------------------------
-
-
-def _check(
-    configs: Sequence[tuple[str, str]],
-    tasks: Sequence[str],
-    examples: int,
-    max_tokens: int,
-    block_tokens: int,
-    seed: int,
-) -> None:
-    from quire.evaluate.tasks import parse_task
-    from quire.plan.layout import check_config
-
-    for flag, value in (("--examples", examples), ("--max-tokens", max_tokens)):
-        if value < 1:
-            raise ConfigError(f"{flag} must be at least 1, not {value}")
-    if seed < 0:
-        raise ConfigError(f"--seed must be at least 0, not {seed}")
-    for kv, keep in configs:
-        check_config(KVConfig(kv, keep, block_tokens))
-    for task in tasks:
-        if task != PPL:
-            parse_task(task)
-
-
-def _read(name: str | None) -> str | None:
-    if name is None:
-        return None
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"--text {name}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"--text {name}: not UTF-8 text; convert it first") from e
-
-
-def _look(model: str | None, dtype: str | None, device: str | None, memory: str) -> Source:
-    from quire.models.load import check_source
-
-    source = check_source(
-        model or os.environ.get("QUIRE_MODEL") or None, dtype=dtype, device=device
-    )
-    quiet_transformers()
-    from quire.models.memory import arena_bytes
-
-    arena_bytes(memory, source.chosen_device)
-    return source
 
 
 def _check_shape(source: Source, configs: Sequence[tuple[str, str]], block_tokens: int) -> None:
@@ -321,49 +270,99 @@ def _check_source(
 # -- running and showing -----------------------------------------------------------------------------------------
 
 
-def _run(source: Source, inject: bool, *, json: bool, **options: Any) -> Evaluation:
+def _run(
+    source: Source,
+    inject: bool,
+    *,
+    json: bool,
+    out: str | None = None,
+    layers: bool = False,
+    memory: str = "0.5",
+    speed_tokens: int = 0,
+    **options: Any,
+) -> Evaluation:
+    from quire.evaluate.journal import Journal
+    from quire.evaluate.report import finite_row
     from quire.evaluate.run import evaluate
-    from quire.models.load import PACKAGED, load_model
 
-    with spinner("loading the model …", shown=not json):
-        loaded = load_model(source)
-    if loaded.missing:
-        say(
-            f"warning: the file lacks {len(loaded.missing)} of the model's weights; they are random",
-            "yellow",
+    with ExitStack() as stack:
+        journal = None
+        if out is not None:
+            asked = journal_asks(source, inject=inject, layers=layers, **options)
+            journal = stack.enter_context(Journal(Path(f"{out}.part"), asked))
+            if journal.resumed:
+                say(f"going on with {out}.part, which has {journal.resumed} entries", "dim")
+        loaded = load(source, shown=not json)
+        check_weights(journal, loaded.digest)
+        tell = stack.enter_context(bar(shown=not json))
+        shared: dict[str, Any] = {
+            "journal": journal,
+            "progress": tell,
+            "memory": memory,
+            "injected": inject,
+        }
+        found = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            speed_tokens=speed_tokens,
+            end=loaded.eos_token_ids,
+            **shared,
+            **options,
         )
+        if layers:
+            found = replace(found, layers=tuple(_layers(loaded, shared, options)))
+        if out is not None and journal is not None:
+            lines = (json_module.dumps(finite_row(r), allow_nan=False) for r in found.rows)
+            write_file("--out", out, "".join(line + "\n" for line in lines))
+            journal.done()
+    return replace(found, about=_about(source, loaded, options["length_tokens"]))
+
+
+def _layers(loaded: Any, shared: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Of each recipe once, on a short part of the text in windows of the first length."""
+    from quire.evaluate.sensitivity import LAYER_TOKENS, sensitivity
+
+    return sensitivity(
+        loaded.model,
+        loaded.tokenizer,
+        list(dict.fromkeys(kv for kv, _ in options["configs"])),
+        options["text"],
+        length_tokens=options["length_tokens"][0],
+        max_tokens=min(options["max_tokens"], LAYER_TOKENS),
+        block_tokens=options["block_tokens"],
+        seed=options["seed"],
+        **shared,
+    )
+
+
+def _about(source: Source, loaded: Any, lengths: Sequence[int]) -> dict[str, Any]:
+    from quire.models.load import PACKAGED
+
     about: dict[str, Any] = {
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
-        "lengths": options["length_tokens"],
+        "lengths": lengths,
     }
     if source.name == PACKAGED:
         from quire import packaged
 
         about["packaged_sha256"] = packaged.digest()
-    with spinner("evaluating …", shown=not json) as status:
+    return about
 
-        def progress(task: str, done: int, total: int) -> None:
-            if status is not None:
-                status.update(f"{task}: {done} of {total} texts")
 
-        found = evaluate(
-            loaded.model, loaded.tokenizer, injected=inject, progress=progress, **options
-        )
-    return replace(found, about=about)
+# -- showing -----------------------------------------------------------------------------------------------------
 
 
 def _show(found: Evaluation) -> None:
-    """The table to stdout, what it was measured on to stderr."""
-    lines = found.table()
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [
-            c.ljust(w) if i < 3 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        write("  ".join(cells).rstrip() + "\n")
+    """The tables to stdout, what they were measured on to stderr."""
+    show_columns(found.table(), left=3)
+    if found.layers:
+        write("\n")
+        each = (
+            (x.kv, x.field, str(x.layer), f"{x.kl:.2e}", f"{x.dnll:+.2e}") for x in found.layers
+        )
+        show_columns([("kv", "field", "layer", "kl", "dnll"), *each], left=2)
     full = ", ".join(f"{task} {size:,.1f}" for task, size in found.full_bytes_per_token.items())
     err().print(f"exact cache, bytes per token: {full}", style="dim")
     injected = ", outliers injected" if found.injected else ""

@@ -127,6 +127,7 @@ class Scorer:
         first: int = 0,
         prompt_tokens: int | None = None,
         cuts: Collection[int] = (),
+        must_decode: bool = True,
     ) -> Iterator[Scored]:
         """Streams the scores of queries [first, len(tokens) - 1), a chunk at a time.
 
@@ -135,6 +136,8 @@ class Scorer:
             first: query to be scored.
             prompt_tokens: after which a policy drops tokens for the first time; None: all, so that it drops none.
             cuts: lengths at which chunks end besides; scorers that run side by side share them.
+            must_decode: a lossy cache that was never read decoded is an error. Otherwise the pass counts, and
+                `reading.decoded_queries` says that it shows nothing.
 
         Figures of the pass are added to `reading` once the iterator is exhausted.
 
@@ -144,40 +147,98 @@ class Scorer:
             InvariantError: at the end, when no scored query read the cache, or a lossy cache was never read decoded.
         """
         tokens = [int(t) for t in tokens]
-        n, context = len(tokens), self.runner.max_context_tokens
-        if n > context:
-            raise RequestError(f"a text of {n} tokens is longer than the context of {context}")
+        n = len(tokens)
+        self._check_length(n)
         if n < 2 or not 0 <= first < n - 1:
             raise RequestError(
                 f"a text of {n} tokens has nothing to score from position {first} on"
             )
         watch = _Watch(self.runner.bridge, n, first)
         table = self.runner.open(prompt_tokens=n if prompt_tokens is None else prompt_tokens)
-        ends = sorted(
-            {n, *range(self.chunk_tokens, n, self.chunk_tokens), *(c for c in cuts if c < n)}
-        )
         try:
-            for start, end in pairwise([0, *ends]):
-                stop = self.runner.cut(table, start, end)
-                if stop < end:
-                    raise InvariantError(f"tokens go at {stop}, where no chunk ends")
-                wanted = max(0, stop - max(start, first))
-                table.append(stop - start)
-                with watch:
-                    logits = self.runner.forward([Item(table, tokens, start, stop, wanted)])
-                table.commit()
-                scored = _scored(logits, tokens, stop - wanted, min(stop, n - 1))
+            for start, end in self._chunks(n, cuts):
+                wanted = max(0, end - max(start, first))
+                logits = self._advance(watch, table, tokens, start, end, wanted)
+                scored = _scored(logits, tokens, end - wanted, min(end, n - 1))
                 if scored is not None:
                     yield scored
-            self._finish(watch, n, n - 1 - first, table.held_bytes())
+            self._finish(watch, n, n - 1 - first, table.held_bytes(), must_decode=must_decode)
         finally:
             table.release()
 
-    def _finish(self, watch: _Watch, n_tokens: int, queries: int, held_bytes: int) -> None:
-        touched = int(watch.touched[: n_tokens - 1].sum())
+    def answer(
+        self,
+        tokens: Sequence[int],
+        n_tokens: int,
+        *,
+        prompt_tokens: int | None = None,
+        end: Collection[int] = (),
+    ) -> list[int]:
+        """What the model writes after a prompt, greedily, one token at a time through the cache.
+
+        Args:
+            tokens: the prompt.
+            n_tokens: of the answer, at most.
+            prompt_tokens: after which a policy drops tokens for the first time; None: all of the prompt.
+            end: tokens that end it; the one that did is part of it.
+
+        Raises:
+            RequestError: an empty prompt, or more tokens than the context.
+        """
+        tokens = [int(t) for t in tokens]
+        n = len(tokens)
+        self._check_length(n + n_tokens)
+        if n < 1 or n_tokens < 1:
+            raise RequestError("an answer takes a prompt of a token at least, and so does itself")
+        watch = _Watch(self.runner.bridge, n + n_tokens, n - 1)
+        prompt = n if prompt_tokens is None else prompt_tokens
+        table = self.runner.open(prompt_tokens=prompt)
+        logits = torch.empty(0)
+        try:
+            for start, stop in self._chunks(n, self.cuts(prompt, n)):
+                logits = self._advance(watch, table, tokens, start, stop, int(stop == n))
+            tokens.append(int(logits[-1].argmax()))
+            while len(tokens) < n + n_tokens and tokens[-1] not in end:
+                at = len(tokens)
+                logits = self._advance(watch, table, tokens, at - 1, at, 1)
+                tokens.append(int(logits[-1].argmax()))
+            read = len(tokens) - 1
+            self._finish(watch, read, read - n + 1, table.held_bytes(), must_decode=False)
+        finally:
+            table.release()
+        return tokens[n:]
+
+    def _check_length(self, n_tokens: int) -> None:
+        context = self.runner.max_context_tokens
+        if n_tokens > context:
+            raise RequestError(
+                f"a text of {n_tokens} tokens is longer than the context of {context}"
+            )
+
+    def _chunks(self, n_tokens: int, cuts: Collection[int]) -> Iterator[tuple[int, int]]:
+        every = range(self.chunk_tokens, n_tokens, self.chunk_tokens)
+        return pairwise([0, *sorted({n_tokens, *every, *(c for c in cuts if 0 < c < n_tokens)})])
+
+    def _advance(
+        self, watch: _Watch, table: Any, tokens: list[int], start: int, end: int, wanted: int
+    ) -> torch.Tensor:
+        """The logits of the last `wanted` of tokens [start, end), which are cached then."""
+        stop = self.runner.cut(table, start, end)
+        if stop < end:
+            raise InvariantError(f"tokens go at {stop}, where no chunk ends")
+        table.append(end - start)
+        with watch:
+            logits: torch.Tensor = self.runner.forward([Item(table, tokens, start, end, wanted)])
+        table.commit()
+        return logits
+
+    def _finish(
+        self, watch: _Watch, n_tokens: int, queries: int, held_bytes: int, *, must_decode: bool
+    ) -> None:
+        touched = int(watch.touched[: watch.first + queries].sum())
         if self._attends and watch.raw + watch.decoded <= 0:
             raise InvariantError("this evaluation never read the cache")
-        if self.lossy and not touched:
+        if self.lossy and not touched and must_decode:
             raise InvariantError(
                 f"no scored query of this text of {n_tokens} tokens read a decoded position: the configuration is "
                 "lossy and was not exercised; score a text longer than one block and the residual window"

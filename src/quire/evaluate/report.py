@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Evaluation", "Row"]
+__all__ = ["Cost", "Evaluation", "Layer", "Position", "Row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +16,11 @@ class Row:
 
     Args:
         kv, keep: the configuration, as it was asked for.
-        task: "ppl", or a recall task's name.
-        metric: nll, perplexity, dnll, kl, agreement (per token); recall, drecall (per answer). A d is the difference
-            from the full-precision cache on the same tokens; dnll above zero and drecall below it are losses.
+        task: "ppl", a recall task's name, or "prompts".
+        metric: nll, perplexity, dnll, kl, agreement (per token); recall, drecall (per answer); divergence, same (per
+            prompt). A d is the difference from the full-precision cache on the same tokens; dnll above zero and drecall
+            below it are losses. divergence: tokens of the exact greedy answer before this one goes another way, all of
+            them where it never does, which is the share `same`.
         value, low, high: the figure and its interval; None where one unit gives none.
         bytes_per_token: measured: all live bytes of the tables at the texts' ends over their tokens.
         tokens: scored: predicted tokens, or tokens of answers.
@@ -45,6 +47,55 @@ class Row:
     full_bytes_per_token: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Position:
+    """ΔNLL of the tokens that positions [start, stop) of every window predict."""
+
+    kv: str
+    keep: str
+    length: int
+    start: int
+    stop: int
+    dnll: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one layer's keys or values alone cost: KL and ΔNLL with that much coded and everything else exact."""
+
+    kv: str
+    layer: int
+    field: str
+    kl: float
+    dnll: float
+    low: float | None
+    high: float | None
+    """Of the KL divergence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a configuration takes on this machine; the exact cache is one of them.
+
+    Args:
+        length: tokens of the sequence that was decoded.
+        bytes_per_token: measured at its end, all live bytes.
+        tokens_per_s: of one sequence that is being decoded, by the median step.
+        capacity_tokens: that the memory holds in sequences of such length.
+        memory_bytes: of which memory.
+    """
+
+    kv: str
+    keep: str
+    length: int
+    bytes_per_token: float
+    tokens_per_s: float
+    capacity_tokens: int
+    memory_bytes: int
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """All rows, and what they were measured on.
@@ -54,6 +105,9 @@ class Evaluation:
         full_bytes_per_token: the exact cache's, by task, measured on the same texts (of the last length).
         seed, injected: as asked.
         warnings: what a reader must know, one line each.
+        positions: loss over position, where a text was scored.
+        layers: what each layer alone costs, where that was asked for.
+        costs: speed and capacity, where they were asked for; timed, so never twice the same.
     """
 
     rows: tuple[Row, ...]
@@ -62,6 +116,9 @@ class Evaluation:
     seed: int = 0
     injected: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
+    positions: tuple[Position, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    costs: tuple[Cost, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -92,20 +149,60 @@ class Evaluation:
             "full_bytes_per_token": dict(self.full_bytes_per_token),
             "warnings": list(self.warnings),
             "rows": [_finite(asdict(r)) for r in self.rows],
+            "positions": [_finite(asdict(p)) for p in self.positions],
+            "layers": [_finite(asdict(x)) for x in self.layers],
+            "costs": [asdict(c) for c in self.costs],
         }
 
     def table(self) -> Sequence[tuple[str, ...]]:
-        """Rows as text, heading first. `n` is how many tokens or answers a figure is the mean of."""
-        lines: list[tuple[str, ...]] = [
-            ("kv", "task", "metric", "length", "depth", "value", "low", "high", "bytes/token", "n")
-        ]
+        """Rows as text, heading first.
+
+        `n` is how many tokens or answers a figure is the mean of; `tokens/s` and `holds` are of `Cost`.
+        """
+        heads = (
+            "kv",
+            "task",
+            "metric",
+            "length",
+            "depth",
+            "value",
+            "low",
+            "high",
+            "bytes/token",
+            "n",
+        )
+        costs = {(c.kv, c.keep): c for c in self.costs}
+        lines: list[tuple[str, ...]] = [heads + ("tokens/s", "holds") * bool(costs)]
         for r in self.rows:
             kv = r.kv if r.keep == "full" else f"{r.kv} {r.keep}"
             where = (f"{r.length:,}", "all" if r.depth is None else f"{r.depth:.2f}")
             figures = (_text(x) for x in (r.value, r.low, r.high))
             size, count = f"{r.bytes_per_token:,.1f}", f"{r.count:,}"
-            lines.append((kv, r.task, r.metric, *where, *figures, size, count))
+            line = (kv, r.task, r.metric, *where, *figures, size, count)
+            if costs:
+                cost = costs[r.kv, r.keep]
+                line += (f"{cost.tokens_per_s:,.1f}", f"{cost.capacity_tokens:,}")
+            lines.append(line)
         return lines
+
+    def cost_table(self) -> Sequence[tuple[str, ...]]:
+        """Bytes, speed and capacity as text, heading first; nothing where nothing was timed."""
+        if not self.costs:
+            return []
+        lines: list[tuple[str, ...]] = [
+            ("kv", "bytes/token", "of exact", "tokens/s", "tokens it holds")
+        ]
+        exact = self.costs[0].bytes_per_token
+        for c in self.costs:
+            kv = c.kv if c.keep == "full" else f"{c.kv} {c.keep}"
+            share, size = f"{c.bytes_per_token / exact:.1%}", f"{c.bytes_per_token:,.1f}"
+            lines.append((kv, size, share, f"{c.tokens_per_s:,.1f}", f"{c.capacity_tokens:,}"))
+        return lines
+
+
+def finite_row(row: Row) -> dict[str, Any]:
+    """A row as JSON can say it."""
+    return _finite(asdict(row))
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

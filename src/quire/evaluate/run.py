@@ -1,4 +1,4 @@
-"""`evaluate`: configurations, tasks and a text in, rows out.
+"""`evaluate`: configurations, tasks, a text and prompts in, rows out.
 
     text or example ──┬── exact cache (kv="auto") ── logits ──┐
                       ├── configuration 1 ────────── logits ──┼── per-token figures, chunk by chunk
@@ -10,42 +10,28 @@ held. Nothing is random but the seeded tasks and intervals: the same call gives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
 from quire.errors import ConfigError, RequestError
-from quire.evaluate.decode import Reading, Scorer, twin
-from quire.evaluate.inject import Injection, inject
-from quire.evaluate.metrics import (
-    Estimate,
-    kl_divergence,
-    paired_bootstrap,
-    perplexity,
-    proportion,
-    runs,
-    top1_agreement,
-)
-from quire.evaluate.report import Evaluation, Row
-from quire.evaluate.tasks import PLAIN_TEXT, Example, Filler, Task, Words, generate, parse_task
+from quire.evaluate.cells import Cell, Config, Progress, check_read, open_cells
+from quire.evaluate.inject import inject
+from quire.evaluate.journal import Journal, digest_of
+from quire.evaluate.report import Cost, Evaluation, Position, Row
+from quire.evaluate.rows import prompt_rows, recall_rows, recalled, text_rows
+from quire.evaluate.speed import costs_of
+from quire.evaluate.tasks import Example, Task, parse_task
+from quire.evaluate.texts import DEPTHS, PPL, PROMPTS, prepare
 from quire.models.load import Loaded
-from quire.models.memory import arena_bytes
-from quire.models.open import open_runner
 from quire.models.runner import context_tokens
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
-Config = tuple[str, str]
-"""(kv, keep)"""
+__all__ = ["ASK", "DEPTHS", "PPL", "PROMPTS", "Config", "evaluate", "prepare", "recalled"]
 
 ASK = ("after", "before")
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-PPL = "ppl"
 
 
 def evaluate(
@@ -55,6 +41,9 @@ def evaluate(
     tasks: Sequence[str] = (PPL,),
     text: str | Sequence[int] | None = None,
     *,
+    prompts: Sequence[Sequence[int]] = (),
+    answer_tokens: int = 64,
+    end: Sequence[int] = (),
     length_tokens: int | Sequence[int] = 1024,
     max_tokens: int = 65_536,
     examples: int = 25,
@@ -66,17 +55,22 @@ def evaluate(
     attention: str = "auto",
     chunk_tokens: int | None = None,
     ask: str = "after",
+    speed_tokens: int = 0,
+    journal: Journal | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    found: Callable[[Sequence[Row]], None] | None = None,
 ) -> Evaluation:
     """Scores configurations in decode mode against the full-precision cache.
 
     Args:
         model: a loaded causal transformers model in eval mode, not attached; it is left as it was.
-        tokenizer: None only for token ids as `text` and no task but ppl.
+        tokenizer: None only for token ids as `text` and `prompts`, and no task but ppl.
         configs: (kv, keep) pairs.
         tasks: "ppl", and what `parse_task` takes.
         text: scored by ppl in windows of `length_tokens`, each after the token that begins a text where there is one;
             also what recall hides its facts in.
+        prompts: token ids of each; the exact cache answers them greedily, and all read the answers along.
+        answer_tokens: of each, at most; one of the tokens `end` ends it.
         length_tokens: of a window and of a recall task; several lengths are measured one after another.
         max_tokens: of the text that ppl scores.
         examples: per recall task, spread over the depths.
@@ -86,7 +80,10 @@ def evaluate(
         ask: where a policy drops tokens by score: "after": recall questions come when tokens have gone; "before": the
             first one is part of the prompt, and only its answer counts. A text's first half is the prompt of ppl then,
             and the second is scored, by all configurations alike.
+        speed_tokens: steps of decoding that are timed under each configuration; 0 for none.
+        journal: keeps every text as it is scored, and has those of a run that was killed.
         progress: called with a task's name, texts done and texts in all.
+        found: called with the rows of each task and length once they are there.
 
     Raises:
         ConfigError: an unknown codec, policy or task, or a model that cannot be served or injected.
@@ -99,287 +96,132 @@ def evaluate(
     asked = [None if t.strip() == PPL else parse_task(t) for t in tasks]
     lengths = [length_tokens] if isinstance(length_tokens, int) else list(length_tokens)
     texts = [
-        found
+        made
         for n in lengths
-        for found in prepare(tokenizer, asked, text, n, max_tokens, examples, depths, seed)
+        for made in prepare(tokenizer, asked, text, n, max_tokens, examples, depths, seed)
     ]
-    for n in lengths:
-        _check_length(model, n)
-    if not configs:
-        raise ConfigError("nothing to evaluate: give at least one configuration, as kv='auto'")
+    _check(model, configs, asked, lengths, prompts, answer_tokens)
     digest = Loaded(model, tokenizer, "").digest
+    tag = digest_of([list(c) for c in configs])
     with ExitStack() as stack:
         outliers = stack.enter_context(inject(model, seed=seed)) if injected else None
-        share = arena_bytes(memory, model.device) // (1 + len(configs))
-        options = {"memory": share, "block_tokens": block_tokens, "attention": attention}
-        cells = [
-            stack.enter_context(_cell(model, c, outliers, options, chunk_tokens))
-            for c in [("auto", "full"), *configs]
-        ]
-        for cell in cells:
-            _check_read(cell, min(lengths))
-        rows: list[Row] = []
-        full: dict[str, float] = {}
-        for (n, task), found in zip(product(lengths, asked), texts, strict=True):
-            name = PPL if task is None else task.name
-            note = _Progress(progress, name, len(found))
+        cells = stack.enter_context(
+            open_cells(
+                model,
+                [("auto", "full"), *configs],
+                outliers,
+                memory=memory,
+                block_tokens=block_tokens,
+                attention=attention,
+                chunk_tokens=chunk_tokens,
+            )
+        )
+        if asked:
             for cell in cells:
-                cell.begin()
-            if task is None:
-                rows += _text_rows(cells, [e.tokens for e in found], n, seed, note)
-            else:
-                posed = [_known(e) for e in found] if ask == "before" else found
-                rows += _recall_rows(cells, task, posed, n, seed, note)
-            full[name] = cells[0].scorer.reading.bytes_per_token
-    return Evaluation(tuple(rows), digest, full, seed, injected)
-
-
-def prepare(
-    tokenizer: Any,
-    tasks: Sequence[Task | None],
-    text: str | Sequence[int] | None,
-    length_tokens: int,
-    max_tokens: int = 65_536,
-    examples: int = 25,
-    depths: Sequence[float] = DEPTHS,
-    seed: int = 0,
-) -> list[list[Example]]:
-    """The token sequences of every task, without a model. None stands for ppl. Raises RequestError, see `evaluate`."""
-    if seed < 0:
-        raise RequestError(f"seed must be at least 0, not {seed}")
-    if length_tokens < 2:
-        raise RequestError(f"a length of {length_tokens} tokens has nothing to predict; 2 at least")
-    if tokenizer is None and (isinstance(text, str) or any(tasks)):
-        raise RequestError("this model has no tokenizer: recall tasks and a text as words need one")
-    if text is None and None in tasks:
-        raise RequestError("task ppl needs a text to score")
-    ids = [] if text is None else _encode(tokenizer, text)
-    out: list[list[Example]] = []
-    words = None if tokenizer is None else Words(tokenizer)
-    for task in tasks:
-        if task is None:
-            out.append(_windows(ids, words.begin if words else [], length_tokens, max_tokens))
-            continue
-        assert words is not None
-        filler = Filler(ids or _encode(tokenizer, PLAIN_TEXT))
-        out.append(
-            [
-                generate(
-                    task,
-                    words,
-                    filler,
-                    length_tokens,
-                    depth=depths[n % len(depths)],
-                    seed=seed + n // len(depths),
-                )
-                for n in range(examples)
-            ]
-        )
-    return out
-
-
-def _encode(tokenizer: Any, text: str | Sequence[int]) -> list[int]:
-    if isinstance(text, str):
-        return [int(t) for t in tokenizer.encode(text, add_special_tokens=False)]
-    return [int(t) for t in text]
-
-
-def _windows(ids: list[int], begin: list[int], length: int, max_tokens: int) -> list[Example]:
-    """Non-overlapping windows of exactly `length` tokens, what begins a text included; the rest is left out."""
-    inner = length - len(begin)
-    count = min(len(ids) // inner, max(1, max_tokens // inner)) if inner > 0 else 0
-    if not count:
-        raise RequestError(
-            f"the text has {len(ids)} tokens, fewer than one window of {length}; give a longer text or a smaller length"
-        )
-    return [Example(np.array(begin + ids[i * inner : (i + 1) * inner]), ()) for i in range(count)]
-
-
-def _check_length(model: Any, length: int) -> None:
-    from quire.models.rope import Regimes
-
-    config = model.config.get_text_config(decoder=True)
-    context = context_tokens(config, Regimes(model).stretch)
-    if length > context:
-        raise RequestError(
-            f"a length of {length} tokens is beyond the model's context of {context}"
-        )
-
-
-# -- caches ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Cell:
-    """One configuration at work."""
-
-    config: Config
-    scorer: Scorer
-    values: dict[str, list[npt.NDArray[Any]]] = field(default_factory=dict)
-
-    def begin(self) -> None:
-        """A new task: figures begin at zero."""
-        self.scorer.reading = Reading()
-        self.values = {}
-
-    def add(self, name: str, values: Any) -> None:
-        """Per-token values of one more chunk."""
-        self.values.setdefault(name, []).append(np.asarray(values))
-
-    def all(self, name: str) -> npt.NDArray[np.float64]:
-        """The values of all chunks."""
-        return np.concatenate(self.values[name]).astype(np.float64)
-
-    def row(self, template: Row, metric: str, e: Estimate, **changes: Any) -> Row:
-        """A row of this configuration."""
-        reading = self.scorer.reading
-        return replace(
-            template,
-            kv=self.config[0],
-            keep=self.config[1],
-            metric=metric,
-            value=e.value,
-            low=e.low,
-            high=e.high,
-            bytes_per_token=reading.bytes_per_token,
-            decoded=reading.decoded_queries / reading.queries,
-            **changes,
-        )
-
-
-@contextmanager
-def _cell(
-    model: Any,
-    config: Config,
-    outliers: Injection | None,
-    options: dict[str, Any],
-    chunk_tokens: int | None,
-) -> Iterator[_Cell]:
-    options = {"weights": "plain"} | options  # the twin shares them with the model
-    runner = open_runner(twin(model), kv=config[0], keep=config[1], **options)
-    try:
-        scorer = Scorer(runner, chunk_tokens=chunk_tokens)
-        if outliers is not None:
-            outliers.bind(runner)
-        yield _Cell(config, scorer)
-    finally:
-        bridge = getattr(runner, "bridge", None)
-        if bridge is not None:
-            bridge.close()
-
-
-def _check_read(cell: _Cell, length: int) -> None:
-    """Refuses a length at which a lossy configuration would never be read decoded, before anything is scored."""
-    spec = cell.scorer.runner.bridge.layout.spec
-    spans = [raw.span for raw in spec if any(g.raw == raw.name for g in spec.groups)]
-    if spans and not any(s.start(length - 2) > s.sinks for s in spans):
-        raise RequestError(
-            f"kv={cell.config[0]!r}: in {length} tokens no query would read a decoded position; take a length above "
-            "one block, the residual window and the sinks"
-        )
-
-
-@dataclass
-class _Progress:
-    call: Callable[[str, int, int], None] | None
-    task: str
-    total: int
-    done: int = 0
-
-    def step(self) -> None:
-        self.done += 1
-        if self.call is not None:
-            self.call(self.task, self.done, self.total)
-
-
-# -- rows --------------------------------------------------------------------------------------------------------
-
-
-def _text_rows(
-    cells: list[_Cell], texts: list[Any], length: int, seed: int, note: _Progress
-) -> list[Row]:
-    """Per-token figures of every window, all configurations chunk by chunk."""
-    full = cells[0]
-    half = length // 2 if any(c.scorer.cuts(0, 1) for c in cells) else 0
-    cuts = set().union(*(c.scorer.cuts(half, length) for c in cells))
-    for tokens in texts:
-        passes = (c.scorer.score(tokens, first=half, prompt_tokens=half, cuts=cuts) for c in cells)
-        for chunks in zip(*passes, strict=True):
-            for cell, chunk in zip(cells, chunks, strict=True):
-                cell.add("nll", -chunk.logprobs.numpy())
-                if cell is not full:
-                    cell.add("kl", kl_divergence(chunks[0].logits, chunk.logits))
-                    cell.add("agreement", top1_agreement(chunks[0].logits, chunk.logits))
-        note.step()
-    exact = full.all("nll")
-    units = runs([len(t) - 1 - half for t in texts])
-    template = Row("", "", PPL, "", 0.0, None, None, 0.0, len(exact), length, count=len(exact))
-    template = replace(template, full_bytes_per_token=full.scorer.reading.bytes_per_token)
-    rows = []
-    for cell in cells[1:]:
-        nll = cell.all("nll")
-
-        def estimate(values: Any) -> Estimate:
-            return paired_bootstrap(values, units, seed=seed)
-
-        own = estimate(nll)
-        figures = {
-            "nll": own,
-            "perplexity": own.map(lambda x: perplexity(np.array([x]))),
-            "dnll": estimate(nll - exact),
-            "kl": estimate(cell.all("kl")),
-            "agreement": estimate(cell.all("agreement")),
-        }
-        rows += [cell.row(template, name, e) for name, e in figures.items()]
-    return rows
-
-
-def _recall_rows(
-    cells: list[_Cell], task: Task, examples: list[Example], length: int, seed: int, note: _Progress
-) -> list[Row]:
-    """Exact match of every answer, over all depths and by depth; answers of one example are drawn together."""
-    for example in examples:
-        for cell in cells:
-            cell.add("right", recalled(cell.scorer, example))
-        note.step()
-    units = np.repeat(np.arange(len(examples)), [len(e.answers) for e in examples])
-    depths = np.array([a.depth for e in examples for a in e.answers])
-    tokens = np.array([a.stop - a.start for e in examples for a in e.answers])
-    nearest = np.abs(depths[:, None] - np.array(DEPTHS)).argmin(1)
-    template = Row("", "", task.name, "", 0.0, None, None, 0.0, int(tokens.sum()), length)
-    template = replace(
-        template,
-        count=len(tokens),
-        full_bytes_per_token=cells[0].scorer.reading.bytes_per_token,
+                check_read(cell, min(lengths))
+        at = _Work(cells, tokenizer, seed, tag, journal, progress, found)
+        for (n, task), some in zip(product(lengths, asked), texts, strict=True):
+            posed = [_known(e) for e in some] if ask == "before" else some
+            at.task(task, n, posed)
+        if prompts:
+            at.prompts(prompts, answer_tokens, end)
+        if speed_tokens:
+            every = [e.tokens.tolist() for some in texts for e in some] + [list(p) for p in prompts]
+            at.costs = costs_of(cells, max(every, key=len), speed_tokens, memory, model.device)
+    return Evaluation(
+        tuple(at.rows),
+        digest,
+        at.full,
+        seed,
+        injected,
+        positions=tuple(at.places),
+        costs=tuple(at.costs),
     )
-    rows = []
-    for cell in cells[1:]:
-        right, exact = cell.all("right"), cells[0].all("right")
-        rows.append(cell.row(template, "recall", proportion(right, units, seed=seed)))
-        rows.append(
-            cell.row(template, "drecall", paired_bootstrap(right - exact, units, seed=seed))
+
+
+@dataclass
+class _Work:
+    """An evaluation under way."""
+
+    cells: list[Cell]
+    tokenizer: Any
+    seed: int
+    tag: str
+    journal: Journal | None
+    progress: Callable[[str, int, int], None] | None
+    found: Callable[[Sequence[Row]], None] | None
+    rows: list[Row] = field(default_factory=list)
+    places: list[Position] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    full: dict[str, float] = field(default_factory=dict)
+
+    def task(self, task: Task | None, length: int, texts: list[Example]) -> None:
+        """All texts of one task and length."""
+        name = PPL if task is None else task.name
+        note, at = self._begin(name, len(texts)), f"{self.tag}/{length}/{name}"
+        options = (length, self.seed, note, self.journal, at)
+        if task is None:
+            rows, places = text_rows(self.cells, texts, *options)
+            self.places += places
+        else:
+            rows = recall_rows(self.cells, task, texts, *options, self.tokenizer)
+        self._end(name, rows)
+
+    def prompts(
+        self, prompts: Sequence[Sequence[int]], answer_tokens: int, end: Sequence[int]
+    ) -> None:
+        """A user's prompts."""
+        note, at = self._begin(PROMPTS, len(prompts)), f"{self.tag}/{answer_tokens}/{PROMPTS}"
+        options = (self.seed, note, self.journal, at)
+        self._end(PROMPTS, prompt_rows(self.cells, prompts, answer_tokens, end, *options))
+
+    def _begin(self, name: str, total: int) -> Progress:
+        for cell in self.cells:
+            cell.begin()
+        return Progress(self.progress, name, total)
+
+    def _end(self, name: str, rows: list[Row]) -> None:
+        self.rows += rows
+        self.full[name] = self.cells[0].reading.bytes_per_token
+        if self.found is not None:
+            self.found(rows)
+
+
+def _check(
+    model: Any,
+    configs: Sequence[Config],
+    tasks: Sequence[Task | None],
+    lengths: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    answer_tokens: int,
+) -> None:
+    """What cannot be measured on this model. Raises RequestError, ConfigError."""
+    context = _context(model)
+    if tasks and max(lengths) > context:
+        raise RequestError(
+            f"a length of {max(lengths)} tokens is beyond the model's context of {context}"
         )
-        for i, depth in enumerate(DEPTHS):
-            at = nearest == i
-            if at.any():
-                e = proportion(right[at], units[at], seed=seed)
-                n_tokens, n = int(tokens[at].sum()), int(at.sum())
-                rows.append(cell.row(template, "recall", e, depth=depth, tokens=n_tokens, count=n))
-    return rows
+    for i, prompt in enumerate(prompts, 1):
+        if not 0 < len(prompt) <= context - answer_tokens:
+            raise RequestError(
+                f"prompt {i} has {len(prompt)} tokens: with an answer of {answer_tokens} it does not fit the context "
+                f"of {context}"
+            )
+    if not configs:
+        raise ConfigError("nothing to evaluate: give at least one configuration, as kv='auto'")
+    if not (tasks or prompts):
+        raise ConfigError("nothing to evaluate: give a task, or prompts")
 
 
 def _known(example: Example) -> Example:
     """The same with its first question in the prompt, and no other."""
+    if not example.answers:
+        return replace(example, asked=0)
     return replace(example, answers=example.answers[:1], asked=example.answers[0].start)
 
 
-def recalled(scorer: Scorer, example: Example) -> list[bool]:
-    """Per answer, whether every token of it is the most likely one after the text before it, read through the cache."""
-    first = example.answers[0].start - 1
-    cuts = scorer.cuts(example.asked, len(example.tokens))
-    best = torch.full((len(example.tokens),), -1, dtype=torch.int64)
-    prompt = example.asked or None
-    for chunk in scorer.score(example.tokens, first=first, prompt_tokens=prompt, cuts=cuts):  # type: ignore[arg-type]
-        best[chunk.start + 1 : chunk.stop + 1] = chunk.logits.argmax(-1).cpu()
-    hit = best.numpy() == example.tokens
-    return [bool(hit[a.start : a.stop].all()) for a in example.answers]
+def _context(model: Any) -> int:
+    from quire.models.rope import Regimes
+
+    config = model.config.get_text_config(decoder=True)
+    return int(context_tokens(config, Regimes(model).stretch))

@@ -5,6 +5,7 @@
 
 An answer counts when every token of it is the most likely one after the text before it. That is exact match of greedy
 decoding: a wrong token ends the count, and before it the forced text is the one that the model would have written.
+What may be answered in any order (`quire.evaluate.ruler`) is written by the model, and the words in it count.
 """
 
 from __future__ import annotations
@@ -45,12 +46,26 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """A word that an answer must hold, anywhere; `depth` is where the text says it, None where that is everywhere."""
+
+    text: str
+    depth: float | None = None
+
+
+@dataclass(frozen=True)
 class Example:
-    """`tokens: [T]` int64 and its answers, ascending; the first question begins at `asked`, 0 where none is asked."""
+    """`tokens: [T]` int64 and its answers, ascending; the first question begins at `asked`, 0 where none is asked.
+
+    Of what may be answered in any order the tokens end with the question; the model writes at most `reply_tokens`, in
+    which each of `wanted` counts by itself.
+    """
 
     tokens: Ids
     answers: tuple[Answer, ...]
     asked: int = 0
+    wanted: tuple[Wanted, ...] = ()
+    reply_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,13 @@ class Task:
         """Raises ConfigError for numbers that cannot be."""
         if self.count < 1 or self.hops < 1 or self.asked < 1:
             raise ConfigError(f"task {self.name}: numbers are at least 1")
-        most = {"passkey": 1, "copy": 1, "needle": len(PEOPLE), "tracking": 90 // (self.hops + 1)}
+        most = {
+            "passkey": 1,
+            "copy": 1,
+            "needle": len(PEOPLE),
+            "tracking": 90 // (self.hops + 1),
+            "variables": 90 // (self.hops + 1),
+        }
         if self.count > most.get(self.kind, 1 << 16):
             raise ConfigError(f"task {self.name}: count is at most {most[self.kind]}")
         if self.kind in ("kv", "token-kv", "needle") and self.asked > self.count:
@@ -90,7 +111,13 @@ _TASKS = {
     "needle": Task("needle", 4, 4),
     "tracking": Task("tracking", 4, 4, 2),
     "copy": Task("copy", 1, 8),
+    "values": Task("values", 4),
+    "variables": Task("variables", 1, 1, 4),
+    "common": Task("common", 10),
+    "frequent": Task("frequent", 3),
 }
+_OPEN = ("values", "variables", "common", "frequent")
+"""Kinds of `quire.evaluate.ruler`."""
 KINDS = tuple(_TASKS)
 
 
@@ -208,6 +235,10 @@ def generate(
     rng = np.random.default_rng([seed, *task.name.encode(), length_tokens, round(depth * 1000)])
     if task.kind == "copy":
         return _copy(rng, words, length_tokens, task, depth)
+    if task.kind in _OPEN:
+        from quire.evaluate.ruler import generate_open
+
+        return generate_open(rng, task, words, filler, length_tokens)
     facts, order = _MAKERS[task.kind](rng, words, task, depth)
     asked = [facts[i] for i in order]
     questions = [[*f.ask, *f.answer, *f.close] for f in asked]
