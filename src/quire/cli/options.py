@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from quire.codecs.maps import PREFIX
 from quire.engine.params import SamplingParams
 from quire.errors import ConfigError, RequestError
 from quire.spec import DEFAULT_BLOCK_TOKENS
@@ -238,7 +239,7 @@ class TourOptions(Options):
 
 # -- the file ----------------------------------------------------------------------------------------------------
 
-_OTHERS = {"run", "chat", "eval", "serve"}
+_OTHERS = {"run", "chat", "eval", "serve", "map", "tune"}
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
@@ -259,7 +260,7 @@ def _read_config(path: Path, table: str, cls: type[Options]) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: not TOML ({e})") from e
     own = document.pop(table, {})
     for name in _OTHERS & set(document):
-        document.pop(name)  # another command's
+        document.pop(name)  # another command's, a bit map, or the evidence behind one
     if not isinstance(own, dict):
         raise ConfigError(f"--config {path}: {table} must be a table, [{table}]")
     values: dict[str, Any] = {}
@@ -267,7 +268,15 @@ def _read_config(path: Path, table: str, cls: type[Options]) -> dict[str, Any]:
         for key, value in part.items():
             name = key.replace("-", "_")
             values[name] = _checked(name, value, cls, f"--config {path}: {where}{key}")
+    if "kv" in values:
+        values["kv"] = beside(values["kv"], path)
     return values
+
+
+def beside(kv: str, path: Path) -> str:
+    """A recipe out of a file: a map that it names by a relative path lies beside that file."""
+    name = kv.removeprefix(PREFIX)
+    return kv if name == kv else f"{PREFIX}{path.parent / Path(name).expanduser()}"
 
 
 def _checked(name: str, value: Any, cls: type[Options], where: str) -> Any:

@@ -119,7 +119,7 @@ def check_shape(source: Source, config: KVConfig) -> CacheSpec | None:
 def depends_on_shape(kv: str) -> bool:
     """Whether a recipe can fail on one model and work on another: worth the seconds that a shape takes to find."""
     recipe = parse_recipe(kv)
-    return bool(recipe.skip_layers or any(not c.plain for c in recipe.loaded()))
+    return bool(recipe.skip_layers or recipe.map or any(not c.plain for c in recipe.loaded()))
 
 
 def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -> None:

@@ -6,6 +6,7 @@ kivi:bits=2,residual=128    with parameters
 k=int8,v=int4               one codec per field
 int4;skip_layers=0,1,-1     options for all: these layers stay in the plain codec of the model's dtype
 int4;sinks=4;window=128     and so do the first 4 tokens and the last 128 of every layer
+map:FILE.toml               a recipe for some layers or KV heads, see `quire.codecs.maps`
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
+from quire.codecs.maps import PREFIX, BitMap, read_map
 from quire.errors import ConfigError
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVCodec
 
 FIELDS = ("k", "v", "latent", "k_rope")
 """What a recipe may name."""
 
-_NOT_CODECS = frozenset({"recipe", "plain", "coded"})
+_NOT_CODECS = frozenset({"recipe", "maps", "plain", "coded"})
 _OPTIONS = "skip_layers=0,1,-1, sinks=4, window=128"
 PLAIN_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
@@ -120,6 +122,7 @@ class Recipe:
         skip_layers: these stay in the plain codec of the model's dtype; negative numbers count from the last.
         sinks: so many first tokens are read raw.
         window: so many recent tokens are read raw, at least; None for the codecs' own residual window.
+        map: another recipe for some layers or heads; `codecs` are then those of what it does not name.
     """
 
     text: str
@@ -127,13 +130,24 @@ class Recipe:
     skip_layers: tuple[int, ...] = ()
     sinks: int = 0
     window: int | None = None
+    map: BitMap | None = None
+
+    def at(self, layer: int, head: int) -> Recipe:
+        """The recipe of one KV head, which has no map."""
+        return self if self.map is None else self.map.at(layer, head)
+
+    def parts(self) -> tuple[Recipe, ...]:
+        """All recipes in it: itself, or its map's."""
+        return (self,) if self.map is None else self.map.recipes()
 
     def loaded(self) -> tuple[KVCodec, ...]:
         """The codecs that it names."""
-        return tuple(load_codec(c) for c in self.codecs.values() if c != "auto")
+        return tuple(load_codec(c) for r in self.parts() for c in r.codecs.values() if c != "auto")
 
     def check_options(self) -> None:
         """Refuses options that would change nothing. Raises ConfigError."""
+        if self.map is not None:
+            return  # its recipes were checked as it was read
         coded = [c for c in self.loaded() if not c.plain]
         if (self.sinks or self.window is not None) and not coded:
             raise ConfigError(
@@ -172,6 +186,9 @@ def parse_recipe(text: str) -> Recipe:
     Raises:
         ConfigError: one line that says what would work.
     """
+    if text.strip().startswith(PREFIX):
+        found = read_map(text.strip(), parse_recipe)
+        return Recipe(text, found.rest.codecs, map=found)
     body, *options = (part.strip() for part in text.split(";"))
     given: dict[str, tuple[int, ...]] = {}
     for option in options:

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import DynamicCache
 
+from quire.codecs.recipe import parse_recipe
 from quire.errors import ConfigError
 from quire.models.adapters import Adapters, unwrap
 from quire.models.bridge import WAYS, Bridge, make_backend
@@ -109,6 +110,9 @@ def connect(
             continue
         try:
             keep = bind(parse_keep(config.keep), shape, partial(weights_digest, model))
+            bit_map = parse_recipe(config.kv).map
+            if bit_map is not None:
+                bit_map.check_digest(partial(weights_digest, model))
             layout = _layout(model, shape, candidate, config, dtype, keep)
             store = BlockStore(layout.spec, total_bytes, device=str(model.device))
             bridge = Bridge(model, candidate, shape, layout, store, patches, adapters, attention)

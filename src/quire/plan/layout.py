@@ -110,19 +110,34 @@ def build_layout(
             f"kv={config.kv!r}: skip_layers must lie within -{n_layers}..{n_layers - 1}"
         )
     _check_fields(config.kv, recipe, layers)
-    made = _Groups(config, recipe, dtype, keep)
+    if recipe.map is not None:
+        recipe.map.check_shape(
+            {x.layer: x.heads for x in layers if isinstance(x, KVLayer)}, n_layers
+        )
+    made = _Groups(config, dtype, keep)
     for x in layers:
         if isinstance(x, StateLayer):
             made.add_state(x)
             continue
-        chosen = {f.name: _choose(f, x.layer, n_layers, recipe, codecs, dtype) for f in x.fields}
-        for codec in chosen.values():
-            if codec.needs != "rotated":
-                raise ConfigError(
-                    f"codec {codec.name} takes keys before RoPE, and models hand theirs over rotated; use another codec"
-                )
-        made.add_tokens(x, chosen)
+        for part, heads in _parts(recipe, x):
+            chosen = {f.name: _choose(f, x.layer, n_layers, part, codecs, dtype) for f in x.fields}
+            for codec in chosen.values():
+                if codec.needs != "rotated":
+                    raise ConfigError(
+                        f"codec {codec.name} takes keys before RoPE, and models hand theirs over rotated; use another "
+                        "codec"
+                    )
+            made.add_tokens(x, heads, chosen, part)
     return made.layout(dict(shared or {}))
+
+
+def _parts(recipe: Recipe, x: KVLayer) -> list[tuple[Recipe, list[int]]]:
+    """A layer's heads by the recipe that they are kept in."""
+    out: dict[str, tuple[Recipe, list[int]]] = {}
+    for head in range(x.heads):
+        part = recipe.at(x.layer, head)
+        out.setdefault(part.text, (part, []))[1].append(head)
+    return list(out.values())
 
 
 def assume_map(keep: Keep, layers: Sequence[KVLayer | StateLayer]) -> Keep:
@@ -153,8 +168,9 @@ def check_config(config: KVConfig) -> None:
 def _check_fields(kv: str, recipe: Recipe, layers: Sequence[KVLayer | StateLayer]) -> None:
     """Refuses a recipe that names what the model does not have, rather than ignore it."""
     have = {f.name for x in layers if isinstance(x, KVLayer) for f in x.fields}
-    asked = {name for name in recipe.codecs if name}
-    if not have and (recipe.codecs.get("") != "auto" or asked or recipe.skip_layers):
+    asked = {name for part in recipe.parts() for name in part.codecs if name}
+    idle = recipe.codecs.get("") == "auto" and not (recipe.skip_layers or recipe.map)
+    if not have and (not idle or asked):
         raise ConfigError(
             f"kv={kv!r}: this model keeps recurrent state only, which is stored as it is; use kv='auto'"
         )
@@ -182,22 +198,30 @@ def _choose(
 class _Groups:
     """Collects coordinates under equal forms, in order of first appearance."""
 
-    def __init__(self, config: KVConfig, recipe: Recipe, dtype: str, keep: Keep) -> None:
+    def __init__(self, config: KVConfig, dtype: str, keep: Keep) -> None:
         self.config = config
         self.keep = keep
-        self.recipe = recipe
         self.dtype = dtype
         self.coords: dict[tuple[object, ...], list[Coord]] = {}
         self.chosen: dict[tuple[object, ...], Mapping[str, KVCodec]] = {}
         self.model_fields: dict[tuple[object, ...], tuple[Field, ...]] = {}
         self.spans: dict[tuple[object, ...], Span] = {}
+        self.raw: dict[tuple[object, ...], tuple[int, int]] = {}
+        """Sinks and the residual window that are read raw."""
 
     def add_state(self, x: StateLayer) -> None:
         self._add((x.fields, State()), x.fields, {}, State(), [(x.layer, 0)])
 
-    def add_tokens(self, x: KVLayer, chosen: Mapping[str, KVCodec]) -> None:
-        key = (x.fields, x.span, tuple(chosen[f.name] for f in x.fields))
-        self._add(key, x.fields, chosen, x.span, [(x.layer, h) for h in range(x.heads)])
+    def add_tokens(
+        self, x: KVLayer, heads: Sequence[int], chosen: Mapping[str, KVCodec], recipe: Recipe
+    ) -> None:
+        window = max(c.residual_tokens for c in chosen.values())
+        raw = recipe.sinks, window if recipe.window is None else recipe.window
+        if all(c.plain for c in chosen.values()):
+            raw = 0, 0
+        key = (x.fields, x.span, tuple(chosen[f.name] for f in x.fields), raw)
+        self.raw[key] = raw
+        self._add(key, x.fields, chosen, x.span, [(x.layer, h) for h in heads])
 
     def _add(
         self,
@@ -271,9 +295,7 @@ class _Groups:
         body = CacheGroup(name + part, coords, stored, span, text, retention, size)
         if all(c.plain for c in chosen.values()):
             return [(body, chosen)]
-        residual = max(c.residual_tokens for c in chosen.values())
-        if self.recipe.window is not None:
-            residual = self.recipe.window
+        sinks, residual = self.raw[key]
         raw_codec = plain_codec(self.dtype)
         raw_fields = tuple(s for site in sites for s in raw_codec.stored(site))
         raw_name = f"{name}.raw{part}"
@@ -281,7 +303,7 @@ class _Groups:
             raw_name,
             coords,
             raw_fields,
-            Residual(size, residual, span, self.recipe.sinks),
+            Residual(size, residual, span, sinks),
             raw_codec.name,
             retention,
             size,
