@@ -8,11 +8,14 @@ with quire.attach(model, kv="bf16") as attached:
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from quire.errors import ConfigError
 from quire.models.attach import Attachment, connect
 from quire.models.hf_cache import KVCache
+from quire.plan.choices import read_choices
 from quire.retention import Keep
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
 
@@ -30,6 +33,7 @@ def attach(
     way: str | None = None,
     weights: str = "plain",
     share: str = "off",
+    config: str | PathLike[str] | None = None,
 ) -> Attachment:
     """Makes a causal transformers model keep its keys and values in Quire's blocks.
 
@@ -46,14 +50,21 @@ def attach(
         way: forces packed, rows, patched or dense.
         share: "prefix": `generate()` begins with what earlier calls have computed and leaves what it computes. A cache
             that is handed in (`attached.cache()`) shares nothing, and neither does assisted decoding.
+        config: a file of `quire tune`: its kv, keep and block_tokens, which are not given here then.
         weights: "plain" leaves the linear layers alone; others as for an engine, until `detach()`.
 
     Raises:
         ConfigError: the model or the configuration cannot be served, with the reason.
         CapacityError: the memory is too small.
     """
-    config = KVConfig(kv, keep, block_tokens, share)
-    bridge = connect(model, config, memory=memory, attention=attention, way=way, weights=weights)
+    if config is not None:
+        if (kv, keep, block_tokens) != ("auto", "full", DEFAULT_BLOCK_TOKENS):
+            raise ConfigError(
+                "config says kv, keep and block_tokens; give either the file or the choices"
+            )
+        kv, keep, block_tokens = read_choices(Path(config))
+    chosen = KVConfig(kv, keep, block_tokens, share)
+    bridge = connect(model, chosen, memory=memory, attention=attention, way=way, weights=weights)
     if bridge.sharing is not None and bridge.adapters.names:
         bridge.close()
         raise ConfigError(

@@ -18,9 +18,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from quire.codecs.maps import PREFIX
 from quire.engine.params import SamplingParams
 from quire.errors import ConfigError, RequestError
+from quire.plan.choices import beside
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
 if TYPE_CHECKING:
@@ -271,12 +271,6 @@ def _read_config(path: Path, table: str, cls: type[Options]) -> dict[str, Any]:
     if "kv" in values:
         values["kv"] = beside(values["kv"], path)
     return values
-
-
-def beside(kv: str, path: Path) -> str:
-    """A recipe out of a file: a map that it names by a relative path lies beside that file."""
-    name = kv.removeprefix(PREFIX)
-    return kv if name == kv else f"{PREFIX}{path.parent / Path(name).expanduser()}"
 
 
 def _checked(name: str, value: Any, cls: type[Options], where: str) -> Any:

@@ -67,12 +67,15 @@ class Axis:
         return self.start + min(1.0, max(0.0, share)) * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
-        """Round figures within: powers of ten, or a dozen steps at most of 1, 2 or 5."""
+        """Round figures within: powers of ten with steps between where they are few, or steps of 1, 2 or 5."""
         if self.log:
             a, b = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            powers = [10.0**e for e in range(a, b + 1)]
-            found = [p for p in powers if self.low <= p * 1.0001 and p <= self.high * 1.0001]
-            return found if len(found) > 1 else [self.low, self.high]
+            for steps in ((1,), (1, 2, 5), tuple(range(1, 10))):
+                every = [m * 10.0**e for e in range(a, b + 1) for m in steps]
+                found = [v for v in every if self.low <= v * 1.0001 and v <= self.high * 1.0001]
+                if len(found) > 2:
+                    break
+            return found
         span = self.high - self.low or 1.0
         step = 10.0 ** math.floor(math.log10(span / 5))
         step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= 7)
@@ -141,7 +144,9 @@ def scatter(
         while any(abs(at - ty) < 13 and abs(px - tx) < 7.2 * len(p.label) + 12 for tx, ty in taken):
             at += 13
         taken.append((px, at))
-        parts.append(f'<text x="{px + 9:.1f}" y="{at:.1f}">{escape(p.label)}</text>')
+        left = px + 9 + 7.2 * len(p.label) > WIDTH
+        where = f'text-anchor="end" x="{px - 9:.1f}"' if left else f'x="{px + 9:.1f}"'
+        parts.append(f'<text {where} y="{at:.1f}">{escape(p.label)}</text>')
     return _svg(HEIGHT, parts)
 
 

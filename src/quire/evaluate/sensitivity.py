@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quire.codecs.recipe import Recipe, parse_recipe
+from quire.codecs.recipe import Recipe, parse_recipe, plain_codec
 from quire.errors import ConfigError
 from quire.evaluate.decode import twin
 from quire.evaluate.journal import Journal
@@ -71,7 +71,7 @@ def sensitivity(
     """Scores a text once per recipe, layer and field.
 
     Args:
-        recipes: of which the plain ones are passed over.
+        recipes: of which those of the model's own dtype are passed over.
         text: short: the differences are paired, so a few thousand tokens tell layers apart.
         fields: of `fields_of`, where it is known already.
         until: asked between batches; True ends the measurement early, with whole batches only.
@@ -82,10 +82,11 @@ def sensitivity(
     """
     fields = fields_of(model) if fields is None else fields
     n_layers = 1 + max(fields, default=0)
+    exact = plain_codec(str(model.dtype).removeprefix("torch."))
     asked = []
     for text_of in recipes:
         recipe = parse_recipe(text_of)
-        if all(c.plain for c in recipe.loaded()):
+        if all(c == exact for c in recipe.loaded()):
             continue
         for layer, names in fields.items():
             for field in names:

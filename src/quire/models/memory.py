@@ -48,7 +48,7 @@ def arena_bytes(memory: int | float | str, device: torch.device | str) -> int:
         ConfigError: not one of these, or more than the device has.
     """
     if isinstance(memory, str):
-        memory = _parse(memory)
+        memory = parse_memory(memory)
     if isinstance(memory, bool) or memory <= 0:
         raise ConfigError(
             f"memory must be above zero, not {memory!r}; for example 8GiB, 0.5 or 50%"
@@ -67,7 +67,8 @@ def arena_bytes(memory: int | float | str, device: torch.device | str) -> int:
     return memory
 
 
-def _parse(text: str) -> int | float:
+def parse_memory(text: str) -> int | float:
+    """A size in bytes as an integer, a share as a float, out of `"8GiB"`, `"0.5"` or `"50%"`. Raises ConfigError."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z%]*)\s*", text)
     if found is None:
         raise ConfigError(f"memory {text!r} is not a size; for example 8GiB, 500MB, 0.5 or 50%")

@@ -1,0 +1,131 @@
+"""Tuning a tiny model: the choice fits the budget and beats what it says it beats, and a stopped run goes on."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quire.cache import attach
+from quire.errors import CapacityError, RequestError
+from quire.evaluate import evaluate
+from quire.evaluate.journal import Journal
+from quire.evaluate.tune import Goal, Tuned, tune
+from quire.evaluate.tuned import summary, tuned_page, tuned_toml
+
+GOAL = Goal(0.4, 0.5, 96, 2, 64, 64, 128, 256)
+CODECS = ("int8", "int4")
+
+
+def run(model: Any, text: list[int], folder: Path, goal: Goal = GOAL, **options: Any) -> Tuned:
+    return tune(
+        model, None, text, goal, folder=folder, codecs=CODECS,
+        **{"policies": (), "memory": 32 << 20, "block_tokens": 16} | options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(llama: Any, text: list[int], tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    return run(llama, text, tmp_path_factory.mktemp("maps"), policies=("keydiff",))
+
+
+def test_the_choice_fits_and_has_the_least_loss_of_all_measured(found: Tuned) -> None:
+    assert found.budget == int(0.4 * found.exact_bytes)
+    assert 0 < found.chosen.n_bytes <= found.budget
+    assert all(c.n_bytes <= found.budget for c in found.candidates)
+    measured = [c for c in found.candidates if c.kl is not None]
+    assert {c.kind for c in measured} >= {"map", "uniform"}
+    least = min(measured, key=lambda c: c.kl.value)  # type: ignore[union-attr]
+    assert least.config == found.chosen.config
+    assert [c.why for c in measured if not c.why] == [""], (
+        "one is chosen, and the others say why not"
+    )
+    too_large = dict(found.rejected)["auto"]
+    assert "of the budget" in too_large
+    assert "keydiff:budget=0.4" in " ".join(what for what, _ in found.rejected)
+    assert found.held_tokens == 3 * 63, (
+        "400 tokens: one window for layers, two to choose, three held out"
+    )
+
+
+def test_the_file_says_all_and_attach_takes_it(
+    found: Tuned, llama: Any, text: list[int], tmp_path: Path
+) -> None:
+    file = tmp_path / "tuned.toml"
+    file.write_text(tuned_toml(found, file.name, {"block_tokens": 16}))
+    document = tomllib.loads(file.read_text())
+    assert document["tune"]["meets_floor"] == found.meets
+    assert document["tune"]["bytes"] == found.chosen.n_bytes
+    assert len(document["tune"]["measured"]) == len(found.candidates)
+    assert len(document["tune"]["rejected"]) == len(found.rejected)
+    with attach(llama, config=file, memory=1 << 24) as attached:
+        ids = torch.tensor([text[:40]])
+        llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, pad_token_id=0)
+        forms = {g.codec for g in attached.bridge.layout.spec if g.raw is not None}
+    named = " ".join(found.chosen.recipes.values()) or found.chosen.kv
+    assert forms
+    assert all(
+        part in named
+        for form in forms
+        for part in form.replace("=", ",").split(",")
+        if part in CODECS
+    )
+    page = tuned_page(found, "tiny")
+    assert page.count("<svg") == 2
+    assert all(c.label in page for c in found.candidates)
+
+
+def test_held_out_figures_are_those_of_evaluate_on_the_text_behind(
+    found: Tuned, llama: Any, text: list[int]
+) -> None:
+    again = evaluate(
+        llama, None, [found.chosen.config], text=text[3 * 64 :],
+        length_tokens=64, memory=32 << 20, block_tokens=16,
+    )  # fmt: skip
+    by = {r.metric: r for r in again.rows}
+    assert found.chosen.kl is not None
+    assert by["kl"].value == found.chosen.kl.value
+    assert by["kl"].tokens == found.held_tokens
+
+
+def test_a_floor_that_nothing_meets_is_said(found: Tuned) -> None:
+    strict = replace(found, goal=replace(found.goal, quality=1.0))
+    assert not strict.meets
+    assert "nothing that was measured meets the floor of 1" in summary(strict)[-1]
+    assert "floor" not in summary(replace(found, goal=replace(found.goal, quality=1e-9)))[-1]
+
+
+def test_a_stopped_search_goes_on_and_finds_the_same(
+    found: Tuned, llama: Any, text: list[int], tmp_path: Path
+) -> None:
+    calls = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+
+    with Journal(tmp_path / "part", {}) as journal, pytest.raises(KeyboardInterrupt):
+        run(llama, text, tmp_path / "maps", journal=journal, progress=stop)
+    with Journal(tmp_path / "part", {}) as journal:
+        assert journal.resumed
+        again = run(llama, text, tmp_path / "maps", journal=journal)
+    with Journal(tmp_path / "part", {}) as journal:
+        third = run(llama, text, tmp_path / "maps", journal=journal)
+    assert again == third
+    assert again.layers == found.layers
+    assert again.chosen.kl == found.chosen.kl
+
+
+def test_a_budget_that_holds_nothing_and_a_text_too_short(
+    llama: Any, text: list[int], tmp_path: Path
+) -> None:
+    with pytest.raises(CapacityError, match="5 bytes hold no form of 2 x 96 tokens: the smallest"):
+        run(llama, text, tmp_path, replace(GOAL, memory=5))
+    with pytest.raises(RequestError, match="fewer than three windows of 64"):
+        run(llama, text[:150], tmp_path)
