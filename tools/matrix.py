@@ -6,10 +6,10 @@
 Axes are enumerated, not listed by hand where a folder can be read: codecs from `quire.codecs`, policies from
 `quire.retention`. A cell is *yes* when the texts are those of transformers' own `generate()`, or, for a codec that
 rounds, those of the same codec with the request alone. Such codecs get blocks of 16 tokens and parameters with which
-they seal and read back within these texts. With a policy it is *yes* when a request in a batch says what it says alone
-under a budget that drops tokens, and, where nothing rounds, what transformers says under one that covers all; `duo`
-gets a map of each model, made here. *refused* quotes the error that a user gets, from the same code. Anything else
-fails the run: there is no untested cell.
+they seal and read back within these texts; one that learns from a text does so here, of each model. With a policy it is
+*yes* when a request in a batch says what it says alone under a budget that drops tokens, and, where nothing rounds,
+what transformers says under one that covers all; `duo` gets a map of each model, made here. *refused* quotes the error
+that a user gets, from the same code. Anything else fails the run: there is no untested cell.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ import quire  # noqa: E402
 import zoo  # noqa: E402 - the tests' models
 from find_heads import heads_of  # noqa: E402
 from quire.codecs import available, parse_recipe  # noqa: E402
+from quire.codecs.calibrated import Calibrated  # noqa: E402
 from quire.engine import Engine, SamplingParams  # noqa: E402
 from quire.engine.schedule import SchedulerConfig  # noqa: E402
+from quire.evaluate.calibrate import calibrate  # noqa: E402
 from quire.models.load import weights_digest  # noqa: E402
 from quire.models.open import open_runner  # noqa: E402
 from quire.retention import available as policies_available  # noqa: E402
@@ -68,7 +70,12 @@ VARIANTS = {
 }
 
 
-SEALS_EARLY = {"kivi": "kivi:residual=8,group=16", "kvarn": "kvarn:tile=16"}
+SEALS_EARLY = {
+    "cq": "cq:form=2c2b",
+    "kivi": "kivi:residual=8,group=16",
+    "kvarn": "kvarn:tile=16",
+    "kvquant": "kvquant:tile=16",
+}
 """How a codec seals within these texts, where it would not by itself."""
 MIXED = ["k=fp32,v=bf16", "bf16;skip_layers=0", "k=int8,v=int4", "int4;sinks=4;window=8"]
 
@@ -292,6 +299,10 @@ def cell(name: str, kv: str, batching: str) -> str:
     """yes, or the refusal. Raises AssertionError on a wrong text."""
     kind = GENERATE.get(batching, "")
     try:
+        kv = learned(name, kv)
+    except quire.QuireError as e:
+        return f"refused: {e}"
+    try:
         want = truth(name, kind) if exact(kv) else None
     except ValueError as e:
         return f"refused: transformers itself: {str(e).splitlines()[0]}"
@@ -331,6 +342,24 @@ def heads_map(name: str) -> Path:
     return path
 
 
+@cache
+def learned(name: str, kv: str) -> str:
+    """A recipe for a model: of a codec that learns from a text one that names a calibration, made here."""
+    codec = (
+        next((c for c in parse_recipe(kv).loaded() if isinstance(c, Calibrated)), None)
+        if kv != "none"
+        else None
+    )
+    if codec is None:
+        return kv
+    text = zoo.prompts(lengths=(300,))[0]
+    made = calibrate(zoo.build(name), kv, text, length_tokens=50)
+    path = Path(tempfile.mkdtemp()) / "made.safetensors"
+    atexit.register(shutil.rmtree, path.parent)
+    made.save(path)
+    return codec.with_file(str(path))
+
+
 def spelled(name: str, policy: str) -> tuple[str, str]:
     """A policy's two forms for a model: one that drops tokens, one that covers all."""
     drops, covers = policies()[policy]
@@ -351,6 +380,7 @@ def shared(name: str, kv: str, policy: str) -> str:
     model, (drops, _) = zoo.build(name), spelled(name, policy)
     texts = LONG_TEXTS if name == "llama" else TEXTS[1:]
     try:
+        kv = learned(name, kv)
         got, cached = found_again(model, kv, texts, drops)
         want = [run_engine(model, kv, [t], keep=drops, budget=64)[0][0] for t in texts]
     except (quire.ConfigError, quire.RequestError) as e:
@@ -364,6 +394,7 @@ def kept(name: str, kv: str, policy: str) -> str:
     model, (drops, covers) = zoo.build(name), spelled(name, policy)
     texts = LONG_TEXTS if name == "llama" else TEXTS[1:]
     try:
+        kv = learned(name, kv)
         got = run_engine(model, kv, texts, keep=drops)[0]
         want = run_engine(model, kv, texts[:1], keep=drops, budget=64)[0]
         whole = run_engine(model, kv, TEXTS[1:2], keep=covers, budget=64)[0] if exact(kv) else []

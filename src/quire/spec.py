@@ -387,10 +387,19 @@ class KVConfig:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a codec works: one of the model's own fields, in blocks of `block_tokens`."""
+    """Where a codec works: one of the model's own fields, in blocks of `block_tokens`.
+
+    Args:
+        field: as the model gives it.
+        block_tokens: of the group that it lies in.
+        layer: of the model; None where only shapes and bytes are asked for.
+        heads: the KV heads of the layer that are coded together, ascending.
+    """
 
     field: Field
     block_tokens: int
+    layer: int | None = None
+    heads: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -441,9 +450,13 @@ class KVCodec(Protocol):
     moves nothing. Every other codec encodes a whole block once. A codec is its parameters and nothing else; every
     method is told the site that it serves.
 
-    needs: what `encode` is given of a key: "rotated" (RoPE applied) or "unrotated" (`decode` then applies it at `pos`).
+    needs: what `encode` is given of a key: "rotated" (RoPE applied) or "unrotated": turned back to position 0 before
+        `encode`, and on to its position after `decode`, by whoever calls them (`plan.layout.Layout`).
     group_tokens: `block_tokens` must be a multiple of it.
     residual_tokens: how many recent tokens stay raw by default.
+
+    A codec may also have `sink_tokens`: so many first tokens stay raw by default. One that learns from a text is a
+    `codecs.calibrated.Calibrated`.
     """
 
     name: str
@@ -464,7 +477,7 @@ class KVCodec(Protocol):
         """Encodes whole blocks.
 
         Args:
-            x: `[..., block_tokens, *shape]`, any float dtype.
+            x: `[..., block_tokens, *shape]`, any float dtype; of several `site.heads` dimension 1 is theirs, in order.
             pos: int64, broadcastable to `[..., block_tokens]`.
 
         Returns:

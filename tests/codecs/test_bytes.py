@@ -46,6 +46,29 @@ FORMULAS["kvarn:key_bits=2,value_bits=4,tile=32"] = (
     lambda b, d: [b * d / 4, *[2 * d * b / 32] * 2, 2 * b],
     lambda b, d: [b * d / 2, *[2 * b] * 2, 2 * d * b / 32],
 )
+for _form, _per_channel in {"2c8b": 4, "4c8b": 2, "8c8b": 1, "8c10b": 1.25, "1c2b": 2}.items():
+    FORMULAS[f"cq:form={_form}"] = both(
+        lambda b, d, bits=_per_channel: [b * math.ceil(d * bits / 8)]
+    )
+for _bits, _tile in ((4, 64), (3, 16), (2, 128)):
+    FORMULAS[f"kvquant:bits={_bits},sink=0,tile={_tile}"] = (
+        lambda b, d, bits=_bits, t=_tile: [
+            b * d * bits / 8,
+            b // t * 4 * 16 * math.ceil(0.01 * t * d / 16),
+        ],
+        lambda b, d, bits=_bits: [
+            b * d * bits / 8,
+            *[2 * b] * 2,
+            *[b * n * max(1, round(0.01 * d)) for n in (1, 2)],
+        ],
+    )
+FORMULAS["kvquant:sink=0,outliers=matrix,keys=token,sparse=0.02"] = both(
+    lambda b, d: [b * d / 2, *[2 * b] * 2, b // 64 * 4 * 16 * math.ceil(0.02 * 64 * d / 16)]
+)
+FORMULAS["kvquant:sink=0,sparse=0"] = (
+    lambda b, d: [b * d / 2],
+    lambda b, d: [b * d / 2, *[2 * b] * 2],
+)
 
 
 def spec_of(kv: str, d: int, block: int, heads: int = 2, layers: int = 2) -> CacheSpec:
@@ -107,6 +130,10 @@ REFUSED: dict[str, Callable[[int, int], bool]] = {
         for g in (16, 32, 64)
     },
     "kvarn": lambda d, b: b not in (32, 128),
+    "kvquant:bits=4,sink=0,tile=64": lambda d, b: b not in (32, 64, 128),
+    "kvquant:bits=2,sink=0,tile=128": lambda d, b: b not in (32, 128),
+    "kvquant:sink=0,outliers=matrix,keys=token,sparse=0.02": lambda d, b: b not in (32, 64, 128),
+    "kvquant:sink=0,sparse=0": lambda d, b: b not in (32, 64, 128),
     "kvarn:key_bits=2,value_bits=4,tile=32": lambda d, b: b % 32 != 0,
 }
 """Shapes (D, B) that a recipe says no to."""
@@ -123,6 +150,10 @@ REFUSED: dict[str, Callable[[int, int], bool]] = {
         ("kivi:bits=4", 0.33),
         ("kvarn", 0.22),
         ("kvarn:key_bits=2", 0.16),
+        ("cq:form=2c8b", 0.26),
+        ("cq:form=8c8b", 0.07),
+        ("kvquant", 0.28),
+        ("kvquant:bits=2", 0.16),
     ],
 )
 def test_share_of_bf16_at_32k_tokens(kv: str, most: float) -> None:
@@ -130,3 +161,18 @@ def test_share_of_bf16_at_32k_tokens(kv: str, most: float) -> None:
     plain, coded = (held_bytes(spec_of(x, 128, 32, heads=8, layers=1), 32768) for x in ("bf16", kv))
     assert plain == 32768 * 2 * 1024 * 2
     assert most - 0.02 < coded / plain <= most
+
+
+@pytest.mark.parametrize(
+    ("bits", "ours", "paper"), [(4, 4.41, 4.32), (3, 3.41, 3.32), (2, 2.41, 2.32)]
+)
+@pytest.mark.parametrize(("d", "more"), [(128, 0.0), (64, 0.215)])
+def test_kvquant_counts_its_pointers_and_scales(
+    bits: int, ours: float, paper: float, d: int, more: float
+) -> None:
+    """Bits a number at the paper's shapes (32 heads of 128), and what narrower heads pay beside."""
+    heads = 4096 // d
+    body, _ = spec_of(f"kvquant:bits={bits}", d, 64, heads, 1).groups
+    counted = 8 * body.bytes_per_token / (2 * heads * d)
+    assert counted == pytest.approx(ours + more, rel=0.01)
+    assert counted - paper < 0.1 + more

@@ -213,9 +213,3 @@ def test_blocks_hold_whole_groups() -> None:
         assert str(caught.value) == (
             "blocks of 24 tokens do not hold whole groups of int8; take a multiple of 16, as 32"
         )
-
-
-def test_a_codec_of_unrotated_keys_is_refused(fancy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fancy, "needs", "unrotated")
-    with pytest.raises(ConfigError, match="takes keys before RoPE"):
-        groups_of("fancy")

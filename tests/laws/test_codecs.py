@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibrations import at_work, named
 from lossy import Lossy, decoded
 from quire.codecs import available, load_codec
+from quire.codecs.calibrated import Calibrated
 from quire.codecs.recipe import codec_text
 from quire.errors import ConfigError
 from quire.spec import DTYPE_BYTES, Field, KVCodec, Site
@@ -33,10 +36,15 @@ RECIPES = (
     "kvarn:key_bits=2,tile=32",
     "kvarn:value_bits=4,tile=64",
     "kvarn:tile=16,rotate=false",
+    "cq:form=2c3b",
+    "kvquant:bits=3,keys=token",
+    "kvquant:bits=2,outliers=matrix,tile=16",
+    "kvquant:outliers=matrix,keys=token,sink=0",
+    "kvquant:sparse=0,qnorm=true",
 )
 """Every codec of the folder as it comes, and what else its parameters make of it."""
 
-CODECS: list[KVCodec] = [*(load_codec(text) for text in RECIPES), Lossy()]
+CODECS: list[KVCodec] = [*(load_codec(named(text)) for text in RECIPES), Lossy()]
 FIELDS = ("k", "v", "latent", "k_rope")
 LARGEST = {"fp64": 1e30, "fp32": 1e30, "bf16": 1e30}
 """The range within which a codec promises its bound; float16's where no other is given."""
@@ -93,6 +101,13 @@ def serves(codec: KVCodec, site: Site) -> bool:
     return True
 
 
+def ready(codec: KVCodec, site: Site) -> tuple[KVCodec, Site]:
+    """With tables for the site where it needs some, and the site of one head then."""
+    return at_work(codec_text(codec), site.width) if isinstance(codec, Calibrated) else codec, (
+        replace(site, layer=0, heads=(1,))
+    )
+
+
 def through(codec: KVCodec, site: Site, x: torch.Tensor, pos: torch.Tensor, **how: Any) -> Any:
     """Encoded, checked against what the codec says it stores, cast to that, and decoded."""
     size, lead = site.block_tokens, x.shape[:-2]
@@ -125,6 +140,7 @@ def test_the_error_is_within_its_bound(codec, seed, lead, blocks, name, width, k
     site = Site(Field(name, (width,), "float32"), size)
     if not serves(codec, site):
         site = Site(Field("v", (64,), "float32"), size)
+    codec, site = ready(codec, site)
     x = rows(seed, (*lead, size, site.width), kind, LARGEST.get(codec.name, 60000.0))
     back = through(codec, site, x, torch.arange(first, first + size).expand(*lead, size))
     bound = codec.error_bound(site, x)
@@ -151,6 +167,7 @@ def test_the_bound_says_something(codec: KVCodec, name: str, width: int) -> None
     site = Site(Field(name, (width,), "float32"), size)
     if not serves(codec, site):
         return
+    codec, site = ready(codec, site)
     x = rows(5, (2, size, width), "normal", 60000.0)
     back = through(codec, site, x, torch.arange(size))
     bound = codec.error_bound(site, x).expand_as(x).double()
@@ -174,6 +191,7 @@ def test_a_backend_may_stay_in_the_codecs_basis(codec: KVCodec, width: int) -> N
     k, v = (Site(Field(n, (width,), "float32"), size) for n in ("k", "v"))
     if not serves(codec, k) or not serves(codec, v):
         return
+    (codec, k), (_, v) = ready(codec, k), ready(codec, v)
     torch.testing.assert_close(
         codec.query_map(k, q) @ through(codec, k, x, pos, own_basis=True).T,
         q @ through(codec, k, x, pos).T,

@@ -6,7 +6,7 @@ head, field, channel). So a read proves which token it came from, through forks,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import numpy as np
@@ -16,7 +16,8 @@ from laws.dense import first_raw, may_read
 from lossy import Lossy, decoded
 from quire.attention import Row, Step
 from quire.plan import KVLayer, Layout, StateLayer
-from quire.spec import CacheGroup, KVCodec, Residual, Site
+from quire.plan.layout import Turn
+from quire.spec import CacheGroup, Coord, KVCodec, Residual, Site
 from quire.store import BlockPool, BlockStore, BlockTable, Chain
 
 
@@ -49,13 +50,17 @@ class Seq:
         )
 
 
-def alone(codec: KVCodec, site: Site, x: np.ndarray, first: int) -> np.ndarray:
-    """One block of one head through a codec, with nothing beside it."""
-    pos = torch.arange(first, first + len(x))
+def alone(
+    codec: KVCodec, site: Site, x: np.ndarray, first: int, turn: Turn | None = None
+) -> np.ndarray:
+    """One block of one head through a codec, with nothing beside it; turned back for it and on again."""
+    pos, y = torch.arange(first, first + len(x)), torch.from_numpy(x)
+    assert site.layer is not None
     kept = {f.name.partition(".")[2]: getattr(torch, f.dtype) for f in codec.stored(site)}
-    parts = codec.encode(site, torch.from_numpy(x), pos)
+    parts = codec.encode(site, y if turn is None else turn(site.layer, y, -pos), pos)
     parts = {part: y.to(kept[part]) for part, y in parts.items()}
-    return codec.decode(site, parts, pos, torch.float32).numpy()
+    out = codec.decode(site, parts, pos, torch.float32)
+    return (out if turn is None else turn(site.layer, out, pos)).numpy()
 
 
 def fingerprint(table: BlockTable) -> tuple[object, ...]:
@@ -103,12 +108,18 @@ class World:
                 return g, span
         return None
 
-    def sealed(self, body: CacheGroup, name: str, x: np.ndarray, first: int) -> np.ndarray:
+    def sealed(
+        self, body: CacheGroup, name: str, x: np.ndarray, first: int, coord: Coord
+    ) -> np.ndarray:
         """What one block `[B, D]` of one head reads as once it is sealed at position `first`."""
         codec = self.layout.codecs_of(body)[name]
         if isinstance(codec, Lossy):
             return decoded(x, first)
-        return alone(codec, next(s for s in self.layout.sites_of(body) if s.name == name), x, first)
+        layer, head = coord
+        site = next(s for s in self.layout.sites_of(body, layer) if s.name == name)
+        turns = name == "k" and codec.needs == "unrotated"
+        turn = self.layout.turn if turns else None
+        return alone(codec, replace(site, heads=(head,)), x, first, turn)
 
     # -- a forward -----------------------------------------------------------------------------------------------
 
@@ -174,7 +185,7 @@ class World:
         for h in range(
             x.heads if plain.codec != "fp32" else 0
         ):  # rows of a plain codec are rounded when they are written
-            raw[:, h] = self.sealed(plain, name, raw[:, h], 0)
+            raw[:, h] = self.sealed(plain, name, raw[:, h], 0, (x.layer, h))
         lossy = self.lossy_of(x.layer)
         coded, residual, size = raw.copy(), None, 1
         if lossy is not None:
@@ -183,7 +194,7 @@ class World:
             for first in range(0, stop // size * size, size):
                 for h in range(x.heads):
                     at = slice(first, first + size)
-                    coded[at, h] = self.sealed(body, name, raw[at, h], first)
+                    coded[at, h] = self.sealed(body, name, raw[at, h], first, (x.layer, h))
         out = np.full((stop - start, x.heads, longest, width), np.nan, np.float32)
         for q in range(start, stop):
             limit = 0 if residual is None else first_raw(q, size, residual.residual_tokens)

@@ -22,6 +22,8 @@ RECIPES = (
     "k=int8,v=int4",
     "int8;skip_layers=-1",
     "int4;sinks=4;window=40",
+    "cq:form=8c10b;window=40",
+    "k=kvquant:bits=3,tile=16,v=kvquant:sink=4",
 )
 FEW = ("auto", "int4", "kivi:bits=2")
 WIDE = ("llama", "gemma3", "llama4", "deepseek_v3", "gemma4", "falcon_new", "qwen3_next", "mamba2")

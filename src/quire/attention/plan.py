@@ -9,21 +9,18 @@ One plan serves all layers: tables are looked at once, and what differs between 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from quire.attention.read import Places, Read, Row, Seal, Write, index
-from quire.plan.layout import Layout
+from quire.plan.layout import Layout, Turn
 from quire.spec import BOUNDS, CacheGroup, Residual
 from quire.store.chain import GONE, Chain, Extent
 from quire.store.cold import Cold, Run
 from quire.store.store import BlockStore
-
-Turn = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""turn(layer, x, by): rotated `x: [..., D]` moved on by `by` positions, `[...]` broadcastable."""
 
 PAD_RATIO = 1.25
 """Decode rows are read together while the longest has at most this many times the blocks of the shortest."""

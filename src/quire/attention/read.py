@@ -94,6 +94,7 @@ class Read:
         self.pieces: dict[object, Any] = {}
         """What `attention.fused` makes of the read once for all layers."""
         self._masks: dict[int | None, torch.Tensor | None] = {}
+        self._true: dict[int, torch.Tensor] = {}
         self._biases: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = {}
 
     def placed(self, units: np.ndarray) -> Read:
@@ -158,14 +159,32 @@ class Read:
         return index(row, self.device), index(slot + self.slots[0], self.device)
 
     @cached_property
-    def pos(self) -> torch.Tensor:
-        """`[R, n, block_tokens]` position of every slot by its place, for what is decoded."""
+    def _pos(self) -> torch.Tensor:
+        """`[R, 1, n, block_tokens]` position of every slot by its place."""
         n, size = self.blocks.units.shape[1], self.source.block_tokens
         first = np.array([e.first for e in self.extents])
-        return index(
-            first[:, None, None] + np.arange(n * size).reshape(n, size),
-            self.device,
-        )
+        return index(first[:, None, None, None] + np.arange(n * size).reshape(n, size), self.device)
+
+    def pos_in(self, layer: int) -> torch.Tensor:
+        """`[R, heads or 1, n, block_tokens]` true position of every slot, for what is decoded in a layer.
+
+        Where tokens were dropped these are what each head kept; slots of none count from the extent's first.
+        """
+        if all(e.positions is None for e in self.extents):
+            return self._pos
+        found = self._true.get(layer)
+        if found is None:
+            n, size = self.blocks.units.shape[1], self.source.block_tokens
+            first, heads = self.group.tile_index(layer), len(self.group.heads(layer))
+            at = np.empty((len(self.extents), heads, n * size), np.int64)
+            for i, e in enumerate(self.extents):
+                at[i] = e.first + np.arange(n * size)
+                if e.positions is not None:
+                    at[i, :, : len(e.positions)] = e.positions
+                if e.own is not None:
+                    at[i, :, : e.own.shape[1]] = e.own[first : first + heads]
+            found = self._true[layer] = index(at.reshape(*at.shape[:2], n, size), self.device)
+        return found
 
     def mask(self, window: int | None = None) -> torch.Tensor | None:
         """`[R, T, N]`: which slots each query reads, None for all. `window` narrows the span further."""

@@ -80,14 +80,13 @@ class Step(Plan):
 
     def _bound_codes(self, layer: int, s: Seal) -> None:
         """Of keys as they are read: decoded."""
-        codec = self.layout.codecs_of(s.body)["k"]
-        site = next(x for x in self.layout.sites_of(s.body) if x.name == "k")
+        site = next(x for x in self.layout.sites_of(s.body, layer) if x.name == "k")
         parts = {
             f.name.partition(".")[2]: self.store.view(s.body, layer, f.name)[s.target.at]
-            for f in codec.stored(site)
+            for f in self.layout.codecs_of(s.body)["k"].stored(site)
         }
         dtype = getattr(torch, self.layout.dtype)
-        keys = codec.decode(site, parts, s.pos.unsqueeze(1), dtype)
+        keys = self.layout.decode(s.body, site, parts, s.pos.unsqueeze(1), dtype)
         self._bound(layer, s.body, s.target.at, keys)
 
     def bounds_of(self, layer: int, read: Read, n: int) -> torch.Tensor:
@@ -102,11 +101,11 @@ class Step(Plan):
 
     def encode(self, layer: int, s: Seal) -> None:
         """Encodes blocks of one layer by their codecs."""
-        codecs = self.layout.codecs_of(s.body)
         dtype = getattr(torch, self.layout.dtype)
-        for site in self.layout.sites_of(s.body):
+        for site in self.layout.sites_of(s.body, layer):
             x = self.store.view(s.raw, layer, site.name)[s.source.at].to(dtype)
-            for part, stored in codecs[site.name].encode(site, x, s.pos.unsqueeze(1)).items():
+            parts = self.layout.encode(s.body, site, x, s.pos.unsqueeze(1))
+            for part, stored in parts.items():
                 view = self.store.view(s.body, layer, f"{site.name}.{part}" if part else site.name)
                 view[s.target.at] = stored.to(view.dtype)
 
@@ -124,7 +123,7 @@ class Step(Plan):
             shape = (source.block_tokens, *f.shape) if f.per == "token" else f.shape
             return rows.index_select(0, index).view(at.shape[0], len(heads), at.shape[1], *shape)
 
-        return self._decode(read, name, dtype, fetch)
+        return self._decode(layer, read, name, dtype, fetch)
 
     def gather_both(
         self, layer: int, read: Read, names: tuple[str, str], dtype: torch.dtype
@@ -162,22 +161,26 @@ class Step(Plan):
         return one, two
 
     def _decode(
-        self, read: Read, name: str, dtype: torch.dtype, fetch: Callable[[str], torch.Tensor]
+        self,
+        layer: int,
+        read: Read,
+        name: str,
+        dtype: torch.dtype,
+        fetch: Callable[[str], torch.Tensor],
     ) -> torch.Tensor:
         if read.mode == "raw":
             x = fetch(name).to(dtype)
         else:
-            codec = self.layout.codecs_of(read.group)[name]
-            site = next(x for x in self.layout.sites_of(read.group) if x.name == name)
-            pos, stored = read.pos.unsqueeze(1), codec.stored(site)
+            site = next(x for x in self.layout.sites_of(read.group, layer) if x.name == name)
+            pos, stored = read.pos_in(layer), self.layout.codecs_of(read.group)[name].stored(site)
             if read.mode == "body":
                 parts = {s.name.partition(".")[2]: fetch(s.name) for s in stored}
             else:
                 model = getattr(torch, self.layout.dtype)
-                parts = codec.encode(site, fetch(name).to(model), pos)
+                parts = self.layout.encode(read.group, site, fetch(name).to(model), pos)
                 kept = {s.name.partition(".")[2]: getattr(torch, s.dtype) for s in stored}
                 parts = {part: y.to(kept[part]) for part, y in parts.items()}
-            x = codec.decode(site, parts, pos, dtype)
+            x = self.layout.decode(read.group, site, parts, pos, dtype)
         return self.valid(read, x)
 
     def valid(self, read: Read, x: torch.Tensor) -> torch.Tensor:

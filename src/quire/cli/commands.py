@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from quire import __version__
-from quire.cli import bench, claims, doctor, evaluate, fsck, inspect, plan, serve, tune
+from quire.cli import (
+    bench,
+    calibrate,
+    claims,
+    doctor,
+    evaluate,
+    fsck,
+    inspect,
+    plan,
+    serve,
+    tune,
+)
 from quire.cli.console import interruptible
 from quire.cli.flags import for_typer
 from quire.codecs.recipe import available
@@ -346,6 +357,7 @@ def tour(
 
 app.command("eval")(evaluate.command)
 app.command("tune")(tune.command)
+app.command("calibrate")(calibrate.command)
 app.command("bench")(bench.command)
 app.command("plan")(for_typer(plan.command))
 app.command("claims")(claims.command)

@@ -143,7 +143,7 @@ def command(
     first = replace(first, ranks=tp, reserve=reserve, encoder_tokens=encoder_tokens)
     recipes = kv or ["auto"]
     for recipe in recipes:
-        check_config(KVConfig(recipe, keep, block_tokens))
+        check_config(KVConfig(recipe, keep, block_tokens), runs=False)
     tokens = context if context is not None else first.shape.max_context or 4096
     mix = []
     if lengths is not None:

@@ -26,7 +26,7 @@ from quire.spec import DEFAULT_BLOCK_TOKENS, KVCodec
 FIELDS = ("k", "v", "latent", "k_rope")
 """What a recipe may name."""
 
-_NOT_CODECS = frozenset({"recipe", "maps", "plain", "coded"})
+_NOT_CODECS = frozenset({"recipe", "maps", "plain", "coded", "calibrated"})
 _OPTIONS = "skip_layers=0,1,-1, sinks=4, window=128"
 PLAIN_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
@@ -100,8 +100,12 @@ def codec_text(codec: KVCodec) -> str:
     anything: Any = codec
     known: tuple[Field[Any], ...] = fields(anything) if is_dataclass(anything) else ()
     changed = [f.name for f in known if getattr(codec, f.name) != f.default]
-    text = ",".join(f"{name}={getattr(codec, name)}" for name in changed)
+    text = ",".join(f"{name}={_text(getattr(codec, name))}" for name in changed)
     return f"{codec.name}:{text}" if text else codec.name
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _value(text: str) -> Any:
@@ -160,6 +164,13 @@ class Recipe:
                     f"kv={self.text!r}: {codec_text(codec)} keeps {codec.residual_tokens} recent tokens raw by itself; "
                     "give a wider window, or change that parameter"
                 )
+
+    def check_files(self) -> None:
+        """Refuses codecs that learn from a text and have not, or another's. Raises ConfigError."""
+        for codec in self.loaded():
+            check = getattr(codec, "check_file", None)
+            if check is not None:
+                check()
 
     def codec(self, field_name: str, model_dtype: str) -> KVCodec:
         """The codec of a field for a model that computes in `model_dtype`."""

@@ -114,6 +114,7 @@ def connect(
             if bit_map is not None:
                 bit_map.check_digest(partial(weights_digest, model))
             layout = _layout(model, shape, candidate, config, dtype, keep)
+            layout = layout.bound(partial(weights_digest, model))
             store = BlockStore(layout.spec, total_bytes, device=str(model.device))
             bridge = Bridge(model, candidate, shape, layout, store, patches, adapters, attention)
         except BaseException:
@@ -123,6 +124,7 @@ def connect(
             chunked and Regimes(model).chunked_prefill and not restarts_scan(model)
         )
         try:
+            bridge.find_turn()
             bridge.keep = keep
             bridge.rules(bridge.keep)
             bridge.sharing = open_sharing(bridge, config)

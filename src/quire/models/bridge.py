@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -141,6 +142,18 @@ class Bridge:
         if self._turner is None:
             self._turner = find_turner(self)
         return self._turner
+
+    def find_turn(self) -> None:
+        """Gives the layout the model's RoPE where a codec needs keys before it. Raises ConfigError."""
+        codec = self.layout.unrotated
+        if codec is None:
+            return
+        try:
+            self.layout = replace(self.layout, turn=self.turner())
+        except ConfigError as e:
+            raise ConfigError(
+                f"codec {codec.name} needs keys before RoPE, and of this model: {e}; use rope=after"
+            ) from e
 
     def rules(self, keep: Keep) -> Rules:
         """What a policy means for this model. Raises ConfigError where it cannot be had."""

@@ -27,7 +27,7 @@ def read_field(
 ) -> torch.Tensor:
     """`[heads, n_slots, *shape]` float32: the first slots of one field, decoded."""
     group = chain.group
-    site = next(s for s in layout.sites_of(group) if s.name == name)
+    site = next(s for s in layout.sites_of(group, layer) if s.name == name)
     codec = layout.codecs_of(group)[name]
     n_blocks = -(-n_slots // group.block_tokens)
     at = torch.from_numpy(store.units(group, chain.ids[:n_blocks])).to(store.arena.device)
@@ -38,10 +38,17 @@ def read_field(
             f.name.partition(".")[2]: store.view(group, layer, f.name)[at]
             for f in codec.stored(site)
         }
-        size = group.block_tokens
-        pos = torch.arange(n_blocks * size, device=at.device).view(n_blocks, 1, size)
-        x = codec.decode(site, parts, pos, torch.float32)
+        pos = _positions(chain, layer, n_blocks).to(at.device)
+        x = layout.decode(group, site, parts, pos, torch.float32)
     return x.transpose(0, 1).flatten(1, 2)[:, :n_slots]
+
+
+def _positions(chain: Chain, layer: int, n_blocks: int) -> torch.Tensor:
+    """`[n_blocks, heads, block_tokens]`: true positions in the first blocks of a lossy body, which are whole."""
+    group = chain.group
+    first, size = group.tile_index(layer), group.block_tokens
+    at = chain.true_positions(0)[first : first + len(group.heads(layer)), : n_blocks * size]
+    return torch.from_numpy(np.ascontiguousarray(at)).unflatten(1, (n_blocks, size)).transpose(0, 1)
 
 
 def read_raw(

@@ -52,3 +52,20 @@ def _split(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     """The inverse: p codes per byte along a new dimension, `dim` of the result."""
     mask = (1 << bits) - 1
     return torch.stack([x >> bits * e & mask for e in range(8 // bits)], dim)
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`[..., n]` codes of any width up to 16 to `[..., ceil(n bits / 8)] uint8`, bit after bit; a row begins a byte."""
+    planes = codes.to(torch.int32).unsqueeze(-1) >> torch.arange(bits, device=codes.device) & 1
+    line = planes.flatten(-2)
+    line = torch.nn.functional.pad(line, (0, -line.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (line << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+    """The inverse of `pack_bits`: `[..., n] int64`."""
+    line = (
+        packed.to(torch.int32).unsqueeze(-1) >> torch.arange(8, device=packed.device) & 1
+    ).flatten(-2)
+    planes = line[..., : n * bits].unflatten(-1, (n, bits))
+    return (planes << torch.arange(bits, device=packed.device)).sum(-1)

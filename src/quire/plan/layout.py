@@ -11,10 +11,11 @@ Layers that keep the same tokens in the same form share a group, and so a block 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from quire.codecs.recipe import Recipe, block_tokens_for, codec_text, parse_recipe, plain_codec
-from quire.errors import ConfigError
+from quire.errors import ConfigError, InvariantError
 from quire.retention import Keep, parse_keep
 from quire.share import parse_share
 from quire.spec import (
@@ -31,6 +32,12 @@ from quire.spec import (
     Span,
     State,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+Turn = Callable[[int, "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+"""turn(layer, x, by): rotated `x: [..., D]` moved on by `by` positions, `[...]` broadcastable."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class Layout:
     dtype: str
     narrowed: Callable[[Keep], CacheSpec] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
     """The same groups under another policy's spans; their codecs and fields are found here."""
+    turn: Turn | None = field(default=None, repr=False, compare=False)
+    """The model's RoPE, for codecs that need keys before it; see `bound`."""
 
     def codecs_of(self, group: CacheGroup) -> Mapping[str, KVCodec]:
         """The codecs of a group, or of the one that it was split from."""
@@ -73,9 +82,77 @@ class Layout:
         """The model's own fields of a group, before any codec."""
         return self.fields[group.name.partition("/")[0]]
 
-    def sites_of(self, group: CacheGroup) -> tuple[Site, ...]:
-        """Where the codecs of a group work: its model fields, in its blocks."""
-        return tuple(Site(f, group.block_tokens) for f in self.fields_of(group))
+    def sites_of(self, group: CacheGroup, layer: int | None = None) -> tuple[Site, ...]:
+        """Where the codecs of a group work: its model fields, in its blocks; of one layer for work on numbers."""
+        heads = () if layer is None else group.heads(layer)
+        return tuple(Site(f, group.block_tokens, layer, heads) for f in self.fields_of(group))
+
+    @property
+    def unrotated(self) -> KVCodec | None:
+        """A codec that needs keys before RoPE; None where none does."""
+        every = (of.get("k") for of in self.codecs.values())
+        return next((c for c in every if c is not None and c.needs == "unrotated"), None)
+
+    def bound(self, digest: Callable[[], str]) -> Layout:
+        """The same with the tables that codecs learned of the model of that digest. Raises ConfigError."""
+        known: dict[str, KVCodec] = {}
+
+        def of(codec: Any) -> KVCodec:
+            if not hasattr(codec, "bound"):
+                return codec  # type: ignore[no-any-return]
+            text = codec_text(codec)
+            if text not in known:
+                known[text] = codec.bound(digest())
+            return known[text]
+
+        codecs = {g: {n: of(c) for n, c in by_name.items()} for g, by_name in self.codecs.items()}
+        out = replace(self, codecs=codecs)
+        for group in self.spec:
+            for layer in () if group.recurrent else group.layers:
+                for site in out.sites_of(group, layer):
+                    check = getattr(out.codecs_of(group)[site.name], "check_site", None)
+                    if check is not None:
+                        check(site)
+        return out
+
+    def encode(
+        self, group: CacheGroup, site: Site, x: torch.Tensor, pos: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What a group's codec makes of whole blocks that the model handed over, see `KVCodec.encode`."""
+        codec = self.codecs_of(group)[site.name]
+        return codec.encode(site, self._turned(codec, site, x, -pos), pos)
+
+    def decode(
+        self,
+        group: CacheGroup,
+        site: Site,
+        stored: Mapping[str, torch.Tensor],
+        pos: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Whole blocks as the model reads them, see `KVCodec.decode`."""
+        import torch
+
+        codec = self.codecs_of(group)[site.name]
+        if not _turns(codec, site):
+            return codec.decode(site, stored, pos, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return self._turned(codec, site, codec.decode(site, stored, pos, wide), pos).to(dtype)
+
+    def _turned(
+        self, codec: KVCodec, site: Site, x: torch.Tensor, by: torch.Tensor
+    ) -> torch.Tensor:
+        if not _turns(codec, site):
+            return x
+        if self.turn is None or site.layer is None:
+            raise InvariantError(
+                f"codec {codec.name} needs keys before RoPE, and nobody said how they turn"
+            )
+        return self.turn(site.layer, x if x.itemsize >= 4 else x.float(), by)
+
+
+def _turns(codec: KVCodec, site: Site) -> bool:
+    return site.name == "k" and codec.needs == "unrotated"
 
 
 def build_layout(
@@ -121,12 +198,6 @@ def build_layout(
             continue
         for part, heads in _parts(recipe, x):
             chosen = {f.name: _choose(f, x.layer, n_layers, part, codecs, dtype) for f in x.fields}
-            for codec in chosen.values():
-                if codec.needs != "rotated":
-                    raise ConfigError(
-                        f"codec {codec.name} takes keys before RoPE, and models hand theirs over rotated; use another "
-                        "codec"
-                    )
             made.add_tokens(x, heads, chosen, part)
     return made.layout(dict(shared or {}))
 
@@ -156,12 +227,19 @@ def assume_map(keep: Keep, layers: Sequence[KVLayer | StateLayer]) -> Keep:
     return Keep(keep.text, ranked(sorted(heads, key=lambda c: (c[1], c[0]))))
 
 
-def check_config(config: KVConfig) -> None:
-    """Refuses a configuration that no model can have. Raises ConfigError."""
+def check_config(config: KVConfig, *, runs: bool = True) -> None:
+    """Refuses a configuration that no model can have. Raises ConfigError.
+
+    Args:
+        runs: whether numbers will be coded, so that codecs that learn from a text must have; bytes need no more than
+            their parameters.
+    """
     parse_keep(config.keep)
     parse_share(config.share)
     recipe = parse_recipe(config.kv)
     recipe.check_options()
+    if runs:
+        recipe.check_files()
     block_tokens_for(recipe.loaded(), config.block_tokens)
 
 
@@ -216,7 +294,8 @@ class _Groups:
         self, x: KVLayer, heads: Sequence[int], chosen: Mapping[str, KVCodec], recipe: Recipe
     ) -> None:
         window = max(c.residual_tokens for c in chosen.values())
-        raw = recipe.sinks, window if recipe.window is None else recipe.window
+        sinks = max(recipe.sinks, *(getattr(c, "sink_tokens", 0) for c in chosen.values()))
+        raw = sinks, window if recipe.window is None else recipe.window
         if all(c.plain for c in chosen.values()):
             raw = 0, 0
         key = (x.fields, x.span, tuple(chosen[f.name] for f in x.fields), raw)
@@ -314,6 +393,12 @@ class _Groups:
 
 def _recipe_text(chosen: Mapping[str, KVCodec]) -> str:
     """The codecs of a group in the form that a user writes: `"kivi:bits=2"`, `"k=int8,v=int4"`."""
-    texts = {f: codec_text(c) for f, c in chosen.items()}
+    texts = {f: codec_text(c) + _stamp(c) for f, c in chosen.items()}
     same = len(set(texts.values())) == 1
     return next(iter(texts.values())) if same else ",".join(f"{f}={t}" for f, t in texts.items())
+
+
+def _stamp(codec: KVCodec) -> str:
+    """What tells the tables of a codec that learned from those of all others: names of blocks depend on it."""
+    stamp = getattr(codec, "stamp", "")
+    return f"#{stamp}" if stamp else ""

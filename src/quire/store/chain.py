@@ -29,6 +29,8 @@ class Extent:
     positions: np.ndarray | None = None
     sinks: bool = False
     """Of a streaming span: read with the query turned back."""
+    own: np.ndarray | None = None
+    """`[coordinates, n]`: the positions of the first n slots where each coordinate has its own, see `Chain`."""
 
     def slot_positions(self, block_tokens: int) -> np.ndarray:
         """Logical position of each slot, -1 for those that are not the extent's or whose block is gone."""
@@ -207,7 +209,8 @@ class Chain:
         size = self.group.block_tokens
         if self.kept is not None:
             everything = self.all_positions(stop)
-            return [Extent(self.ids[: -(-len(everything) // size)], 0, 0, stop, everything)]
+            ids = self.ids[: -(-len(everything) // size)]
+            return [Extent(ids, 0, 0, stop, everything, own=self.own)]
         if self.group.raw is not None:
             stop = min(stop, self.logical(self.count))
         out = []

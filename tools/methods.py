@@ -1,0 +1,268 @@
+"""What the calibrated codecs claim, what they do here, and docs/methods.md, which says so.
+
+    python tools/methods.py --learn wikitext2-tail.txt --texts wikitext2-valid.txt moby_dick.txt --work DIR
+    python tools/methods.py --work DIR --write docs/methods.md          the page alone, from what is in DIR
+
+Calibrates every variant that a claim needs, scores all of them in decode mode, plain and with injected outliers, and
+keeps each figure in DIR/rows.jsonl: what is there is not computed again. One capture of the model's keys, values and
+gradients serves all variants, which is what `quire calibrate` does one by one, with the same tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src")]
+
+Rows = dict[tuple[str, bool, str], dict[str, float]]
+"""(text, injected, recipe) to figures."""
+
+FAR_TEXT_AT = 1
+"""The second text is another domain."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A recipe whose perplexity may grow by so many per cent."""
+
+    recipe: str
+    most: float
+
+
+@dataclass(frozen=True)
+class Sign:
+    """`better` must lose less than `worse`: what the paper's ablation says of `what`."""
+
+    what: str
+    better: str
+    worse: str
+
+
+KQ, CQ = "kvquant:bits=", "cq:form="
+BARS = (
+    *(Bar(f"{KQ}{b}", most) for b, most in ((4, 0.5), (3, 2.0), (2, 10.0))),
+    *(Bar(f"{CQ}{f}", most) for f, most in (("2c8b", 1.0), ("4c8b", 8.0), ("8c8b", 50.0))),
+    Bar(f"{CQ}8c8b;window=128", 10.0),
+    Bar("kvarn", 2.0),
+)
+SIGNS = (
+    Sign("keys before RoPE, not after", f"{KQ}3", f"{KQ}3,rope=after"),
+    Sign("levels weighted by Fisher information", f"{KQ}3", f"{KQ}3,fisher=false"),
+    Sign("outliers of each vector, not of the matrix", f"{KQ}3", f"{KQ}3,outliers=matrix"),
+    Sign("outliers apart at all", f"{KQ}3", f"{KQ}3,sparse=0"),
+    Sign("the first token in 16 bits", f"{KQ}3", f"{KQ}3,sink=0"),
+    Sign("keys by channel, values by token", f"{KQ}3", f"{KQ}3,keys=token"),
+    Sign("Q-Norm at 2 bits", f"{KQ}2", f"{KQ}2,qnorm=false"),
+    Sign("centres weighted by Fisher information, 1 bit", f"{CQ}8c8b", f"{CQ}8c8b,fisher=false"),
+    Sign("centres weighted by Fisher information, 2 bits", f"{CQ}4c8b", f"{CQ}4c8b,fisher=false"),
+    Sign("1 bit: 4 channels together, not 2", f"{CQ}4c4b", f"{CQ}2c2b"),
+    Sign("1 bit: 8 channels together, not 4", f"{CQ}8c8b", f"{CQ}4c4b"),
+    Sign("2 bits: 4 channels together, not 2", f"{CQ}4c8b", f"{CQ}2c4b"),
+    Sign("keys before RoPE, not after (1 bit)", f"{CQ}8c8b", f"{CQ}8c8b,rope=after"),
+    Sign("kvarn K2V2 beside kivi-2", "kvarn:key_bits=2", "kivi"),
+)
+BATCHES: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
+    ("first", False, tuple(b.recipe for b in BARS)),
+    (
+        "first",
+        False,
+        tuple(
+            dict.fromkeys(
+                r for s in SIGNS for r in (s.better, s.worse) if r not in {b.recipe for b in BARS}
+            )
+        ),
+    ),
+    ("second", False, tuple(b.recipe for b in BARS)),
+    (
+        "first",
+        True,
+        (
+            *(f"{KQ}{b}" for b in (4, 3, 2)),
+            f"{KQ}3,rope=after",
+            f"{CQ}4c8b",
+            f"{CQ}8c8b",
+            f"{CQ}8c8b;window=128",
+            *("kvarn", "kvarn:key_bits=2", "kivi", "int4"),
+        ),
+    ),
+)
+"""What is scored, in the order in which it is worth having."""
+AT_ONCE = 4
+"""Recipes that are scored side by side."""
+TOKENS = {"cq": 16_384, "kvquant": 32_768}
+"""That each codec learns from."""
+
+
+def learned(recipe: str) -> str | None:
+    """What must be calibrated for a recipe, as its `settings` say; None for a codec that learns nothing."""
+    from quire.codecs.calibrated import Calibrated
+    from quire.codecs.recipe import load_codec
+
+    codec: Any = load_codec(recipe.partition(";")[0])
+    return codec.settings if isinstance(codec, Calibrated) else None
+
+
+def with_file(recipe: str, path: Path) -> str:
+    """The recipe that names a calibration."""
+    body, semicolon, options = recipe.partition(";")
+    return f"{body}{',' if ':' in body else ':'}file={path}{semicolon}{options}"
+
+
+class Bench:
+    """One model, its calibrations and its figures, all of which last in a folder."""
+
+    def __init__(self, work: Path, learn: str, max_tokens: int, length: int) -> None:
+        from quire.models.load import check_source, load_model
+
+        self.work, self.learn, self.max_tokens, self.length = work, learn, max_tokens, length
+        self.loaded = load_model(check_source(None))
+        self.captured: dict[tuple[Any, ...], list[Any]] = {}
+
+    def calibrate(self, settings: str, *, injected: bool) -> Path:
+        """The file of a codec's tables, made where it is not there."""
+        from quire.evaluate import calibrate as module
+
+        name = settings.replace(":", "-").replace(",", "-").replace("=", "")
+        path = self.work / f"{'injected-' if injected else ''}{name}.safetensors"
+        if path.exists():
+            return path
+        whole = module._Seen.capture  # noqa: SLF001 - one capture for all variants
+        n = TOKENS[settings.partition(":")[0]]
+
+        def once(seen: Any, windows: Any, layers: Any, progress: Any) -> Any:
+            key = (injected, len(windows), seen.turner is None, tuple(layers))
+            if key not in self.captured:
+                weighted, seen.weighted = seen.weighted, True
+                self.captured = {key: list(whole(seen, windows, layers, progress))}
+                seen.weighted = weighted
+            for layer, field, x, weight in self.captured[key]:
+                yield layer, field, x, weight if seen.weighted else None
+
+        module._Seen.capture = once  # type: ignore[method-assign]  # noqa: SLF001
+        try:
+            made = module.calibrate(
+                self.loaded.model,
+                settings,
+                self.learn,
+                tokenizer=self.loaded.tokenizer,
+                tokens=n,
+                injected=injected,
+            )
+        finally:
+            module._Seen.capture = whole  # type: ignore[method-assign]  # noqa: SLF001
+        made.save(path)
+        return path
+
+    def score(self, text: Path, recipes: Sequence[str], *, injected: bool) -> list[dict[str, Any]]:
+        """Figures of some recipes on one text."""
+        from quire.evaluate import evaluate
+
+        named, bytes_of = {}, {}
+        for recipe in recipes:
+            settings = learned(recipe)
+            if settings is None:
+                named[recipe] = recipe
+                continue
+            path = self.calibrate(settings, injected=injected)
+            named[with_file(recipe, path)] = recipe
+            bytes_of[recipe] = path.stat().st_size
+        found = evaluate(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            [(kv, "full") for kv in named],
+            ["ppl"],
+            text.read_text(encoding="utf-8"),
+            length_tokens=self.length,
+            max_tokens=self.max_tokens,
+            injected=injected,
+        )
+        out: dict[str, dict[str, Any]] = {}
+        for row in found.rows:
+            recipe = named[row.kv]
+            made = out.setdefault(
+                recipe,
+                {"text": text.name, "injected": injected, "kv": recipe, "tokens": row.tokens}
+                | {"bytes_per_token": row.bytes_per_token, "length": self.length}
+                | {"table_bytes": bytes_of.get(recipe, 0)},
+            )
+            made[row.metric] = row.value
+            if row.low is not None:
+                made[f"{row.metric}_low"], made[f"{row.metric}_high"] = row.low, row.high
+        return list(out.values())
+
+
+def read_rows(work: Path) -> Rows:
+    """What is known already."""
+    path = work / "rows.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(r["text"], r["injected"], r["kv"]): r for r in rows}
+
+
+def run(
+    work: Path, learn: Path, texts: Sequence[Path], max_tokens: int, length: int, seconds: float
+) -> bool:
+    """What is not known yet, until the time is up; whether all is known now."""
+    bench: Bench | None = None
+    began = time.monotonic()
+    for which, injected, recipes in BATCHES:
+        if which == "second" and len(texts) < 2:
+            continue
+        text = texts[FAR_TEXT_AT if which == "second" else 0]
+        known = read_rows(work)
+        missing = [r for r in recipes if (text.name, injected, r) not in known]
+        if not missing:
+            continue
+        bench = bench or Bench(work, learn.read_text(encoding="utf-8"), max_tokens, length)
+        for settings in dict.fromkeys(filter(None, map(learned, missing))):
+            bench.calibrate(settings, injected=injected)
+            if time.monotonic() - began > seconds:
+                return False
+        for some in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
+            for row in bench.score(text, some, injected=injected):
+                with (work / "rows.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(row["text"], row["injected"], row["kv"], f"{growth(row):+.2f} %", flush=True)
+            if time.monotonic() - began > seconds:
+                return False
+    return True
+
+
+# -- the page ----------------------------------------------------------------------------------------------------
+
+
+def growth(row: dict[str, Any], part: str = "dnll") -> float:
+    """Of the perplexity over the exact cache's, in per cent."""
+    return 100 * (math.exp(row[part]) - 1)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--work", type=Path, required=True, help="a folder that lasts")
+    p.add_argument("--learn", type=Path, help="a text to calibrate on")
+    p.add_argument("--texts", type=Path, nargs="+", default=[], help="a text, and another domain's")
+    p.add_argument("--max-tokens", type=int, default=51_200, help="of each text")
+    p.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    p.add_argument("--seconds", type=float, default=math.inf, help="ends soon after so many")
+    args = p.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.texts:
+        whole = run(
+            args.work, args.learn, args.texts, args.max_tokens, args.length, args.seconds
+        )
+        print("all is known" if whole else "more is to be done: call again")
+
+
+if __name__ == "__main__":
+    main()
