@@ -39,7 +39,7 @@ from quire.codecs import available, parse_recipe  # noqa: E402
 from quire.codecs.calibrated import Calibrated  # noqa: E402
 from quire.engine import Engine, SamplingParams  # noqa: E402
 from quire.engine.schedule import SchedulerConfig  # noqa: E402
-from quire.evaluate.calibrate import calibrate  # noqa: E402
+from quire.evaluate.calibration import calibrate  # noqa: E402
 from quire.models.load import weights_digest  # noqa: E402
 from quire.models.open import open_runner  # noqa: E402
 from quire.retention import available as policies_available  # noqa: E402

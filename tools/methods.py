@@ -129,13 +129,14 @@ class Bench:
 
     def calibrate(self, settings: str, *, injected: bool) -> Path:
         """The file of a codec's tables, made where it is not there."""
-        from quire.evaluate import calibrate as module
+        from quire.evaluate.calibration import calibrate
+        from quire.models.capture import Capture
 
         name = settings.replace(":", "-").replace(",", "-").replace("=", "")
         path = self.work / f"{'injected-' if injected else ''}{name}.safetensors"
         if path.exists():
             return path
-        whole = module._Seen.capture  # noqa: SLF001 - one capture for all variants
+        whole = Capture.read  # one for all variants
         n = TOKENS[settings.partition(":")[0]]
 
         def once(seen: Any, windows: Any, layers: Any, progress: Any) -> Any:
@@ -147,9 +148,9 @@ class Bench:
             for layer, field, x, weight in self.captured[key]:
                 yield layer, field, x, weight if seen.weighted else None
 
-        module._Seen.capture = once  # type: ignore[method-assign]  # noqa: SLF001
+        Capture.read = once  # type: ignore[method-assign]
         try:
-            made = module.calibrate(
+            made = calibrate(
                 self.loaded.model,
                 settings,
                 self.learn,
@@ -158,7 +159,7 @@ class Bench:
                 injected=injected,
             )
         finally:
-            module._Seen.capture = whole  # type: ignore[method-assign]  # noqa: SLF001
+            Capture.read = whole  # type: ignore[method-assign]
         made.save(path)
         return path
 
@@ -258,9 +259,7 @@ def main() -> None:
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.texts:
-        whole = run(
-            args.work, args.learn, args.texts, args.max_tokens, args.length, args.seconds
-        )
+        whole = run(args.work, args.learn, args.texts, args.max_tokens, args.length, args.seconds)
         print("all is known" if whole else "more is to be done: call again")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+FEW = ("--memory", "32MiB")
 SMALL = ("--codec", "cq:form=2c2b", "--length", 65, "--tokens", 400)
 
 
@@ -28,11 +29,11 @@ def made(quire, tiny: Path, text: Path, tmp_path: Path) -> str:
 
 
 def test_what_it_writes_is_what_run_and_eval_read(quire, tiny: Path, made: str, text: Path) -> None:
-    ran = quire("run", "--model", tiny, "--kv", made, "a" * 80, "--max-tokens", 4, "--json")
+    ran = quire("run", "--model", tiny, "--kv", made, "a" * 80, "--max-tokens", 4, *FEW, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["kv"] == made
     found = quire(
-        *("eval", tiny, "--kv", f"{made},int8", "--text", text, "--length", 128, "--json"),
+        *("eval", tiny, "--kv", f"{made},int8", "--text", text, "--length", 128, *FEW, "--json"),
     )
     assert found.code == 0, found.err
     kl = {r["kv"]: r["value"] for r in found.json["rows"] if r["metric"] == "kl"}
@@ -64,7 +65,7 @@ def test_a_plan_needs_no_calibration(quire, tiny: Path) -> None:
 
 
 def test_another_models_calibration_is_refused(quire, tiny_twin: Path, made: str) -> None:
-    done = quire("run", "--model", tiny_twin, "--kv", made, "a")
+    done = quire("run", "--model", tiny_twin, "--kv", made, "a", *FEW)
     assert done.code == 2
     assert done.err.count("\n") == 1
     assert "was calibrated on another model" in done.err

@@ -15,7 +15,7 @@ from quire.codecs import cq
 from quire.engine.runner import Item
 from quire.errors import ConfigError, RequestError
 from quire.evaluate import Scorer, evaluate
-from quire.evaluate.calibrate import calibrate
+from quire.evaluate.calibration import calibrate
 from quire.evaluate.inject import inject
 from quire.models.moving import read_field
 from quire.plan.layout import Layout

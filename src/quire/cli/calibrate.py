@@ -92,7 +92,7 @@ def command(
 
     chosen: Any = load_codec(codec)
     if not hasattr(chosen, "fit"):
-        from quire.evaluate.calibrate import check_codec
+        from quire.evaluate.calibration import check_codec
 
         check_codec(codec)
     words, target = _read(text), _target(out)
@@ -154,7 +154,7 @@ def _run(
         arena_bytes(options["memory"], source.chosen_device)
     with spinner("loading the model …", shown=not json):
         loaded = load_model(source)
-    from quire.evaluate.calibrate import calibrate
+    from quire.evaluate.calibration import calibrate
 
     with spinner("calibrating …", shown=not json) as status:
 

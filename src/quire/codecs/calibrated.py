@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from quire.codecs.coded import Coded
 from quire.codecs.recipe import codec_text
@@ -63,6 +63,7 @@ class Calibration:
 
 def read_about(path: str | os.PathLike[str], who: str) -> dict[str, str]:
     """The header of a calibration, without torch. Raises ConfigError: no such file, another kind, or cut short."""
+    n = there = 0
     try:
         with Path(path).expanduser().open("rb") as file:
             n = int.from_bytes(file.read(8), "little")
@@ -131,7 +132,7 @@ class Calibrated(Coded):
     def settings(self) -> str:
         """The recipe as far as tables depend on it."""
         usual = {f.name: f.default for f in fields(self) if f.name in self.at_work}  # type: ignore[arg-type]
-        return codec_text(replace(self, **usual))  # type: ignore[type-var]
+        return _text(replace(self, **usual))  # type: ignore[type-var]
 
     @property
     def stamp(self) -> str:
@@ -160,7 +161,7 @@ class Calibrated(Coded):
 
     def with_file(self, file: str) -> str:
         """The recipe that names a file."""
-        return codec_text(replace(self, file=file))  # type: ignore[type-var]
+        return _text(replace(self, file=file))  # type: ignore[type-var]
 
     def with_tables(self, tables: Mapping[str, torch.Tensor]) -> Self:
         """The same at work with these tables."""
@@ -208,6 +209,10 @@ class Calibrated(Coded):
         if by_head and site.heads != tuple(range(len(found))):
             found = found[list(site.heads)]
         return found.to(like.device)
+
+
+def _text(codec: Any) -> str:
+    return codec_text(codec)
 
 
 def check_rope(codec: str, rope: str) -> None:

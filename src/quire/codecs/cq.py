@@ -57,7 +57,7 @@ class Codec(Calibrated):
     name: ClassVar[str] = "cq"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.form, str) or not _FORM.fullmatch(self.form):
+        if not _FORM.fullmatch(str(self.form)):
             raise ConfigError(
                 f"codec cq: form={self.form} is not served; it is channels and bits of a code: 2c8b, 4c8b, 8c8b, 8c10b"
             )
@@ -134,7 +134,8 @@ class Codec(Calibrated):
 
     def _groups(self, x: torch.Tensor) -> torch.Tensor:
         """`[heads, N, D]` to `[heads x D / c, N, c]`."""
-        return x.float().unflatten(-1, (-1, self.channels)).transpose(1, 2).flatten(0, 1)
+        groups: torch.Tensor = x.float().unflatten(-1, (-1, self.channels))
+        return groups.transpose(1, 2).flatten(0, 1)
 
     def _codes(self, site: Site, x: torch.Tensor) -> torch.Tensor:
         """`[..., B, D]` to `[..., B, D / c]`."""
@@ -146,7 +147,8 @@ class Codec(Calibrated):
         codes = nearest(self._groups(lines.flatten(1, -2)), centres)
         codes = codes.unflatten(0, (len(lines), -1)).transpose(1, 2)
         codes = codes.unflatten(1, lines.shape[1:-1])
-        return codes.movedim(0, 1) if many else codes.squeeze(0)
+        out: torch.Tensor = codes.movedim(0, 1) if many else codes.squeeze(0)
+        return out
 
     def _values(self, site: Site, codes: torch.Tensor) -> torch.Tensor:
         """The inverse: the centres."""
@@ -155,4 +157,5 @@ class Codec(Calibrated):
         centres = self._table(site, "centres", codes, by_head=True)  # [H, G, K, c]
         first = torch.arange(centres[..., 0, 0].numel(), device=codes.device) * centres.shape[2]
         at = codes + across(site, first.view(centres.shape[:2]).unsqueeze(1), codes.ndim - 2)
-        return torch.nn.functional.embedding(at, centres.flatten(0, 2)).flatten(-2)
+        out: torch.Tensor = torch.nn.functional.embedding(at, centres.flatten(0, 2))
+        return out.flatten(-2)

@@ -207,7 +207,8 @@ class Codec(Calibrated):
 
     def _tiles(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., B, D]` to `[..., B / T, T x D]`."""
-        return x.unflatten(-2, (-1, self.tile)).flatten(-2)
+        tiles: torch.Tensor = x.unflatten(-2, (-1, self.tile)).flatten(-2)
+        return tiles
 
     def _channels(self, site: Site, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """mid and reach of each channel, laid along `[..., B, D]`."""

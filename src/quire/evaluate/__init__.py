@@ -1,8 +1,8 @@
 """Evaluation through the cache: what a configuration costs in fidelity, and the bytes it really takes.
 
 `decode` scores texts through the cache, `metrics` makes figures of the scores, `tasks` makes recall, `inject` makes
-models harder judges, `run` puts them together, `report` is what comes out. Names load on first use, so that tasks and
-rows are read without torch.
+models harder judges, `calibration` lets codecs learn, `run` puts them together, `report` is what comes out. Names load
+on first use, so that tasks and rows are read without torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quire.evaluate.calibration import calibrate
     from quire.evaluate.decode import Reading, Scored, Scorer
     from quire.evaluate.inject import Injection
     from quire.evaluate.metrics import Estimate, paired_bootstrap
@@ -28,6 +29,7 @@ _HOME = {
     "Scored": "decode",
     "Scorer": "decode",
     "Task": "tasks",
+    "calibrate": "calibration",
     "evaluate": "run",
     "paired_bootstrap": "metrics",
     "parse_task": "tasks",
@@ -43,6 +45,7 @@ __all__ = [
     "Scored",
     "Scorer",
     "Task",
+    "calibrate",
     "evaluate",
     "paired_bootstrap",
     "parse_task",

@@ -48,7 +48,8 @@ def _positions(chain: Chain, layer: int, n_blocks: int) -> torch.Tensor:
     group = chain.group
     first, size = group.tile_index(layer), group.block_tokens
     at = chain.true_positions(0)[first : first + len(group.heads(layer)), : n_blocks * size]
-    return torch.from_numpy(np.ascontiguousarray(at)).unflatten(1, (n_blocks, size)).transpose(0, 1)
+    every: torch.Tensor = torch.from_numpy(np.ascontiguousarray(at)).unflatten(1, (n_blocks, size))
+    return every.transpose(0, 1)
 
 
 def read_raw(

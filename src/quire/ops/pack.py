@@ -59,7 +59,8 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     planes = codes.to(torch.int32).unsqueeze(-1) >> torch.arange(bits, device=codes.device) & 1
     line = planes.flatten(-2)
     line = torch.nn.functional.pad(line, (0, -line.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (line << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    packed: torch.Tensor = (line << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    return packed
 
 
 def unpack_bits(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
@@ -68,4 +69,5 @@ def unpack_bits(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
         packed.to(torch.int32).unsqueeze(-1) >> torch.arange(8, device=packed.device) & 1
     ).flatten(-2)
     planes = line[..., : n * bits].unflatten(-1, (n, bits))
-    return (planes << torch.arange(bits, device=packed.device)).sum(-1)
+    codes: torch.Tensor = (planes << torch.arange(bits, device=packed.device)).sum(-1)
+    return codes
