@@ -192,6 +192,31 @@ def test_ranges_of_channels_leave_the_outliers_out(outliers: str) -> None:
     assert float(mid.abs().max()) < 3
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "cq:form=2c3b",
+        "cq:form=4c2b",
+        "kvquant:bits=3",
+        "kvquant:outliers=matrix",
+        "kvquant:sparse=0,keys=token",
+    ],
+)
+def test_a_plan_counts_the_tables(recipe: str) -> None:
+    """What `fit` makes, in float32, over layers and heads."""
+    codec: Any = load_codec(recipe)
+    fields = tuple(Field(n, (D,), "float32") for n in ("k", "v"))
+    layout = build_layout(
+        [KVLayer(i, 3, fields) for i in range(2)], KVConfig(recipe), dtype="float32"
+    )
+    x = drawn(11, 3, 512, D)
+    made = [
+        codec.fit(site(name, heads=(0, 1, 2)), x, x**2 if codec.weighted else None, 0)
+        for name in ("k", "v")
+    ]
+    assert layout.table_bytes == 2 * 4 * sum(t.numel() for m in made for t in m.values())
+
+
 # -- files -------------------------------------------------------------------------------------------------------
 
 

@@ -177,6 +177,10 @@ class Calibrated(Coded):
                 "run quire calibrate again"
             )
 
+    def table_bytes(self, site: Site) -> int:
+        """Memory that the tables of one layer's field take at work, in float32."""
+        raise NotImplementedError
+
     def fit(
         self, site: Site, x: torch.Tensor, weight: torch.Tensor | None, seed: int
     ) -> dict[str, torch.Tensor]:

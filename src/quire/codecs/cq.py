@@ -11,9 +11,10 @@ Source: Coupled Quantization (Zhang et al., arXiv 2405.03917): k-means++ and Llo
 Differs: keys are coded before RoPE by default (`rope=before`); `rope=after` codes them as the model hands them over,
     and serves models whose RoPE cannot be turned back. `fisher=false` weighs all tokens alike, for comparison. Centres
     are float16. A window of recent tokens in 16 bits is the recipe's own: `cq:form=8c8b,file=FILE;window=128`.
-Cost: bytes per token, head and field: D b / (8 c), rounded up. Codebooks, once per model: 2^b D float16 per layer, KV
-    head and field, whatever c is. Encoding looks at 2^b D / c centres a token, decoding gathers; no kernel reads it in
-    place. Needs a calibration (`quire calibrate`) of at least 32 tokens per centre. Serves no latents.
+Cost: bytes per token, head and field: D b / (8 c), rounded up. Codebooks, once per model: 2^b D numbers per layer, KV
+    head and field, whatever c is; float16 in the file, float32 at work. Encoding looks at 2^b D / c centres a token,
+    decoding gathers; no kernel reads it in place. Needs a calibration (`quire calibrate`) of at least 32 tokens per
+    centre. Serves no latents.
 Error: the distance from the nearest centre, which nothing bounds for what no text showed.
 """
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 TOKENS_PER_CENTRE = 32
-_FORM = re.compile(r"(1|2|4|8|16)c([1-9]|1[0-2])b")
+_FORM = re.compile(r"(1|2|4|8|16)c([1-8]|10|12)b")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,9 @@ class Codec(Calibrated):
 
     def error_bound(self, site: Site, x: torch.Tensor) -> torch.Tensor:
         return (self._values(site, self._codes(site, x)).double() - x.double()).abs()
+
+    def table_bytes(self, site: Site) -> int:
+        return 4 * len(site.heads) * site.width << self.bits
 
     def fit(
         self, site: Site, x: torch.Tensor, weight: torch.Tensor | None, seed: int

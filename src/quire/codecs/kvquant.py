@@ -15,11 +15,11 @@ Differs: a value's token is a vector of one head, where the paper takes all head
     exceed the range or not; what finds no room is clipped. Values have at least one place per token.
     For comparison: `rope=after`, `fisher=false`, `outliers=matrix` (one range for a whole layer says what is outside),
     `keys=token` (keys as values), `sink=0`.
-Cost: bytes of T tokens and a head (T = tile): keys T D b / 8 + 4 n with n = 16 ceil(sparse T D / 16); values
-    T (D b / 8 + 4 + 3 m) with m = max(1, sparse D), rounded. At D = 128, four bits and tiles of 64: 4.41 bits a
-    number, where the paper counts 4.32 at 4,096 values a token. Channels' ranges and the grids, once per model:
-    4 D bytes per layer and head and 2^b float32 twice per layer and field. The first token takes a raw block per
-    sequence. Needs a calibration (`quire calibrate`). Decoded to be attended. Serves no latents.
+Cost: bytes of T tokens and a head (T = tile): keys T D b / 8 + 4 n with n = 16 ceil(sparse T D / 16); values T (D b / 8
+    + 4 + 3 m) with m = max(1, sparse D), rounded. At D = 128, four bits and tiles of 64: 4.41 bits a number, where the
+    paper counts 4.32 at 4,096 values a token. Channels' ranges and the grids, once per model: 8 D bytes per layer and
+    head and 2^b float32 twice per layer and field. The first token takes a raw block per sequence. Needs a calibration
+    (`quire calibrate`). Decoded to be attended. Serves no latents.
 Error: the distance from the nearest level, times reach; more where outliers found no room.
 """
 
@@ -264,6 +264,11 @@ class Codec(Calibrated):
         """What codes read as: the grid, or the one that Q-Norm moved."""
         moved = self.bits == 2 if self.qnorm == "auto" else self.qnorm
         return self._table(site, "moved" if moved else "grid", like, by_head=False)
+
+    def table_bytes(self, site: Site) -> int:
+        channels = 2 * len(site.heads) * site.width if self._by_channel(site) else 0
+        centre = int(self.outliers == "matrix" and self.sparse > 0)
+        return 4 * (channels + (2 << self.bits) + centre)
 
     # -- what is learned ---------------------------------------------------------------------------------------------
 

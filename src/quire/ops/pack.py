@@ -12,6 +12,8 @@ byte `j`, from bit `bits * e` on. So one shift and one mask unpack four codes at
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 TILE_TOKENS = 16
@@ -55,19 +57,30 @@ def _split(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """`[..., n]` codes of any width up to 16 to `[..., ceil(n bits / 8)] uint8`, bit after bit; a row begins a byte."""
-    planes = codes.to(torch.int32).unsqueeze(-1) >> torch.arange(bits, device=codes.device) & 1
-    line = planes.flatten(-2)
-    line = torch.nn.functional.pad(line, (0, -line.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    packed: torch.Tensor = (line << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
-    return packed
+    """`[..., n]` codes of 1 to 8, 10 or 12 bits to `[..., ceil(n bits / 8)] uint8`; a row begins a byte."""
+    n, (per_word, n_bytes) = codes.shape[-1], _word(bits)
+    x = torch.nn.functional.pad(codes.long(), (0, -n % per_word)).unflatten(-1, (-1, per_word))
+    word = (x << _places(per_word, bits, codes)).sum(-1, keepdim=True)
+    packed: torch.Tensor = (word >> _places(n_bytes, 8, codes) & 255).to(torch.uint8).flatten(-2)
+    return packed[..., : -(-n * bits // 8)]
 
 
 def unpack_bits(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
     """The inverse of `pack_bits`: `[..., n] int64`."""
-    line = (
-        packed.to(torch.int32).unsqueeze(-1) >> torch.arange(8, device=packed.device) & 1
-    ).flatten(-2)
-    planes = line[..., : n * bits].unflatten(-1, (n, bits))
-    codes: torch.Tensor = (planes << torch.arange(bits, device=packed.device)).sum(-1)
-    return codes
+    per_word, n_bytes = _word(bits)
+    x = packed
+    if n_bytes > 1:
+        x = torch.nn.functional.pad(x, (0, -x.shape[-1] % n_bytes)).unflatten(-1, (-1, n_bytes))
+        x = (x.long() << _places(n_bytes, 8, packed)).sum(-1)
+    codes: torch.Tensor = x.long().unsqueeze(-1) >> _places(per_word, bits, packed)
+    return (codes & (1 << bits) - 1).flatten(-2)[..., :n]
+
+
+def _word(bits: int) -> tuple[int, int]:
+    """Codes and bytes of the shortest word that both fill, which must fit an int64."""
+    whole = math.lcm(bits, 8)
+    return whole // bits, whole // 8
+
+
+def _places(n: int, bits: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.arange(0, n * bits, bits, device=like.device)

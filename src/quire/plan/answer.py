@@ -64,6 +64,7 @@ def answer(
         "kv_bytes_per_user": each,
         "kv_peak_bytes_per_user": demand.peak_bytes(tokens) * setup.ranks,
         "kv_bytes": users * each,
+        "table_bytes": demand.rank_layout.table_bytes * setup.ranks,
         "weight_bytes": _weight_bytes(demand),
         "weight_form": setup.weight_form,
         "parameters": setup.parameters.total if setup.parameters else None,

@@ -234,6 +234,7 @@ class Demand:
         """What a rank has left for the cache: below zero where the weights alone are too much."""
         s = self.setup
         per_rank = math.ceil(self.weight_bytes / s.ranks) + self.activation_bytes + self.reserved
+        per_rank += self.rank_layout.table_bytes
         return self._device.memory_bytes - per_rank
 
     @property

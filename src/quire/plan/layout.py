@@ -88,6 +88,17 @@ class Layout:
         return tuple(Site(f, group.block_tokens, layer, heads) for f in self.fields_of(group))
 
     @property
+    def table_bytes(self) -> int:
+        """Memory that what codecs learned takes, once for all sequences."""
+        return sum(
+            codec.table_bytes(site)
+            for g in self.spec
+            for layer in (() if g.recurrent else g.layers)
+            for site in self.sites_of(g, layer)
+            if hasattr(codec := self.codecs_of(g)[site.name], "table_bytes")
+        )
+
+    @property
     def unrotated(self) -> KVCodec | None:
         """A codec that needs keys before RoPE; None where none does."""
         every = (of.get("k") for of in self.codecs.values())
