@@ -39,6 +39,15 @@ int4;skip_layers=0,1,-1          options for all codecs: layers that stay in the
 int4;sinks=4;window=128          so many first and so many recent tokens that stay in it
 ```
 
+Codecs that learn from a text (`cq`, `kvquant`) name the file that `quire calibrate` wrote, once per model and codec:
+
+```
+quire calibrate --codec cq:form=4c8b --text learn.txt --out cq.safetensors
+quire run --kv cq:form=4c8b,file=cq.safetensors …
+```
+
+What they lose here, and what their papers say: [Codecs that learn](methods.md).
+
 D counts the channels of a head, B the tokens of a block; other letters are in [Shape letters](shapes.md).
 """
 MARK = "<!-- Below: made by `make docs` from the docstrings in src/quire/retention. -->"

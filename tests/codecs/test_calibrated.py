@@ -143,6 +143,16 @@ def test_a_first_token_that_is_read_raw_takes_no_outliers_room() -> None:
     assert errors[1, 7] == errors[0, 0] == errors[0, 7]
 
 
+def test_places_count_beyond_fifteen_bits() -> None:
+    """128 tokens of 320 channels: the last place of a tile is 40,959."""
+    tables = {"k_grid": GRID, "k_channels": torch.stack([torch.zeros(320), torch.ones(320)])[None]}
+    codec = with_tables("kvquant:bits=2,tile=128,qnorm=false", **tables)
+    at, x, pos = site("k", 320, block=128), torch.zeros(128, 320), torch.arange(128)
+    x[127, 319] = 100.0
+    back = codec.decode(at, codec.encode(at, x, pos), pos, torch.float32)
+    assert (back == 100).nonzero().tolist() == [[127, 319]]
+
+
 def test_values_by_token_without_their_farthest() -> None:
     """One value of 64 is kept apart; the range is that of the others; float16 mid and reach."""
     codec = with_tables("kvquant:bits=2,qnorm=false", v_grid=GRID)

@@ -302,7 +302,7 @@ def test_models_whose_keys_cannot_be_turned_back_are_refused(name: str, says: st
 def test_attaching_asks_the_same(made: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     from quire.codecs.calibrated import Calibrated
 
-    monkeypatch.setattr(Calibrated, "bound", lambda self, digest: self)
+    monkeypatch.setattr(Calibrated, "bound", lambda self, digest, device: self)
     monkeypatch.setattr(Calibrated, "check_site", lambda self, site: None)
     line = refusal(lambda: runner_for(zoo.build("llama_dynamic"), kv=made[FEW], block_tokens=16))
     assert line.startswith("codec cq needs keys before RoPE, and of this model: its RoPE (dynamic)")

@@ -148,8 +148,8 @@ class Calibrated(Coded):
             )
         self._check(read_about(self.file, f"codec {self.name}"))
 
-    def bound(self, digest: str) -> Self:
-        """The same with its tables, for the model of that digest. Raises ConfigError."""
+    def bound(self, digest: str, device: torch.device | str = "cpu") -> Self:
+        """The same with its tables on a device, for the model of that digest. Raises ConfigError."""
         self.check_file()
         found = read(self.file, f"codec {self.name}")
         if found.about.get("model") != digest:
@@ -157,7 +157,7 @@ class Calibrated(Coded):
                 f"codec {self.name}: {self.file} was calibrated on another model "
                 f"({found.about.get('model', '')[:8]}, this one is {digest[:8]}); run quire calibrate on this one"
             )
-        return self.with_tables(found.tables)
+        return self.with_tables({n: t.to(device) for n, t in found.tables.items()})
 
     def with_file(self, file: str) -> str:
         """The recipe that names a file."""

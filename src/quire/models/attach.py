@@ -114,7 +114,7 @@ def connect(
             if bit_map is not None:
                 bit_map.check_digest(partial(weights_digest, model))
             layout = _layout(model, shape, candidate, config, dtype, keep)
-            layout = layout.bound(partial(weights_digest, model))
+            layout = layout.bound(partial(weights_digest, model), model.device)
             store = BlockStore(layout.spec, total_bytes, device=str(model.device))
             bridge = Bridge(model, candidate, shape, layout, store, patches, adapters, attention)
         except BaseException:

@@ -104,7 +104,7 @@ class Layout:
         every = (of.get("k") for of in self.codecs.values())
         return next((c for c in every if c is not None and c.needs == "unrotated"), None)
 
-    def bound(self, digest: Callable[[], str]) -> Layout:
+    def bound(self, digest: Callable[[], str], device: torch.device | str = "cpu") -> Layout:
         """The same with the tables that codecs learned of the model of that digest. Raises ConfigError."""
         known: dict[str, KVCodec] = {}
 
@@ -113,7 +113,7 @@ class Layout:
                 return codec  # type: ignore[no-any-return]
             text = codec_text(codec)
             if text not in known:
-                known[text] = codec.bound(digest())
+                known[text] = codec.bound(digest(), device)
             return known[text]
 
         codecs = {g: {n: of(c) for n, c in by_name.items()} for g, by_name in self.codecs.items()}
