@@ -187,6 +187,9 @@ def test_sinks_and_window_are_read_raw() -> None:
     assert raw_span("kivi") == Residual(32, 128)
     assert raw_span("k=kivi:residual=40,v=int8") == Residual(32, 40)
     assert raw_span("kivi:group=64;window=200") == Residual(64, 200)
+    assert raw_span("kvquant") == raw_span("k=int8,v=kvquant") == Residual(64, 0, Full(), 1)
+    assert raw_span("kvquant;sinks=4").sinks == raw_span("kvquant:sink=4;sinks=2").sinks == 4
+    assert raw_span("kvquant:sink=0").sinks == 0
 
 
 @pytest.mark.parametrize(
