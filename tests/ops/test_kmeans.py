@@ -73,7 +73,7 @@ def test_nearest_is_the_same_alone_and_among_others(monkeypatch: pytest.MonkeyPa
     x, centres = torch.randn(2, 333, 4, generator=g), torch.randn(2, 64, 4, generator=g)
     whole = nearest(x, centres)
     assert torch.equal(whole[:, 7:8], nearest(x[:, 7:8], centres))
-    monkeypatch.setattr("quire.ops.kmeans._ELEMENTS", 640)
+    monkeypatch.setattr("quire.ops.kmeans._NEAR", 640)
     assert torch.equal(whole, nearest(x, centres))
 
 
