@@ -210,13 +210,19 @@ def read_rows(work: Path) -> Rows:
 
 
 def run(
-    work: Path, learn: Path, texts: Sequence[Path], max_tokens: int, length: int, seconds: float
+    work: Path,
+    learn: Path,
+    texts: Sequence[Path],
+    max_tokens: int,
+    length: int,
+    seconds: float,
+    batch: int | None = None,
 ) -> bool:
     """What is not known yet, until the time is up; whether all is known now."""
     bench: Bench | None = None
     began = time.monotonic()
-    for which, injected, recipes in BATCHES:
-        if which == "second" and len(texts) < 2:
+    for i, (which, injected, recipes) in enumerate(BATCHES):
+        if (which == "second" and len(texts) < 2) or (batch is not None and i != batch):
             continue
         text = texts[FAR_TEXT_AT if which == "second" else 0]
         known = read_rows(work)
@@ -328,13 +334,13 @@ def page(rows: Rows) -> str:
         "",
         "## Every figure",
         "",
-        "| Text | Outliers | Codec | Bytes a token | Loss, nats | KL | Same top token |",
-        "| --- | --- | --- | --: | --: | --: | --: |",
+        "| Text | Tokens | Outliers | Codec | Bytes a token | Loss, nats | KL | Same top token |",
+        "| --- | --: | --- | --- | --: | --: | --: | --: |",
     ]
     for (text, injected, kv), row in rows.items():
         lines.append(
-            f"| {text} | {'injected' if injected else ''} | `{kv}` | {row['bytes_per_token']:,.0f} | "
-            f"{row['dnll']:+.4f} ({row['dnll_low']:+.4f} to {row['dnll_high']:+.4f}) | {row['kl']:.4f} | "
+            f"| {text} | {row['tokens']:,} | {'injected' if injected else ''} | `{kv}` | "
+            f"{row['bytes_per_token']:,.0f} | {row['dnll']:+.4f} ({row['dnll_low']:+.4f} to {row['dnll_high']:+.4f}) | {row['kl']:.4f} | "
             f"{100 * row['agreement']:.1f} % |"
         )
     return "\n".join([*lines, ""])
@@ -369,12 +375,21 @@ def main() -> None:
     p.add_argument("--texts", type=Path, nargs="+", default=[], help="a text, and another domain's")
     p.add_argument("--max-tokens", type=int, default=51_200, help="of each text")
     p.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    p.add_argument("--batch", type=int, help=f"only this of BATCHES, 0 to {len(BATCHES) - 1}")
     p.add_argument("--write", type=Path, help="the page")
     p.add_argument("--seconds", type=float, default=math.inf, help="ends soon after so many")
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.texts:
-        whole = run(args.work, args.learn, args.texts, args.max_tokens, args.length, args.seconds)
+        whole = run(
+            args.work,
+            args.learn,
+            args.texts,
+            args.max_tokens,
+            args.length,
+            args.seconds,
+            args.batch,
+        )
         print("all is known" if whole else "more is to be done: call again")
     if args.write:
         args.write.write_text(page(read_rows(args.work)), encoding="utf-8")
