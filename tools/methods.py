@@ -340,7 +340,8 @@ def page(rows: Rows) -> str:
     for (text, injected, kv), row in rows.items():
         lines.append(
             f"| {text} | {row['tokens']:,} | {'injected' if injected else ''} | `{kv}` | "
-            f"{row['bytes_per_token']:,.0f} | {row['dnll']:+.4f} ({row['dnll_low']:+.4f} to {row['dnll_high']:+.4f}) | {row['kl']:.4f} | "
+            f"{row['bytes_per_token']:,.0f} | {row['dnll']:+.4f} "
+            f"({row['dnll_low']:+.4f} to {row['dnll_high']:+.4f}) | {row['kl']:.4f} | "
             f"{100 * row['agreement']:.1f} % |"
         )
     return "\n".join([*lines, ""])
