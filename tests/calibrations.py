@@ -14,9 +14,9 @@ from quire.codecs.calibrated import Calibrated
 from quire.codecs.recipe import codec_text
 from quire.spec import Field, KVCodec, Site
 
-ARGUMENTS = {"cq": "form=4c4b"}
+ARGUMENTS = {"cq": "form=4c3b"}
 """Few centres: tables are made in no time."""
-TOKENS, HEADS = 1024, 4
+TOKENS, HEADS = 256, 4
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_a_code_is_the_index_of_the_nearest_centre() -> None:
     assert back.tolist() == [[1.0, 0.0, 4.0, 0.0], [0.0, 1.0, 0.0, 4.0]]
 
 
-@pytest.mark.parametrize("recipe", ["cq:form=4c4b", "kvquant:bits=3", "kvquant:outliers=matrix"])
+@pytest.mark.parametrize("recipe", ["cq:form=4c3b", "kvquant:bits=3", "kvquant:outliers=matrix"])
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_every_head_has_tables_of_its_own(recipe: str, name: str) -> None:
     """Heads side by side in dimension 1, any of the layer's, read as each one alone."""

@@ -37,10 +37,8 @@ RECIPES = (
     "kvarn:value_bits=4,tile=64",
     "kvarn:tile=16,rotate=false",
     "cq:form=2c3b",
-    "kvquant:bits=3,keys=token",
     "kvquant:bits=2,outliers=matrix,tile=16",
-    "kvquant:outliers=matrix,keys=token,sink=0",
-    "kvquant:sparse=0,qnorm=true",
+    "kvquant:bits=3,sparse=0,keys=token,qnorm=true",
 )
 """Every codec of the folder as it comes, and what else its parameters make of it."""
 
