@@ -72,7 +72,7 @@ class Layout:
     narrowed: Callable[[Keep], CacheSpec] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
     """The same groups under another policy's spans; their codecs and fields are found here."""
     turn: Turn | None = field(default=None, repr=False, compare=False)
-    """The model's RoPE, for codecs that need keys before it; see `bound`."""
+    """The model's RoPE, where a codec needs keys before it; whoever joins a model to the layout finds it."""
 
     def codecs_of(self, group: CacheGroup) -> Mapping[str, KVCodec]:
         """The codecs of a group, or of the one that it was split from."""
