@@ -70,6 +70,7 @@ class Axis:
         """Round figures within: powers of ten with steps between where they are few, or steps of 1, 2 or 5."""
         if self.log:
             a, b = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            found: list[float] = []
             for steps in ((1,), (1, 2, 5), tuple(range(1, 10))):
                 every = [m * 10.0**e for e in range(a, b + 1) for m in steps]
                 found = [v for v in every if self.low <= v * 1.0001 and v <= self.high * 1.0001]

@@ -134,7 +134,9 @@ class ModelRunner:
     def check_yields(self, keep: Keep) -> None:
         """Raises ConfigError where a policy cannot take a sequence over that has run without it."""
         policy = keep.policy
-        seen = getattr(policy, "queries", None) is not None or getattr(policy, "last_queries", 0)
+        seen = getattr(policy, "queries", None) is not None or bool(
+            getattr(policy, "last_queries", 0)
+        )
         asks = seen or getattr(policy, "notes", False) or getattr(policy, "calls", False)
         if not self.rules(keep).scores or asks or policy.repeats:
             raise ConfigError(
