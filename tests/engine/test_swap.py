@@ -12,14 +12,13 @@ import torch
 import zoo
 from quire.engine import Engine, SamplingParams, SchedulerConfig
 from quire.engine.ladder import Rates
-from quire.errors import ConfigError, RequestError
+from quire.errors import ConfigError
 from quire.models.open import open_runner
 from tiny_model import chaotic_model
 
 LENGTHS = (20, 35, 40, 26, 31)
 PARAMS = SamplingParams(max_tokens=80, ignore_eos=True)
 SWAP = "host:8MiB;swap=always"
-YIELDS = "keydiff:budget=0.4,sinks=2,window=4,every=16"
 RECIPES = {
     "auto": "160KiB",
     "int8": "84KiB",
@@ -181,57 +180,3 @@ def test_a_cancelled_one_leaves_nothing_on_the_host(model: Any) -> None:
 def test_what_cannot_be_swapped_is_refused(model: Any, tiers: str, share: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         open_runner(model, memory="8MiB", tiers=tiers, share=share)
-
-
-def yielding(model: Any, allowed: set[int], **options: Any) -> tuple[list[list[int]], Any]:
-    given = {"attention": "reference", "block_tokens": 8, "weights": "plain", **options}
-    runner = open_runner(model, **given)
-    try:
-        with Engine(runner, config=SchedulerConfig(step_tokens=64)) as engine:
-            engine.core.checks.every = 1
-            names = [
-                engine.add_request(p, PARAMS, yields=YIELDS if at in allowed else None)
-                for at, p in enumerate(prompts())
-            ]
-            done: dict[str, list[int]] = {}
-            while engine.has_work:
-                for delta in engine.step():
-                    if delta.output is not None:
-                        done[delta.request_id] = delta.output.token_ids
-            stats = engine.stats()
-        assert runner.usage().held_bytes == 0
-        assert stats.checks["violations"] == {}
-        return [done[n] for n in names], stats
-    finally:
-        runner.close()
-
-
-def test_only_those_who_allow_it_drop_tokens_and_only_for_want_of_memory(model: Any) -> None:
-    want, _ = yielding(model, set(), memory="8MiB")
-    roomy_one, stats = yielding(model, {1, 3}, memory="8MiB")
-    assert roomy_one == want
-    assert stats.ladder.yielded == 0
-    got, stats = yielding(model, {1, 3}, memory="160KiB")
-    assert stats.ladder.yielded > 0 < stats.ladder.yielded_bytes
-    same = [a == b for a, b in zip(got, want, strict=True)]
-    assert all(same[at] for at in (0, 2, 4))
-    assert not same[1] or not same[3]
-    assert all(len(x) == PARAMS.max_tokens for x in got)
-
-
-@pytest.mark.parametrize(
-    ("yields", "keep", "why"),
-    [
-        ("h2o:budget=0.5", None, "use keydiff"),
-        ("window:64", None, "use keydiff"),
-        ("nonsense", None, "nonsense"),
-        ("keydiff:budget=0.5", "keydiff:budget=0.5", "keep everything"),
-    ],
-)
-def test_what_cannot_yield_is_refused(model: Any, yields: str, keep: Any, why: str) -> None:
-    runner = open_runner(model, memory="8MiB", weights="plain")
-    try:
-        with Engine(runner) as engine, pytest.raises(RequestError, match=why):
-            engine.add_request([1, 2, 3], PARAMS, keep=keep, yields=yields)
-    finally:
-        runner.close()

@@ -106,7 +106,7 @@ class Engine:
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
-        yields: str | Keep | None = None,
+        yields: str | None = None,
         on_delta: Sink | None = None,
     ) -> str:
         """Submit a request; it runs when somebody steps.
@@ -121,8 +121,8 @@ class Engine:
             share: "off": find nothing and leave nothing; default: as the runner was opened.
             namespace: who may find what it leaves, and whose it finds; default: those without one.
             hints: how long its blocks should stay cached.
-            yields: a policy, as `"keydiff:budget=0.5"`, that it goes under when memory runs short and not before: its
-                output then depends on what runs beside it. Default: it keeps its tokens.
+            yields: what it gives up when memory runs short and not before, so that its output depends on what runs
+                beside it: a codec for its older blocks, as `"kv=int4"`, or tokens, as `"keydiff:budget=0.5"`.
             on_delta: called with every delta, from the thread that steps; default: `step` returns them.
 
         Returns:

@@ -123,7 +123,7 @@ class Intake:
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
-        yields: str | Keep | None = None,
+        yields: str | None = None,
     ) -> Request:
         """Check and make one.
 
@@ -198,24 +198,24 @@ class Intake:
             raise RequestError(str(e)) from e
         return None if policy.full and usual.full else policy
 
-    def _yields(self, yields: str | Keep | None, policy: Keep | None) -> Keep | None:
-        """The policy that a request goes under when memory runs short."""
+    def _yields(self, yields: str | None, policy: Keep | None) -> Any:
+        """What a request gives up when memory runs short."""
         if yields is None:
             return None
-        check = getattr(self.room, "check_yields", None)
-        if check is None:
-            raise RequestError(f"this runner keeps no policy, so yields={yields!r} means nothing")
+        known = getattr(self.room, "yields", None)
+        if known is None:
+            raise RequestError(
+                f"this runner can give nothing up, so yields={yields!r} means nothing"
+            )
         if policy is not None:
             raise RequestError(
                 f"yields={yields!r} is for requests that keep everything, and this one has keep={policy.text!r}; "
                 "drop one of them"
             )
         try:
-            wanted = parse_keep(yields)
-            check(wanted)
+            return known(yields)
         except ConfigError as e:
             raise RequestError(str(e)) from e
-        return wanted
 
     @staticmethod
     def _check_imports(keep: str | Keep, policy: Keep, usual: Keep) -> None:

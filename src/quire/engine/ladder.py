@@ -2,6 +2,7 @@
 
     drop        idle blocks that nobody asked for lately       the pools, by what they are worth (`store/evict.py`)
     demote      the same, to a tier                            `store/tiering.py`
+    recode      older blocks of a request that allows it, in a smaller codec: while there is room for the codes
     evict       tokens of a request that allows it, by the policy it names: while there is room for what is kept
     offload     cold blocks of a sequence larger than the arena; they are read from where they lie (`store/cold.py`)
     swap        a preempted sequence goes to host memory       here, where copying costs less than computing
@@ -44,7 +45,8 @@ class LadderStats:
     Args:
         dropped_blocks: idle ones given up for good.
         demoted_blocks: idle ones that went to a tier.
-        yielded: sequences that went under the policy that they allow; `yielded_bytes` were free then.
+        recoded: sequences whose older blocks went into the smaller codec that they allow.
+        yielded: sequences that went under the policy that they allow; `yielded_bytes` were free then, of both.
         offloaded_bytes: of cold blocks that went to the host or to a tier while their sequence ran.
         lost: sequences computed anew because such a block did not come back.
         swapped: sequences that went to host memory when they were preempted; `swapped_bytes` of them.
@@ -58,6 +60,7 @@ class LadderStats:
 
     dropped_blocks: int = 0
     demoted_blocks: int = 0
+    recoded: int = 0
     yielded: int = 0
     yielded_bytes: int = 0
     offloaded_bytes: int = 0
@@ -131,7 +134,7 @@ class Ladder:
                 self.give_way(running)
 
     def give_way(self, running: Sequence[Sample]) -> bool:
-        """The last who allows it drops tokens; whether somebody did."""
+        """The last who allows it gives something up; whether somebody did."""
         if not self.yielding:
             return False
         for sample in reversed(running):
@@ -141,8 +144,11 @@ class Ladder:
             if sample.item is not None or sample.computed < sample.prompt_tokens:
                 continue
             before = table.held_bytes()
-            if self.room.yield_tokens(table, sample.request.yields):
-                self.stats.yielded += 1
+            if sample.request.yields.apply(table):
+                if sample.request.yields.kind == "recode":
+                    self.stats.recoded += 1
+                else:
+                    self.stats.yielded += 1
                 self.stats.yielded_bytes += before - table.held_bytes()
                 return True
         return False

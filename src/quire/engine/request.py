@@ -200,7 +200,7 @@ class Request:
         share: whether its prefix is looked up, and what it computes is left for others.
         namespace: who may find it; None: everybody who names none either.
         hints: how long its blocks should stay.
-        yields: a policy by which it may drop tokens when memory runs short; None: it keeps them.
+        yields: what it gives up when memory runs short, see `models.yielding`; None: nothing.
         oversize: it is larger than the arena: its cold blocks lie in the tiers.
         prompt_logprobs: one per prompt position scored so far, the first always None; None when not asked for.
     """
@@ -219,7 +219,7 @@ class Request:
     share: bool = False
     namespace: Namespace | None = None
     hints: Hints | None = None
-    yields: Keep | None = None
+    yields: Any = None
     oversize: bool = False
     samples: list[Sample] = field(default_factory=list)
     unfinished: int = 0

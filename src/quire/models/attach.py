@@ -176,6 +176,12 @@ def _enter(way: str, shape: Shape, patches: Patches) -> bool:
     return ok
 
 
+def layout_of(bridge: Bridge, config: KVConfig) -> Layout:
+    """The groups of a bridge's model under another configuration. Raises ConfigError."""
+    check_config(config)
+    return _layout(bridge.model, bridge.shape, bridge.way, config, bridge.layout.dtype)
+
+
 def _layout(
     model: Any, shape: Shape, way: str, config: KVConfig, dtype: str, keep: Keep | None = None
 ) -> Layout:

@@ -11,7 +11,7 @@ import torch
 
 from quire.attention.read import Row
 from quire.attention.step import Step
-from quire.errors import CapacityError, ConfigError, InvariantError, RequestError
+from quire.errors import InvariantError, RequestError
 from quire.models.adapters import Adapters, unwrap
 from quire.models.bridge import Bridge
 from quire.models.forward import CURRENT
@@ -21,6 +21,7 @@ from quire.models.prepack import Prepacked
 from quire.models.repeat import repeat
 from quire.models.rope import Regimes
 from quire.models.sharing import AdapterDigests, open_tiering
+from quire.models.yielding import Yield, parse_yield
 from quire.retention import Keep
 from quire.spec import Usage
 from quire.store import cold
@@ -76,6 +77,7 @@ class ModelRunner:
         self.adapter_digest = AdapterDigests(bridge.adapters.model)
         self.weights = bridge.weights
         self.tiering: Tiering | None = None
+        self._yields: dict[str, Yield] = {}
         self.below: Below | None = None
         """Host memory, and disks, for running sequences."""
 
@@ -131,36 +133,12 @@ class ModelRunner:
             return False
         return cold.fits(store, n_tokens, below.capacity_bytes)
 
-    def check_yields(self, keep: Keep) -> None:
-        """Raises ConfigError where a policy cannot take a sequence over that has run without it."""
-        policy = keep.policy
-        seen = getattr(policy, "queries", None) is not None or bool(
-            getattr(policy, "last_queries", 0)
-        )
-        asks = seen or getattr(policy, "notes", False) or getattr(policy, "calls", False)
-        if not self.rules(keep).scores or asks or policy.repeats:
-            raise ConfigError(
-                f"yields={keep.text!r}: a policy that takes over half way can look at what is kept and at nothing that "
-                "was seen before; use keydiff:budget=0.5"
-            )
-
-    def yield_tokens(self, table: BlockTable, keep: Keep) -> bool:
-        """Puts a sequence that kept everything under a policy from here on; its first tokens go at once.
-
-        Returns:
-            Whether they did: not where there is no room for what is copied, or nothing to gain.
-        """
-        rules = self.rules(keep)
-        if rules.kept_tokens(table.length) >= table.length or table.length != table.committed:
-            return False
-        rules.apply(table, table.length)
-        assert table.keeper is not None
-        try:
-            table.keeper.before_append(table, 1)
-        except CapacityError:
-            table.keeper = None
-            return False
-        return True
+    def yields(self, text: str) -> Yield:
+        """What a request may give up when memory runs short. Raises ConfigError."""
+        found = self._yields.get(text)
+        if found is None:
+            found = self._yields[text] = parse_yield(self.bridge, text)
+        return found
 
     def context_tokens(self, keep: Keep | None = None, prompt_tokens: int = 0) -> int:
         """The longest sequence that can be attended to: without end where a window bounds every distance.

@@ -15,6 +15,7 @@ __all__ = ["ladder_metrics", "tier_metrics"]
 LADDER = {
     "drop": "dropped_blocks",
     "demote": "demoted_blocks",
+    "recode": "recoded",
     "evict": "yielded",
     "swap": "swapped",
     "recompute": "recomputed",
@@ -93,7 +94,7 @@ def ladder_metrics(stats: EngineStats, model: str) -> Iterator[Metric]:
     ladder, checks = stats.ladder, stats.checks
     steps = CounterMetricFamily(
         "quire_shortage_steps",
-        "For want of memory: blocks dropped, demoted; samples evicted from, swapped, recomputed, queued.",
+        "For want of memory: blocks dropped, demoted; samples recoded, evicted from, swapped, recomputed, queued.",
         labels=["model_name", "step"],
     )
     for step, name in LADDER.items():

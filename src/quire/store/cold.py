@@ -5,7 +5,7 @@
     staging     |#### layer l of run 0|   |#### layer l of run 1|      two frames of the arena, filled in turn
 
 What is away was sealed: it never changes, so nothing is ever written back. A run is as long as one layer's share of it
-fills a frame; a step copies each share into a frame, reads it there and forgets it, so memory stays bounded however
+fits a frame; a step copies each share into a frame, reads it there and forgets it, so memory stays bounded however
 long the sequence is. Runs that host memory has no room for lie in the first tier behind it, a share by itself under a
 random name, verified when it comes back; the next ones are on their way while one is read.
 """
@@ -89,8 +89,9 @@ def cold_limit(table: BlockTable, chain: Chain) -> int:
 
 
 def run_blocks(group: CacheGroup, store: BlockStore) -> int:
-    """Blocks of a run: one layer's share of them fills a frame at most."""
-    return max(1, store.arena.slab_bytes // max(share_bytes(group, x) for x in group.layers))
+    """Blocks of a run: one layer's share of them fills a frame at most, and all of it an eighth of the arena."""
+    fill = store.arena.slab_bytes // max(share_bytes(group, x) for x in group.layers)
+    return max(1, min(fill, store.arena.total_bytes // 8 // group.block_bytes))
 
 
 def fits(store: BlockStore, n_tokens: int, room_bytes: int, *, chunk_tokens: int = 1) -> bool:

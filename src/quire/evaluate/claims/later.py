@@ -16,12 +16,6 @@ def _no(why: str) -> Callable[[Any], Outcome]:
 
 CLAIMS = (
     Claim(
-        "offload",
-        "Offloading serves what would otherwise run out of memory",
-        "several systems",
-        _no("blocks that nobody holds go to tiers, live sequences do not yet"),
-    ),
-    Claim(
         "split",
         "Splitting prefill from decode gives 1.5 to 2 times the throughput",
         "Splitwise, DistServe",

@@ -55,8 +55,7 @@ class Bench:
         try:
             yield runner
         finally:
-            if hasattr(runner, "bridge"):
-                runner.bridge.close()
+            runner.close()
 
     def generate(self, runner: Any, prompt: int, output: int) -> list[float]:
         """Writes `output` tokens behind `prompt`, alone. Returns the seconds of each step."""

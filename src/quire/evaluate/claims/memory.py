@@ -261,7 +261,48 @@ def _window(_: Any) -> Outcome:
     )
 
 
+# -- a context larger than the arena -----------------------------------------------------------------------------
+
+
+def _offload(bench: Any) -> Outcome:
+    from quire.engine import Engine, SamplingParams
+    from quire.errors import CapacityError
+
+    n, n_out, times = (768, 8, 4) if bench.quick else (2048, 32, 4)
+    ids = [bench.ids[i % len(bench.ids)] for i in range(n)]
+    with bench.opened("fp32") as runner:
+        want = int(runner.bytes_per_token * (n + n_out))
+    here: dict[str, Any] = {"memory": 2 * want, "block_tokens": 16}
+    small = here | {"memory": want // times}
+    below = small | {"tiers": f"host:{2 * want}B;offload=on"}
+    texts, rates, refused = [], [], ""
+    for options in (here, small, below):
+        with bench.opened("fp32", **options) as runner, Engine(runner) as engine:
+            began = time.perf_counter()
+            try:
+                (out,) = engine.generate([ids], SamplingParams(max_tokens=n_out, ignore_eos=True))
+            except CapacityError as e:
+                refused = str(e)
+                continue
+            rates.append(n_out / (time.perf_counter() - began))
+            texts.append(out.token_ids)
+    same = len(texts) == 2 and texts[0] == texts[1]
+    return Outcome(
+        f"{n + n_out:,} tokens, {times} times the arena: refused without a tier, served with one, with "
+        f"{'the same' if same else 'other'} tokens as an arena that holds everything",
+        "reproduced" if same and refused else "contradicted",
+        f"output tokens per second with the prompt, {rates[0]:.1f} here and {rates[-1]:.1f} with cold blocks in host "
+        "memory, on a processor, where both are the same memory",
+    )
+
+
 CLAIMS = (
+    Claim(
+        "offload",
+        "Offloading serves what would otherwise run out of memory",
+        "several systems",
+        _offload,
+    ),
     Claim(
         "block-size",
         "The size of a block trades waste against the cost of looking blocks up; 16 tokens are small enough",
