@@ -11,6 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import zoo
+from quire.codecs import parse_recipe
+from quire.codecs.calibrated import Calibrated
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"latent (MLA)": "deepseek_v3", "recurrent only": "mamba2", "grouped-query": "llama"}
@@ -43,12 +45,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, P
     return made
 
 
+def learns(kv: str) -> bool:
+    """Whether a recipe names no file that it needs: the page's cells have calibrations of their own."""
+    if kv == "none":
+        return False
+    return any(isinstance(c, Calibrated) for c in parse_recipe(kv).loaded())
+
+
 @pytest.mark.parametrize("variant", sorted(FAMILIES))
 def test_run_agrees_with_the_page(
     variant: str, folders: dict[str, Path], quire: Callable[..., Any]
 ) -> None:
     said = refusals()
-    codecs = [c for v, c in said if v == variant]
+    codecs = [c for v, c in said if v == variant and not learns(c)]
     assert len(codecs) >= 6
     chosen = [c for c in codecs if said[variant, c]][:1] + [
         c for c in codecs if not said[variant, c]
