@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from quire.cli.options import RunOptions
 
-WORDS = "the cat sat on the mat and the dog lay by the door all day long; " * 30
+WORDS = "the cat sat on the mat and the dog lay by the door all day long; " * 9
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -23,37 +35,35 @@ def test_the_file_is_taken_by_run(
     quire, tiny: Path, book: Path, tmp_path: Path, monkeypatch
 ) -> None:
     out, report = tmp_path / "tuned.toml", tmp_path / "tuned.html"
-    flags = [
-        "--memory",
-        "50%",
-        "--text",
-        book,
-        "--context",
-        "64",
-        "--kv",
-        "int8,int4",
-        "--keep",
-        "none",
-    ]
-    flags += ["--max-tokens", "128", "--block-tokens", "16"]
-    done = quire("tune", tiny, *flags, "--quality", "0.05", "--out", out, "--report", report)
-    assert done.code == 0, done.err
+    flags = ["--memory", "60%", "--text", book, "--context", "200", "--kv", "int4"]
+    flags += ["--max-tokens", "128", "--block-tokens", "16", "--length", "64", "--keep", "none"]
+    done = quire("tune", tiny, *flags, "--quality", "1", "--out", out, "--report", report)
+    assert done.code == 1, "a tiny random model's near-ties do not all stay"
+    assert "nothing that was measured meets the floor of 1" in done.out
     assert "top-1 agreement" in done.out
     assert f"quire run --config {out}" in done.err.replace("\n", " ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["book.txt", "tuned.html", "tuned.toml"]
     document = tomllib.loads(out.read_text())
     assert (document["model"], document["block_tokens"]) == (str(tiny), 16)
-    assert document["tune"]["meets_floor"]
+    assert not document["tune"]["meets_floor"]
     assert document["tune"]["bytes"] <= document["tune"]["budget_bytes"]
     monkeypatch.chdir("/")  # a map is found beside the file, wherever one stands
-    ran = quire("run", "the cat sat on the mat", "--config", out, "--max-tokens", "30", "--json")
+    ran = quire(
+        "run",
+        "the cat sat on the mat",
+        "--config",
+        out,
+        "--max-tokens",
+        "30",
+        "--json",
+        "--memory",
+        "8MiB",
+    )
     assert ran.code == 0, ran.err
     kv = document["kv"]
     assert ran.json["kv"] == (
         f"map:{tmp_path / kv.removeprefix('map:')}" if "map" in document else kv
     )
-    below = quire("tune", tiny, *flags, "--quality", "1", "--out", out, "--json")
-    assert below.code == (0 if below.json["tune"]["meets_floor"] else 1)
 
 
 def test_a_map_in_a_config_lies_beside_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from quire.evaluate import evaluate
 from quire.evaluate.journal import Journal
 from quire.evaluate.tune import Goal, Tuned, tune
 from quire.evaluate.tuned import summary, tuned_page, tuned_toml
+from quire.models.load import weights_digest
 
 GOAL = Goal(0.4, 0.5, 96, 2, 64, 64, 128, 256)
 CODECS = ("int8", "int4")
@@ -26,6 +28,14 @@ def run(model: Any, text: list[int], folder: Path, goal: Goal = GOAL, **options:
         model, None, text, goal, folder=folder, codecs=CODECS,
         **{"policies": (), "memory": 32 << 20, "block_tokens": 16} | options,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few() -> Iterator[None]:
+    """Fewer caches to open than a real search takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quire.evaluate.tune.WINDOWS", ("", "sinks=4"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +125,18 @@ def test_a_stopped_search_goes_on_and_finds_the_same(
     with Journal(tmp_path / "part", {}) as journal:
         assert journal.resumed
         again = run(llama, text, tmp_path / "maps", journal=journal)
-    with Journal(tmp_path / "part", {}) as journal:
-        third = run(llama, text, tmp_path / "maps", journal=journal)
-    assert again == third
     assert again.layers == found.layers
+    assert [c.kl for c in again.candidates] == [c.kl for c in found.candidates]
     assert again.chosen.kl == found.chosen.kl
+
+
+def test_an_injected_model_is_tuned_and_the_map_is_for_its_own_weights(
+    llama: Any, text: list[int], tmp_path: Path
+) -> None:
+    found = run(llama, text, tmp_path, injected=True)
+    assert found.injected
+    mapped = next(c for c in found.candidates if c.map)
+    assert f'digest = "{weights_digest(llama)}"' in mapped.map
 
 
 def test_a_budget_that_holds_nothing_and_a_text_too_short(

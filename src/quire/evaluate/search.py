@@ -162,14 +162,20 @@ def _best(found: Iterable[T]) -> list[T]:
 def map_text(
     layers: Sequence[KVLayer | StateLayer], recipes: Mapping[int, str], digest: str
 ) -> str:
-    """The `[map]` of a recipe per layer, as `quire.codecs.maps` reads it; layers of one recipe share a part."""
+    """The `[map]` of a recipe per layer, as `quire.codecs.maps` reads it; layers of one recipe share a part.
+
+    Args:
+        digest: of the weights that it is for; empty for any.
+    """
     kv = [x for x in layers if isinstance(x, KVLayer)]
     by_recipe: dict[str, list[int]] = {}
     for layer, recipe in sorted(recipes.items()):
         by_recipe.setdefault(recipe, []).append(layer)
     usual = max(by_recipe, key=lambda r: len(by_recipe[r]))
     lines = ["[map]", f"layers = {1 + max(x.layer for x in layers)}"]
-    lines += [f"heads = {max(x.heads for x in kv)}", f'digest = "{digest}"', f'kv = "{usual}"']
+    lines += [f"heads = {max(x.heads for x in kv)}"]
+    lines += [f'digest = "{digest}"'] if digest else []
+    lines += [f'kv = "{usual}"']
     for recipe, some in by_recipe.items():
         if recipe != usual:
             lines += ["", "[[map.parts]]", f"layers = {some}", f'kv = "{recipe}"']

@@ -35,7 +35,7 @@ from quire.evaluate.search import (
     forms_of,
     map_text,
 )
-from quire.evaluate.sensitivity import sensitivity
+from quire.evaluate.sensitivity import AT_ONCE, sensitivity
 from quire.evaluate.texts import windows
 from quire.models.load import Loaded, weights_digest
 from quire.models.open import open_runner
@@ -48,6 +48,8 @@ WINDOWS = ("", "sinks=4", "sinks=4;window=64")
 """Raw tokens beside a codec's own that are tried with every recipe."""
 POLICIES = ("keydiff", "kvzip")
 """Tried with the share of tokens that the budget leaves; both choose without knowing the question."""
+SPARE_BYTES = 64 << 20
+"""Of an arena, for slabs of groups that hold little."""
 MAX_UNIFORM = 12
 """Uniform recipes that are measured: those of most bytes within the budget."""
 
@@ -156,7 +158,7 @@ def tune(
     policies: Sequence[str] = POLICIES,
     injected: bool = False,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
-    memory: int | float | str = 0.5,
+    memory: int | float | str | None = None,
     seed: int = 0,
     journal: Journal | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -169,7 +171,7 @@ def tune(
         folder: for map files of candidates, which must keep their names for a run that goes on.
         codecs: recipes to mix; by default what every codec shows of itself, as far as it serves the model.
         policies: without a budget, which follows from the memory.
-        memory: of the arenas that measure, not the goal's.
+        memory: of the arenas that measure, not the goal's; None: what their windows need.
 
     Raises:
         RequestError: too short a text.
@@ -242,7 +244,7 @@ class _Tuning:
         folder: Path,
         injected: bool,  # noqa: FBT001 - made in one place
         block_tokens: int,
-        memory: int | float | str,
+        memory: int | float | str | None,
         seed: int,
         journal: Journal | None,
         progress: Callable[[str, int, int], None] | None,
@@ -268,6 +270,12 @@ class _Tuning:
     def left(self) -> float:
         """Share of the time that is left."""
         return max(0.0, (self.until - time.monotonic()) / (60 * self.goal.minutes))
+
+    def arena(self, cells: int) -> int | float | str:
+        """Memory for so many caches: a window in each, its copy where a policy drops tokens, and slabs to spare."""
+        if self.memory is not None:
+            return self.memory
+        return cells * (4 * self.bytes_of_window() + SPARE_BYTES)
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -333,7 +341,7 @@ class _Tuning:
                         self.model,
                         list(some),
                         outliers,
-                        memory=self.memory,
+                        memory=self.arena(len(some)),
                         block_tokens=self.block_tokens,
                         attention=backend,
                         chunk_tokens=None,
@@ -375,7 +383,7 @@ class _Tuning:
             seed=self.seed,
             injected=self.injected,
             block_tokens=self.block_tokens,
-            memory=self.memory,
+            memory=self.arena(1 + AT_ONCE),
         )
 
     # -- candidates ----------------------------------------------------------------------------------------------
@@ -464,7 +472,8 @@ class _Tuning:
         text = map_text(self.layers, by_layer, self.digest)
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{digest_of(text)}.toml"
-        file.write_text(text, encoding="utf-8")
+        # injected weights have another digest, so what is measured names none
+        file.write_text(map_text(self.layers, by_layer, ""), encoding="utf-8")
         kv = f"map:{file}"
         size = self.bytes(kv)
         if size > budget:
