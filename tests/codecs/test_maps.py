@@ -10,6 +10,8 @@ import torch
 
 import zoo
 from quire.codecs import parse_recipe
+from quire.engine import Engine
+from quire.engine.params import SamplingParams
 from quire.engine.runner import Item
 from quire.errors import ConfigError
 from quire.evaluate.decode import twin
@@ -202,3 +204,69 @@ def test_no_file_and_options_outside(tmp_path: Path) -> None:
         parse_recipe(f"map:{tmp_path}/nowhere.toml")
     with pytest.raises(ConfigError, match="options stand in its own recipes"):
         parse_recipe("map:a.toml;sinks=4")
+
+
+@pytest.mark.parametrize(
+    ("keep", "share"),
+    [
+        ("full", "prefix"),
+        ("sinks:4+window:48", "off"),
+        ("ada(snapkv:budget=0.4)", "off"),
+        ("quest:budget=64", "off"),
+    ],
+)
+def test_heads_in_different_forms_under_policies_and_shared_prefixes(
+    write: Any, keep: str, share: str
+) -> None:
+    """Every other policy was tried as well; these are one of each kind that splits, scores or reads by head."""
+    model = zoo.build("llama")
+    kv = write(
+        f"[map]\nlayers = {model.config.num_hidden_layers}\nheads = {model.config.num_key_value_heads}\n"
+        'kv = "int8"\n[[map.parts]]\nlayers = [0]\nheads = [1]\nkv = "k=int4,v=int8;sinks=4"\n'
+        '[[map.parts]]\nlayers = [1]\nheads = [0]\nkv = "auto"\n'
+    )
+    prompt = torch.randint(
+        1, zoo.VOCAB, (150,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    runner = open_runner(
+        twin(model),
+        kv=kv,
+        keep=keep,
+        share=share,
+        memory=64 << 20,
+        block_tokens=16,
+        weights="plain",
+    )
+    try:
+        engine = Engine(runner, None, eos_token_ids=())
+        said, cached = [], []
+        for batch in ([prompt], [prompt, prompt[:80]]):
+            first, *_ = [engine.add_request(p, SamplingParams(max_tokens=12)) for p in batch]
+            while engine.has_work:
+                for delta in engine.step():
+                    assert delta.error is None, delta.error
+                    if delta.output is not None and delta.request_id == first:
+                        said.append(delta.output.token_ids)
+                        cached.append(delta.output.figures.cached_tokens)
+        assert said[0] == said[1], "alone and in a batch, computed and found"
+        assert cached == ([0, 144] if share == "prefix" else [0, 0])
+    finally:
+        runner.close()
+
+
+def test_the_planner_reads_a_map(write: Any) -> None:
+    from quire.plan.demand import Demand, Setup
+    from quire.plan.shape import read_shape
+
+    config = {
+        "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 99, "intermediate_size": 64, "dtype": "bfloat16",
+    }  # fmt: skip
+    shape = read_shape(config, "tiny", dtype=None)
+
+    def planned(kv: str) -> float:
+        return Demand(Setup(shape, KVConfig(kv))).bytes_per_token
+
+    part = '[[map.parts]]\nlayers = [1]\nheads = [0]\nkv = "int4"\n'
+    mixed = planned(write(f'{HEAD}kv = "int8"\n{part}'))
+    assert mixed == pytest.approx((5 * planned("int8") + planned("int4")) / 6)
