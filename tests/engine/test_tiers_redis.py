@@ -100,6 +100,26 @@ def test_what_one_process_computed_another_finds(
     assert len({key for _, key, _ in ours(server)}) == 2 * -(-(len(PROMPTS[0]) + 7) // 16)
 
 
+def test_two_that_run_side_by_side_share(server: RedisServer, plain: list[list[int]]) -> None:
+    """What one finds a second time it writes to the server; the other finds it there while both run."""
+    tiers = f"redis:8MiB@{server.place}"
+    given: dict[str, Any] = {"attention": "reference", "block_tokens": 16, "weights": "plain"}
+    given |= {"memory": "8MiB", "share": "prefix", "tiers": tiers}
+    one, two = (open_runner(chaotic_model(None), **given) for _ in range(2))
+    try:
+        with Engine(one) as first, Engine(two) as second:
+            for _ in range(3):
+                (out,) = first.generate([PROMPTS[0]], PARAMS)
+            assert out.token_ids == plain[0]
+            assert one.tiering.stack.drain(time.monotonic() + 10)  # type: ignore[union-attr]
+            (found,) = second.generate([PROMPTS[0]], PARAMS)
+            assert found.token_ids == plain[0]
+            assert found.figures.loaded_tokens == len(PROMPTS[0]) // 16 * 16
+    finally:
+        one.close()
+        two.close()
+
+
 def test_a_tier_far_away_keeps_none_near_from_giving_parts_of_blocks(
     opened: Make, server: RedisServer, tmp_path: Any
 ) -> None:
