@@ -175,6 +175,18 @@ def test_a_shared_head_is_read(model: Any) -> None:
     runner.close()
 
 
+def test_a_decode_counts_the_steps_that_all_texts_take_part_in(model: Any) -> None:
+    """Eight prompts of 100 tokens take two steps, so that some texts begin, and end, one step before the others."""
+    runner = opened(model)
+    done = run(Case("decode", ctx=100, batch=8, out=6), runner)
+    assert done.tokens % 8 == 0
+    assert 0 < done.tokens < 8 * 5
+    with pytest.raises(ConfigError, match="give more than --out 2"):
+        run(Case("decode", ctx=100, batch=8, out=2), runner)
+    assert runner.usage().held_bytes == 0
+    runner.close()
+
+
 def test_too_much_is_refused(model: Any) -> None:
     runner = opened(model, memory="256KiB")
     check_fits(Case("decode", 60, 2, 4), runner)

@@ -1,6 +1,6 @@
 """What is measured, as programs of the engine: each returns its tokens, and how long the part that counts took.
 
-decode          ctx tokens of prompt each, then the steps after the first token
+decode          ctx tokens of prompt each, then the steps in which all texts go on
 prefill         the prompts alone
 concurrent      prompts and outputs, all submitted at once
 shared-prefix   prompts that begin with the same ctx tokens and go on with `own` of their own, all submitted at once
@@ -98,6 +98,7 @@ def run(case: Case, runner: Any, clock: Callable[[], float] = time.perf_counter)
     started: set[tuple[str, int]] = set()
     computed = 0
     before, waiting, began = 0, case.name == "decode", clock()
+    ended: tuple[float, int] | None = None  # of a decode: when the first text ends, all have run
     try:
         ids = [engine.add_request(p, params) for p in prompts]
         while engine.has_work:
@@ -108,12 +109,19 @@ def run(case: Case, runner: Any, clock: Callable[[], float] = time.perf_counter)
                 if delta.output is not None:
                     done[delta.request_id] = [o.token_ids for o in delta.output.outputs]
                     computed += delta.output.figures.computed_tokens
+            if case.name == "decode" and done and ended is None:
+                ended = clock(), engine.core.output_tokens
             if waiting and len(started) == case.batch:
                 before, waiting, began = engine.core.output_tokens, False, clock()
-        seconds = clock() - began
-        tokens = engine.core.output_tokens - before
+        end, last = ended or (clock(), engine.core.output_tokens)
+        seconds, tokens = end - began, last - before
     finally:
         engine.close()
+    if tokens <= 0:
+        raise ConfigError(
+            f"the first of {case.batch} texts ended before the last began, so no step had all of them: give more than "
+            f"--out {case.outputs}"
+        )
     texts = [text for i in ids for text in done[i]]
     counted = case.batch * case.ctx if case.name == "prefill" else tokens
     return Run(texts, counted, seconds, computed)
