@@ -13,6 +13,7 @@ from quire.bench.cases import CASES, Case, check_fits, run, step_bytes
 from quire.bench.machine import Spread
 from quire.bench.measure import Side, measure
 from quire.bench.models import SIZES, check_size, random_llama
+from quire.engine.schedule import SchedulerConfig
 from quire.errors import CapacityError, ConfigError, InvariantError
 from quire.evaluate.decode import twin
 from quire.models.open import open_runner
@@ -176,13 +177,14 @@ def test_a_shared_head_is_read(model: Any) -> None:
 
 
 def test_a_decode_counts_the_steps_that_all_texts_take_part_in(model: Any) -> None:
-    """Eight prompts of 100 tokens take two steps, so that some texts begin, and end, one step before the others."""
+    """Prompts that take two steps: some texts begin, and end, one step before the others."""
     runner = opened(model)
-    done = run(Case("decode", ctx=100, batch=8, out=6), runner)
-    assert done.tokens % 8 == 0
-    assert 0 < done.tokens < 8 * 5
+    batch = SchedulerConfig().step_tokens // 100 + 2
+    done = run(Case("decode", ctx=100, batch=batch, out=6), runner)
+    assert done.tokens % batch == 0
+    assert 0 < done.tokens < batch * 5
     with pytest.raises(ConfigError, match="give more than --out 2"):
-        run(Case("decode", ctx=100, batch=8, out=2), runner)
+        run(Case("decode", ctx=100, batch=batch, out=2), runner)
     assert runner.usage().held_bytes == 0
     runner.close()
 
