@@ -301,12 +301,13 @@ def page(rows: Rows) -> str:
     texts = list(dict.fromkeys(text for text, _, _ in rows))
     first = texts[0]
     other = next((t for t in texts[1:]), "")
+    there = next((r["tokens"] for (text, _, _), r in rows.items() if text == other), 0)
     some = next(iter(rows.values()))
     lines = [
         HEAD
         + f"Here: the packaged model (5 M parameters), {some['tokens']:,} tokens of `{first}` in windows of "
         f"{some['length']:,}; the other domain "
-        f"is `{other}`. Learned from another part of the first text. A first token in 16 bits takes a raw block of 64, "
+        f"is {there:,} tokens of `{other}`. Learned from another part of the first text. A first token in 16 bits takes a raw block of 64, "
         "which at this length is 192 of kvquant's bytes a token.",
         "",
         "## What is held to a bar",
