@@ -306,9 +306,9 @@ def page(rows: Rows) -> str:
     lines = [
         HEAD
         + f"Here: the packaged model (5 M parameters), {some['tokens']:,} tokens of `{first}` in windows of "
-        f"{some['length']:,}; the other domain "
-        f"is {there:,} tokens of `{other}`. Learned from another part of the first text. A first token in 16 bits takes a raw block of 64, "
-        "which at this length is 192 of kvquant's bytes a token.",
+        f"{some['length']:,}; the other domain is {there:,} tokens of `{other}`. Learned from another part of the "
+        "first text. A first token in 16 bits takes a raw block of 64, which at this length is 192 of kvquant's bytes "
+        "a token.",
         "",
         "## What is held to a bar",
         "",
