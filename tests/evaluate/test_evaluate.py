@@ -18,6 +18,7 @@ from quire.evaluate import Evaluation, Row, Scored, Scorer, evaluate
 from quire.evaluate.decode import twin
 from quire.evaluate.run import recalled
 from quire.evaluate.tasks import Answer, Example
+from quire.models.open import open_runner
 
 KEYS = {"kv", "keep", "task", "metric", "value", "low", "high", "bytes_per_token", "tokens"}
 PPL = {"nll", "perplexity", "dnll", "kl", "agreement"}
@@ -297,3 +298,30 @@ def test_refusals(llama: Any, tokenizer: Any, text: list[int]) -> None:
     assert llama.config._attn_implementation == "sdpa", "the model is as it was"
     with pytest.raises(ConfigError, match="sink logits"):
         run(zoo.build("gpt_oss"), ["auto"], text, injected=True)
+
+
+def test_random_tokens_cannot_be_foretold_and_their_copy_can() -> None:
+    """The controls: a model that foretells noise sees what it should not, one that cannot copy does not read."""
+    from quire.models.load import check_source, load_model
+
+    loaded = load_model(check_source(None))
+    vocabulary = len(loaded.tokenizer)
+    rng = np.random.default_rng(5)
+    noise = rng.integers(10, vocabulary, (4, 120)).tolist()
+    twice = [t for some in noise for t in [*some, *some]]
+    found = evaluate(
+        loaded.model, None, [("int8", "full"), ("int4", "full")], text=twice,
+        length_tokens=240, memory="64MiB",
+    )  # fmt: skip
+    for kv in ("int8", "int4"):
+        loss = {p.start: p for p in found.positions if p.kv == kv}
+        assert all(abs(p.dnll) < 1 for p in loss.values())
+    runner = open_runner(twin(loaded.model), kv="int4", memory="64MiB", weights="plain")
+    try:
+        nll = np.concatenate(
+            [-c.logprobs.numpy() for c in Scorer(runner).score([*noise[0], *noise[0]])]
+        )
+    finally:
+        runner.close()
+    assert nll[:119].mean() > math.log(vocabulary), "worse than knowing nothing, for it knows text"
+    assert nll[135:].mean() < 0.5 * nll[:119].mean()

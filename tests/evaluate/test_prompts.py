@@ -81,3 +81,21 @@ def test_prompts_too_short_to_be_read_decoded_show_nothing(llama: Any, text: lis
         evaluate(llama, None, [("int8", "full")], (), **ask)
     with pytest.raises(RequestError, match="prompt 1 has 0 tokens"):
         evaluate(llama, None, [("int8", "full")], (), prompts=[[]], **OPTIONS)
+
+
+def test_answers_are_read_along_one_token_at_a_time(
+    llama: Any, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    own = Scorer._advance
+
+    def seen(self: Any, watch: Any, table: Any, tokens: Any, start: int, end: int, n: int) -> Any:
+        steps.append((start, end))
+        return own(self, watch, table, tokens, start, end, n)
+
+    monkeypatch.setattr(Scorer, "_advance", seen)
+    ask: dict[str, Any] = {"prompts": [text[:40]], "answer_tokens": 5, **OPTIONS}
+    evaluate(llama, None, [("int8", "full")], (), **ask)
+    assert steps.count((0, 40)) == 3, "the exact cache answers, and both read along"
+    assert {end - start for start, end in steps if start >= 40} == {1}
+    assert steps.count((43, 44)) == 3
