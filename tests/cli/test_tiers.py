@@ -70,9 +70,30 @@ def test_a_redis_server_and_its_password_from_the_environment(
     assert "going on without it" in third.err
 
 
+def test_a_prompt_larger_than_the_cache_runs_with_its_cold_blocks_below(
+    quire: Callable[..., Any], tiny: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": list(range(3, 220)), "max_tokens": 3}))
+    words = ("run", "--model", tiny, "--prompts", file, "--block-tokens", "8", "--json")
+    want = quire(*words, "--memory", "8MiB")
+    small = (*words, "--memory", "32KiB")
+    refused = quire(*small)
+    assert refused.code != 0
+    assert "32KiB" in refused.err
+    got = quire(*small, "--tiers", "host:8MiB;offload=on")
+    assert got.code == 0, got.err
+    assert got.json["requests"][0]["token_ids"] == want.json["requests"][0]["token_ids"]
+    assert got.json["shortage"]["offloaded_bytes"] > 0
+    assert got.json["kv_bytes_peak"] <= 32 << 10
+    assert got.json["checks"]["violations"] == {}
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
+        (("run", "x", "--tiers", "host:1GiB;offload=maybe"), "offload is on or off"),
+        (("run", "x", "--tiers", "host:1GiB;spill=on"), "known: deadline, sync, swap, offload"),
         (("run", "x", "--tiers", "host"), "is not KIND:SIZE"),
         (("run", "x", "--tiers", "redis:1GiB"), "needs a server"),
         (("run", "x", "--tiers", "tape:1GiB"), "known: host, disk"),

@@ -97,10 +97,12 @@ def where(name: str, folder: Path) -> str:
     ("kv", "attention", "below"),
     [
         ("auto", "reference", "host"),
-        *(("auto", "auto", below) for below in ("host", "disk", "both")),
-        ("auto", "torch", "both"),
-        *((kv, "auto", below) for kv in list(RECIPES)[1:] for below in ("host", "disk")),
-        ("int8", "reference", "host"),
+        ("auto", "auto", "both"),
+        ("int8", "auto", "disk"),
+        ("kivi:bits=4,group=16,residual=16", "auto", "host"),
+        *(pytest.param("auto", "auto", x, marks=pytest.mark.slow) for x in ("host", "disk")),
+        pytest.param("auto", "torch", "both", marks=pytest.mark.slow),
+        pytest.param("int8", "reference", "host", marks=pytest.mark.slow),
     ],
 )
 def test_a_context_four_times_the_arena(
@@ -116,7 +118,14 @@ def test_a_context_four_times_the_arena(
     assert ladder.recomputed == ladder.lost == stats.scheduler.recomputed_tokens == 0
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "deepseek_v2", "qwen3_next"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt_oss",
+        "deepseek_v2",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("gemma2", "qwen3_next")),
+    ],
+)
 def test_models_whose_layers_read_everything_in_part(name: str) -> None:
     """Windows and states stay in the arena; caps, sink logits and latents are merged like all else."""
     big, texts = zoo.build(name), [prompt(220, zoo.VOCAB)]
@@ -140,6 +149,41 @@ def test_beside_others_that_fit(model: Any) -> None:
     assert got == want
     assert most <= stats.usage.total_bytes
     assert stats.ladder.offloaded_bytes > 0
+
+
+def test_two_that_fit_below_only_one_at_a_time_both_finish(model: Any) -> None:
+    """Who comes later and goes first takes room that was lent to the other, who is swapped, and then computed anew."""
+    texts = [prompt(seed=s) for s in (1, 2)]
+    want = [serve(model, [t], memory="8MiB", block_tokens=8, n_out=16)[0][0] for t in texts]
+    runner = open_runner(
+        model,
+        memory="96KiB",
+        block_tokens=8,
+        weights="plain",
+        tiers="host:250KiB;offload=on;swap=always",
+    )
+    try:
+        with Engine(runner, config=SchedulerConfig(step_tokens=64)) as engine:
+            engine.core.checks.every = 1
+            params = SamplingParams(max_tokens=16, ignore_eos=True)
+            done: dict[str, list[int]] = {}
+            names = [engine.add_request(texts[0], params)]
+            while engine.core.output_tokens < 3:
+                engine.step()
+            names.append(engine.add_request(texts[1], params, priority=1000))
+            while engine.has_work:
+                for delta in engine.step():
+                    assert delta.error is None
+                    if delta.output is not None:
+                        done[delta.request_id] = delta.output.token_ids
+            stats = engine.stats()
+        assert [done[n] for n in names] == want
+        assert list(done) == names[::-1]
+        assert stats.ladder.recomputed > 0
+        assert stats.checks["violations"] == {}
+        assert runner.below.used_bytes == runner.usage().held_bytes == 0
+    finally:
+        runner.close()
 
 
 def test_with_prefixes_shared(model: Any) -> None:

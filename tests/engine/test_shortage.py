@@ -58,12 +58,12 @@ def crowd(n: int, **options: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("share", ["off", "prefix"])
 def test_all_end_or_are_told_why(share: str) -> None:
-    _, stats = crowd(150, share=share, tiers=TIERS.format("always"))
+    _, stats = crowd(80, share=share, tiers=TIERS.format("always"))
     assert stats.ladder.swapped > stats.ladder.returned > 0, "some were cancelled while away"
 
 
 def test_all_end_without_a_tier() -> None:
-    _, stats = crowd(120)
+    _, stats = crowd(60)
     assert stats.ladder.recomputed == stats.scheduler.preemptions
 
 

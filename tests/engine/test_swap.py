@@ -76,10 +76,10 @@ def roomy(kv: str, attention: str, keep: str | None = None) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("kv", "share", "attention"),
     [
-        *((kv, "prefix", "auto") for kv in RECIPES),
-        ("auto", "off", "auto"),
-        ("auto", "prefix", "reference"),
-        ("kivi:bits=2,group=16,residual=16", "off", "reference"),
+        ("auto", "prefix", "auto"),
+        ("int8", "off", "auto"),
+        ("kivi:bits=2,group=16,residual=16", "prefix", "reference"),
+        *(pytest.param(kv, "prefix", "auto", marks=pytest.mark.slow) for kv in list(RECIPES)[1:]),
     ],
 )
 def test_swapped_sequences_say_the_same(model: Any, kv: str, share: str, attention: str) -> None:
@@ -92,7 +92,7 @@ def test_swapped_sequences_say_the_same(model: Any, kv: str, share: str, attenti
     assert ladder.swapped_bytes > 0 < ladder.copy_bytes_per_s
 
 
-@pytest.mark.parametrize("kv", ["auto", "int8"])
+@pytest.mark.parametrize("kv", ["auto", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "keep", ["h2o:budget=0.5,every=16", "ada(snapkv:budget=0.4,window=8,every=8)"]
 )

@@ -8,12 +8,15 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine import Engine, SamplingParams
+from quire.engine.core import EngineStats
+from quire.engine.ladder import LadderStats
 from quire.engine.sharing import sharing_report
 from quire.models.load import load_model
 from quire.models.open import open_runner
 from quire.serve.config import ServeConfig
 from quire.serve.house import House
 from quire.serve.service import Service
+from quire.serve.tier_metrics import ladder_metrics
 from tiny_model import make_model
 
 
@@ -44,3 +47,23 @@ def test_metrics_tell_of_tiers_and_tenants_find_their_own_again(tmp_path: Path) 
     assert samples["quire_tier_up", "host", None] == 1
     assert samples["quire_tier_blocks", "disk", None] > 4
     assert samples["quire_requests_loading", None, None] == 0
+
+
+def test_metrics_tell_what_was_done_for_want_of_memory() -> None:
+    ladder = LadderStats(
+        dropped_blocks=1, demoted_blocks=2, recoded=3, yielded=4, offloaded_bytes=5, lost=6
+    )
+    ladder.swapped, ladder.recomputed, ladder.queued, ladder.parked_bytes = 7, 8, 9, 10
+    stats = EngineStats(ladder=ladder, checks={"looks": 11, "violations": {"books": 12}})
+    samples = {
+        (s.name, s.labels.get("step") or s.labels.get("invariant")): s.value
+        for family in ladder_metrics(stats, "m")
+        for s in family.samples
+    }
+    steps = ("drop", "demote", "recode", "evict", "swap", "recompute", "queue")
+    assert [samples["quire_shortage_steps_total", s] for s in steps] == [1, 2, 3, 4, 7, 8, 9]
+    assert samples["quire_offloaded_bytes_total", None] == 5
+    assert samples["quire_offload_lost_total", None] == 6
+    assert samples["quire_parked_bytes", None] == 10
+    assert samples["quire_invariant_looks_total", None] == 11
+    assert samples["quire_invariant_violations_total", "books"] == 12

@@ -258,7 +258,9 @@ class CpuBackend(TorchBackend):
         self._decode(plan.args, tiles, q, out, scale, softcap or 0.0, None)
         if total is None:
             total = empty_partial(q.shape[:2], q.shape[2], torch.float32, q.device)
-        at = torch.cat([r.tokens.view(-1) for r in single]).unique()
+        at = single[0].tokens.view(-1)
+        if len(single) > 1:
+            at = torch.cat([r.tokens.view(-1) for r in single]).unique()
         both = merge(Partial(total.out[at], total.lse[at]), Partial(out[at].float(), lse[at]))
         total.out[at], total.lse[at] = both.out, both.lse
         return total

@@ -442,6 +442,13 @@ class TorchBackend(ReferenceBackend):
             )
             return Partial(out.reshape(*q.shape[:3], v.shape[3]), _NO_LSE)
         if not plain:
+            if softcap is None and _flash_gives_lse(q, k, v) and r.mask(window) is None:
+                # Nothing is masked, so the query heads of a KV head are as many more queries.
+                rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+                out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - no other gives it
+                    rows, k, v, scale=scale
+                )
+                return Partial(out.reshape(*q.shape[:3], v.shape[3]), lse.reshape(q.shape[:3]))
             return super()._segment(q, k, v, r, window, scale, softcap, want_lse=want_lse)
         out = attend_pieces(q, k, v, pieces([r], window), scale)
         return Partial(out, _NO_LSE)
@@ -472,6 +479,12 @@ class TorchBackend(ReferenceBackend):
         )
         out = torch.matmul(p.to(v.dtype), v).reshape(r, heads, 1, v.shape[-1])
         return Partial(out, _NO_LSE if lse is None else lse.reshape(r, heads, 1))
+
+
+def _flash_gives_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether torch's fused attention serves these tensors and says the log-sum-exp as well."""
+    alike = q.dtype == k.dtype == v.dtype and q.shape[3] == v.shape[3]
+    return alike and q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
 
 
 def turned_back(

@@ -126,6 +126,7 @@ def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -
     """The planner's arithmetic, before the weights are read."""
     from quire.models.memory import arena_bytes, free_bytes
     from quire.plan.refuse import check_cache, check_weights_fit
+    from quire.store.tiers.recipe import parse_tiers
 
     weights = _weight_bytes(source)
     if weights is not None:
@@ -133,6 +134,8 @@ def _fit(source: Source, options: Options, lengths: Sequence[tuple[str, int]]) -
         check_weights_fit(source.name, weights, free_bytes(device), device)
     if options.kv == NO_CACHE:
         return
+    if parse_tiers(getattr(options, "tiers", "")).offload:
+        lengths = ()  # the engine says which requests fit with their cold blocks below
     config = KVConfig(options.kv, options.keep, options.block_tokens)
     total_bytes = arena_bytes(options.memory, source.chosen_device)
     shape = _planned(source)

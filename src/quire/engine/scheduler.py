@@ -355,6 +355,8 @@ class Scheduler:
                     continue
                 if last is not sample:
                     self._preempt(last, plan)
+                elif sample.request.oversize and self._forgo():
+                    continue
                 elif len(self._running) == 1 and n_tokens > least and self.room.chunked_prefill:
                     n_tokens = max(least, n_tokens // 2)
                 else:
@@ -440,6 +442,16 @@ class Scheduler:
                 else:
                     self.ladder.leave(sample)
         return False
+
+    def _forgo(self) -> bool:
+        """The last of those in host memory is computed anew, so that cold blocks of who runs have its room."""
+        parked = [s for s in self.waiting if s.parked is not None]
+        if not parked:
+            return False
+        self.ladder.drop(parked[-1])
+        self.ladder.stats.recomputed += 1
+        parked[-1].computed, parked[-1].fetched = 0, -1
+        return True
 
     def _let_in(self, sample: Sample, table: Table, n_tokens: int, plan: Plan) -> None:
         heappop(self._waiting)
