@@ -9,6 +9,8 @@ tenth of any step.
 
 from __future__ import annotations
 
+import argparse
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +23,8 @@ from quire.bench.shortage import Load, drive
 from quire.engine import Engine, SchedulerConfig
 from quire.models.open import open_runner
 
+CLOCK = {"wall": time.perf_counter, "cpu": time.thread_time}
+"""cpu: of the engine's thread."""
 SHOWN = (
     "dropped_blocks",
     "demoted_blocks",
@@ -32,7 +36,7 @@ SHOWN = (
 )
 
 
-def side(model: Any, load: Load, seed: int, tiers: str) -> Document:
+def side(model: Any, load: Load, args: argparse.Namespace, tiers: str) -> Document:
     """One run."""
     probe = open_runner(model, memory="64MiB", block_tokens=16)
     memory = load.bytes_wanted(probe.bytes_per_token) // 10
@@ -40,7 +44,13 @@ def side(model: Any, load: Load, seed: int, tiers: str) -> Document:
     runner = open_runner(model, memory=memory, block_tokens=16, share="prefix", tiers=tiers)
     try:
         with Engine(runner, config=SchedulerConfig(step_tokens=256)) as engine:
-            out = drive(engine, load, seed=seed, progress=lambda n: common.say(f"{n:,} have ended"))
+            out = drive(
+                engine,
+                load,
+                seed=args.seed,
+                clock=CLOCK[args.clock],
+                progress=lambda n: common.say(f"{n:,} have ended"),
+            )
             stats = engine.stats()
         held = runner.usage().held_bytes + (runner.below.used_bytes if runner.below else 0)
     finally:
@@ -80,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
     load = Load(requests=args.requests, alive=args.alive)
     doc["cases"] = []
     for tiers in ("", "host:4MiB"):
-        row = side(model, load, args.seed, tiers)
+        row = side(model, load, args, tiers)
         doc["cases"].append(row)
         what = f"tiers {row['tiers']}"
         common.check(doc, f"{what}: all are accounted for", row["accounted"] == args.requests)

@@ -90,8 +90,8 @@ class Outcome:
 class StoreClock:
     """Seconds spent in `STORE_CALLS`, outermost calls only."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock, self.seconds = clock, 0.0
         self._depth = 0
 
     @contextmanager
@@ -111,24 +111,30 @@ class StoreClock:
             if self._depth:
                 return call(*args, **kwargs)
             self._depth = 1
-            began = time.perf_counter()
+            began = self.clock()
             try:
                 return call(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - began
+                self.seconds += self.clock() - began
                 self._depth = 0
 
         return timed
 
 
 def drive(
-    engine: Engine, load: Load, *, seed: int = 0, progress: Callable[[int], None] | None = None
+    engine: Engine,
+    load: Load,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Submits, steps and cancels until all requests have ended.
 
     Args:
         engine: idle.
         progress: told how many have ended, now and then.
+        clock: seconds; `time.thread_time` on a busy machine.
 
     Returns:
         What became of each; nothing is waiting or running afterwards.
@@ -141,7 +147,7 @@ def drive(
     ]
     alive: set[str] = set()
     submitted = 0
-    with StoreClock().running() as clock:
+    with StoreClock(clock).running() as store:
         while submitted < load.requests or alive or engine.has_work:
             for _ in range(dice.randint(0, 6)):  # arrivals of this step
                 if submitted == load.requests or len(alive) >= load.alive:
@@ -152,15 +158,15 @@ def drive(
                 except CapacityError as e:
                     out.ends["refused"] += 1
                     out.why.setdefault("refused", str(e))
-            began, before = time.perf_counter(), clock.seconds
+            began, before = clock(), store.seconds
             for delta in engine.step():
                 if delta.output is not None and delta.request_id in alive:
                     alive.discard(delta.request_id)
                     out.ends["finished" if delta.error is None else "failed"] += 1
                     if delta.error is not None:
                         out.why.setdefault("failed", str(delta.error))
-            out.step_s.append(time.perf_counter() - began)
-            out.store_s.append(clock.seconds - before)
+            out.step_s.append(clock() - began)
+            out.store_s.append(store.seconds - before)
             if alive and dice.random() < load.cancel:
                 victim = dice.choice(sorted(alive))
                 engine.cancel(victim)
