@@ -59,7 +59,8 @@ def crowd(n: int, **options: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("share", ["off", "prefix"])
 def test_all_end_or_are_told_why(share: str) -> None:
     _, stats = crowd(80, share=share, tiers=TIERS.format("always"))
-    assert stats.ladder.swapped > stats.ladder.returned > 0, "some were cancelled while away"
+    assert stats.ladder.swapped >= stats.ladder.returned > 0, "some may be cancelled while away"
+    assert stats.ladder.recomputed == 0
 
 
 def test_all_end_without_a_tier() -> None:
