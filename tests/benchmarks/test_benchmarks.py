@@ -24,6 +24,7 @@ KEYS = {
     "linears": {"cases"},
     "prefill": {"cases"},
     "caches": {"cases", "peers", "verdicts"},
+    "contexts": {"cases"},
     "peers": {"cases", "peers", "left_out", "verdicts"},
     "attention": {"cases", "torch", "attention", "verdicts"},
     "sealing": {"cases"},

@@ -57,7 +57,7 @@ def open_runner(
     if kv == "none":
         if below.on:
             raise ConfigError(
-                f"tiers={tiers!r} keep cached blocks and kv='none' caches nothing; drop one of them"
+                f"tiers={below.text!r} keep cached blocks and kv='none' caches nothing; drop one of them"
             )
         if parse_share(share).on:
             raise ConfigError(
