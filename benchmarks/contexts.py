@@ -1,12 +1,11 @@
 """Does a quantised cache decode faster over a long context, in a whole model?
 
 A random Llama (`--size`), one sequence a recipe, whose `--ctx` tokens of keys and values are random too: time does
-not depend on what they are. All recipes take turns, a step of each a turn, with linear layers as `--weights` says. The
-floor of a step is its bytes, weights once and the cache that this recipe holds, over the streaming read before and
-after.
+not depend on what they are. All recipes take turns of `--steps` steps, with linear layers as `--weights` says. The floor
+of a step is its bytes, weights once and the cache that this recipe holds, over the streaming read before and after.
 
     step     append, forward, commit: one token of one sequence
-    faster   turns in which the recipe's step took less time than the first one's
+    faster   turns in which the recipe took less time than the first one
 
 Before timing, each recipe's logits are held to torch's attention over the same blocks.
 
@@ -16,6 +15,7 @@ Before timing, each recipe's logits are held to torch's attention over the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import common
@@ -51,6 +51,11 @@ def difference(side: common.Kept) -> float:
     return float((mine - theirs).abs().max() / theirs.std())
 
 
+def steps(side: common.Kept, n: int) -> None:
+    for _ in range(n):
+        side.step()
+
+
 def main(argv: Sequence[str] | None = None) -> Document:
     p = common.parser(__doc__ or "")
     p.add_argument("--size", default="1.1b")
@@ -61,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
         default=["bf16", "int8", "int4"],
         help="the first one is what others are held to",
     )
+    p.add_argument("--steps", type=int, default=4, help="of a turn")
     p.add_argument("--weights", default="auto")
     p.add_argument("--memory", default="1GiB", help="for each recipe")
     args = p.parse_args(argv)
@@ -73,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
     from quire.models.open import open_runner
 
     doc = common.document("contexts", "Does a quantised cache decode faster?", args)
-    room = 64 + args.repeats
+    room = 64 + args.steps * (args.repeats + 3)
     model = random_llama(args.size, context=args.ctx + room).model
     read = sum(x.numel() * x.element_size() for x in model.parameters())
     read -= model.get_input_embeddings().weight.numel() * 2  # looked up, not read
@@ -87,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
             doc, f"{kv}: logits as torch's attention gives them", off <= TOLERANCE, round(off, 4)
         )
     turns = common.take_turns(
-        {kv: s.step for kv, s in sides.items()},
+        {kv: partial(steps, s, args.steps) for kv, s in sides.items()},
         args.repeats,
         warm_up=3,
         clock=args.clock,
@@ -111,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
         ]
     )
     for kv, s in sides.items():
-        spread = turns.spread(kv)
+        spread = turns.spread(kv, args.steps)
         need = read + s.bytes
         floor = need / (1e9 * sum(turns.stream_gb_per_s) / 2) if turns.stream_gb_per_s else 0.0
         ratio = turns.ratio(kv, first)
