@@ -164,7 +164,7 @@ def test_lists_of_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_killed_run_goes_on(quire, tiny: Path, tmp_path: Path) -> None:
     """A real process, really killed; what it had scored is not scored again and the rows are the same."""
     book, out = tmp_path / "long.txt", tmp_path / "rows.jsonl"
-    book.write_text(WORDS * 40)
+    book.write_text(WORDS * 10)
     part = Path(f"{out}.part")
     flags = [tiny, "--kv", "int8,int4", "--task", "ppl", "--text", book, "--length", "64"]
     flags += ["--memory", "8MiB", "--speed-tokens", "0"]
