@@ -1,8 +1,8 @@
 """Does a quantised cache decode faster over a long context, in a whole model?
 
 A random Llama (`--size`), one sequence a recipe, whose `--ctx` tokens of keys and values are random too: time does
-not depend on what they are. All recipes take turns of `--steps` steps, with linear layers as `--weights` says. The floor
-of a step is its bytes, weights once and the cache that this recipe holds, over the streaming read before and after.
+not depend on what they are. All recipes take turns of `--steps` steps, with linear layers as `--weights` says. The
+floor of a step is its bytes, weights once and the cache that this recipe holds, over the streaming read around it.
 
     step     append, forward, commit: one token of one sequence
     faster   turns in which the recipe took less time than the first one
