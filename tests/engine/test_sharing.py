@@ -208,6 +208,16 @@ def test_an_engine_proves_that_tenants_are_apart(opened: Any) -> None:
         check_isolation(engine, a, b)
 
 
+def test_prompts_of_the_isolation_test_never_begin_alike(
+    opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant's own first token, seen again by chance, is a hit: it must not look like a leak."""
+    monkeypatch.setattr("quire.engine.isolation.secrets.randbelow", lambda _: 5)
+    tenants = Tenants()
+    with Engine(opened(kv="fp32", share="prefix")) as engine:
+        assert check_isolation(engine, tenants.of("a"), tenants.of("b")).cached_tokens == 0
+
+
 def _blind(look: Any) -> Any:
     def nothing(*args: Any, **options: Any) -> Any:
         return look(*args, **{**options, "limit": 0})

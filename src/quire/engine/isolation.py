@@ -56,10 +56,11 @@ def check_isolation(engine: Engine, a: Namespace, b: Namespace, *, chunks: int =
         raise ConfigError("the isolation test needs an idle engine over share='prefix'")
     n_tokens = chunks * sharing.grain + 1
 
-    def draw() -> list[int]:
-        return [secrets.randbelow(engine.runner.vocab_size) for _ in range(n_tokens)]
-
-    asked, unseen = draw(), draw()
+    vocab_size = engine.runner.vocab_size
+    firsts = secrets.SystemRandom().sample(range(vocab_size), 3)
+    asked, unseen, shared = (  # a first token in common would be a hit of one token on B's own
+        [first, *(secrets.randbelow(vocab_size) for _ in range(n_tokens - 1))] for first in firsts
+    )
     _observe(engine, asked, a)
     same, other = _observe(engine, asked, b), _observe(engine, unseen, b)
     if same != other or same.cached_tokens:
@@ -67,7 +68,7 @@ def check_isolation(engine: Engine, a: Namespace, b: Namespace, *, chunks: int =
             f"a tenant can tell what another has asked: it counts {same} on the other's prompt and {other} on one that "
             "nobody has seen"
         )
-    both = _together(engine, draw(), a, b)
+    both = _together(engine, shared, a, b)
     if both != other:
         raise InvariantError(
             f"a tenant can tell what another is asking: it counts {both} beside it and {other} alone"
