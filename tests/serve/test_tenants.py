@@ -41,6 +41,17 @@ def test_tenants_never_hit_each_other(keyed: Any, seed: int) -> None:
     assert others > 5, "the test shows nothing: nobody could have found another's"
 
 
+@pytest.mark.parametrize("yields", ["kv=int8", "keydiff:budget=0.5"])
+def test_what_yields_says_the_same_while_there_is_room(keyed: Any, yields: str) -> None:
+    ask = {"model": "tiny", "prompt": "a cache is a log " * 6, "max_tokens": 8, "temperature": 0}
+    client = keyed.client("alice")
+    plain, granted = (
+        client.completions.create(**ask, extra_body={"cache": {"share": "off", **more}})
+        for more in ({}, {"yields": yields})
+    )
+    assert granted.choices[0].text == plain.choices[0].text
+
+
 def common(a: str, b: str) -> int:
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]:

@@ -212,7 +212,10 @@ class Intake:
                 f"yields={yields!r} is for requests that keep everything, and this one has keep={policy.text!r}; "
                 "drop one of them"
             )
+        usual: Keep | None = getattr(self.room, "keep", None)
         try:
+            if usual is not None and not yields.startswith("kv="):
+                self._check_imports(yields, parse_keep(yields), usual)
             return known(yields)
         except ConfigError as e:
             raise RequestError(str(e)) from e

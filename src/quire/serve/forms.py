@@ -43,6 +43,8 @@ class CacheOptions(Form):
     Attributes:
         kv: the recipe that it relies on: the one that the server runs, or a refusal.
         keep: which of its tokens stay, as `"h2o:budget=0.2"`; default: what the server runs.
+        yields: what it gives up when memory runs short and not before: older blocks, encoded, as `"kv=int4"`, or tokens,
+            as `"keydiff:budget=0.5"`.
         share: "off": find nothing that others computed, and leave nothing.
         priority: each step is worth a doubling of its blocks' uses; the operator sets the highest.
         keep_for_s: seconds in which its blocks go only when no other block is idle; the operator sets the longest.
@@ -51,6 +53,7 @@ class CacheOptions(Form):
 
     kv: str | None = None
     keep: str | None = None
+    yields: str | None = None
     share: Literal["off", "prefix"] | None = None
     priority: Annotated[int, Field(ge=-3, le=3)] | None = None
     keep_for_s: Annotated[float, Field(ge=0)] | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ FRESH_S = 2.0
 """So long ago may the last token be to count as a sign of life."""
 
 MOST_OWNERS = 4096
+_FILE = re.compile(r"\b(file|map)\s*[=:]")
 
 T = TypeVar("T")
 
@@ -146,6 +148,17 @@ class Service:
                     f"this server's cache runs {field_name}={mine!r} for all requests; ask for that, or leave it out",
                     param=f"cache.{field_name}",
                 )
+        for field_name in ("keep", "yields"):
+            if _FILE.search(getattr(options, field_name) or ""):
+                raise ApiError(
+                    400,
+                    "a request reads no files of the server's; what needs one is given when the server starts",
+                    param=f"cache.{field_name}",
+                )
+        if options.yields is not None and self.config.fixed_keep:
+            raise ApiError(
+                400, "this server's requests give nothing up; leave it out", param="cache.yields"
+            )
         if options.share == "prefix" and not self.shares:
             raise ApiError(400, "this server shares no prefixes", param="cache.share")
         hints = None
@@ -172,6 +185,7 @@ class Service:
         self._note(namespace.salt, caller.name)
         return {
             "keep": options.keep,
+            "yields": options.yields,
             "share": options.share,
             "namespace": namespace,
             "hints": hints,
