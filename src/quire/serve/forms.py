@@ -43,7 +43,7 @@ class CacheOptions(Form):
     Attributes:
         kv: the recipe that it relies on: the one that the server runs, or a refusal.
         keep: which of its tokens stay, as `"h2o:budget=0.2"`; default: what the server runs.
-        yields: what it gives up when memory runs short and not before: older blocks, encoded, as `"kv=int4"`, or tokens,
+        yields: what it gives up when memory runs short, not before: older blocks, encoded, as `"kv=int4"`, or tokens,
             as `"keydiff:budget=0.5"`.
         share: "off": find nothing that others computed, and leave nothing.
         priority: each step is worth a doubling of its blocks' uses; the operator sets the highest.
