@@ -208,7 +208,7 @@ def _coupled(_: Any) -> Outcome:
         f"8 channels in 8 bits are 16 times less than 16 bits; codebooks take {codebooks / MIB:.0f} MiB once for a "
         "Llama 3 8B",
         holds=True,
-        why="bytes; `cq` is built (docs/methods.md has its loss on the packaged model), and calibrating it takes longer than a claim",
+        why="bytes; `cq` is built, and docs/methods.md has its loss: calibrating it takes longer than a claim",
     )
 
 
