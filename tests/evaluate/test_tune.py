@@ -14,8 +14,9 @@ import torch
 from quire.cache import attach
 from quire.errors import CapacityError, RequestError
 from quire.evaluate import evaluate
+from quire.evaluate.choice import Goal, Tuned
 from quire.evaluate.journal import Journal
-from quire.evaluate.tune import Goal, Tuned, tune
+from quire.evaluate.tune import tune
 from quire.evaluate.tuned import summary, tuned_page, tuned_toml
 from quire.models.load import weights_digest
 
@@ -34,7 +35,7 @@ def run(model: Any, text: list[int], folder: Path, goal: Goal = GOAL, **options:
 def _few() -> Iterator[None]:
     """Fewer caches to open than a real search takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quire.evaluate.tune.WINDOWS", ("", "sinks=4"))
+        patch.setattr("quire.evaluate.candidates.WINDOWS", ("", "sinks=4"))
         yield
 
 

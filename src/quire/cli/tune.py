@@ -25,7 +25,7 @@ from quire.errors import ConfigError, RequestError
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
 if TYPE_CHECKING:
-    from quire.evaluate.tune import Goal, Tuned
+    from quire.evaluate.choice import Goal, Tuned
     from quire.models.load import Source
 
 __all__ = ["command"]
@@ -202,7 +202,7 @@ def _goal(
     max_tokens: int,
     minutes: float,
 ) -> Goal:
-    from quire.evaluate.tune import Goal
+    from quire.evaluate.choice import Goal
     from quire.models.memory import parse_memory
 
     for flag, n in (("context", context), ("users", users), ("max-tokens", max_tokens)):

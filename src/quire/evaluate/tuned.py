@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quire.evaluate.choice import Candidate, Tuned
 from quire.evaluate.metrics import Estimate
 from quire.evaluate.page import document, layer_field, table
 from quire.evaluate.plots import Point, colour, front, scatter
-from quire.evaluate.tune import Candidate, Tuned
 
 __all__ = ["summary", "tuned_page", "tuned_toml"]
 
