@@ -42,7 +42,7 @@ def near(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor
 
 @needs_kernels
 @given(
-    rows=st.one_of(st.integers(1, 17), st.integers(90, 200)),
+    rows=st.one_of(st.integers(1, 40), st.integers(90, 200)),
     n=sizes,
     k=sizes,
     panel=st.sampled_from([16, 32, 48, 64]),

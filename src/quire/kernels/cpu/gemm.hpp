@@ -193,72 +193,115 @@ void multiply(const quire_linear_args& a, const Tiles& tiles, int begin, int end
 }
 
 #if defined(QUIRE_MATRIX)
-// Weights of 16 bits, sixteen rows at once in the matrix unit, which adds in the order of k as well.
-inline int matrix_linear(const quire_linear_args& a) {
-    constexpr int ROWS = 16, DEPTH = 16;  // of a tile: rows of x, words of k
-    thread_local std::vector<uint16_t> room;
-    const int steps = (a.k_words + DEPTH - 1) / DEPTH, units = (a.n + UNIT - 1) / UNIT, blocks = (a.rows + ROWS - 1) / ROWS;
-    const int64_t x_row = (int64_t)steps * DEPTH * 2;
-    if ((int64_t)room.size() < a.rows * x_row) room.resize(a.rows * x_row);
-    uint16_t* x = room.data();
-    const bool alone = a.threads < 2 || (int64_t)a.rows * a.n * a.k < 65536;
-#pragma omp parallel num_threads(alone ? 1 : a.threads) if (!alone)
-    {
-        MatrixUnit matrix;
-        alignas(64) float sums[ROWS * UNIT];
-        alignas(64) uint8_t edge[SUMS][DEPTH * 64];
-#pragma omp for schedule(static)
-        for (int r = 0; r < a.rows; r++) {
-            memcpy(x + r * x_row, a.x + r * a.x_row, a.k * sizeof(uint16_t));
-            std::fill(x + r * x_row + a.k, x + (r + 1) * x_row, (uint16_t)0);
+// Weights of 16 bits in the matrix unit: up to 16 rows by 64 outputs at once, or up to 32 rows by twice 32, so that a weight
+// is loaded once for both. Every output adds in the order of k.
+struct MatrixLinear {
+    static constexpr int ROWS = 16, DEPTH = 16;  // of a tile: rows of x, words of k
+    const quire_linear_args& a;
+    const int steps = (a.k_words + DEPTH - 1) / DEPTH;
+    const int64_t x_row = (int64_t)steps * DEPTH * 2, stride = (int64_t)a.panel * Half::BYTES;
+
+    // Tiles [SUMS] of sums are [TALL row tiles][SUMS / TALL vectors of outputs]; what is multiplied lies behind them.
+    template <int TALL>
+    Shape shape(int rows) const {
+        Shape made(ROWS, LANES, DEPTH);
+        for (int t = 0; t < TALL; t++) {
+            const int n = std::min(ROWS, rows - t * ROWS);
+            for (int c = 0; c < SUMS / TALL; c++) made.set(t * (SUMS / TALL) + c, n, 4 * LANES);
+            made.set(LEFT + t, n, 4 * DEPTH);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < units * blocks; i++) {  // a unit's blocks side by side: its weights stay in the cache
-            const int unit = i / blocks, row = i % blocks * ROWS, rows = std::min(ROWS, a.rows - row);
-            const int width = std::min(UNIT, a.n - unit * UNIT), n = (width + LANES - 1) / LANES;
-            const uint8_t* weight[SUMS];
-            for (int c = 0; c < n; c++) {
-                const int at = unit * UNIT + c * LANES;
-                weight[c] = a.weight + ((int64_t)(at / a.panel) * a.k_words * a.panel + at % a.panel) * Half::BYTES;
-            }
-            const int64_t stride = a.panel * Half::BYTES;
-            const Shape shape(rows, LANES, DEPTH);
-            matrix.now = nullptr;
-            matrix.shape(shape);  // sums are zero
-            for (int step = 0; step < steps; step++) {
-                const int words = std::min(DEPTH, a.k_words - step * DEPTH);
-                const uint8_t* right[SUMS];
-                for (int c = 0; c < n; c++) right[c] = weight[c] + step * DEPTH * stride;
-                int64_t apart = stride;
-                if (words < DEPTH) {  // beyond the weight may be no memory
-                    for (int c = 0; c < n; c++) {
-                        memset(edge[c], 0, sizeof edge[c]);
-                        for (int w = 0; w < words; w++) memcpy(edge[c] + w * 64, right[c] + w * stride, 64);
-                        right[c] = edge[c];
-                    }
-                    apart = 64;
-                } else {
-                    for (int c = 0; c < n; c++)
-                        for (int w = 0; w < DEPTH; w++) fetch(right[c] + (w + 2 * DEPTH) * stride);
-                }
-                tile_load<LEFT>(x + row * x_row + step * DEPTH * 2, x_row * 2);
-                for_sums(n, [&](auto c) {
-                    constexpr int R = RIGHT + c % 3;
-                    tile_load<R>(right[c], apart);
-                    tile_halves<c, LEFT, R>();
-                });
-            }
-            for_sums(n, [&](auto c) { tile_store<c>(sums + c * LANES, UNIT * 4); });
-            for (int r = 0; r < rows; r++) finish(a, row + r, unit, width, sums + r * UNIT);
-        }
+        return made;
     }
-    return 0;
-}
+
+    // `rows` rows of x by n vectors of outputs, whose weights begin at `weight`, to `sums` of UNIT a row.
+    template <int TALL>
+    void run(MatrixUnit& unit, const Shape& shape, const uint16_t* x, int rows, const uint8_t* const* weight, int n,
+             float* sums) const {
+        constexpr int WIDE = SUMS / TALL, R0 = LEFT + TALL;
+        alignas(64) uint8_t edge[WIDE][DEPTH * 64];
+        unit.now = nullptr;
+        unit.shape(shape);  // sums are zero
+        for (int step = 0; step < steps; step++) {
+            const int words = std::min(DEPTH, a.k_words - step * DEPTH);
+            const uint8_t* right[WIDE];
+            for (int c = 0; c < n; c++) right[c] = weight[c] + step * DEPTH * stride;
+            int64_t apart = stride;
+            if (words < DEPTH) {  // beyond the weight may be no memory
+                for (int c = 0; c < n; c++) {
+                    memset(edge[c], 0, sizeof edge[c]);
+                    for (int w = 0; w < words; w++) memcpy(edge[c] + w * 64, right[c] + w * stride, 64);
+                    right[c] = edge[c];
+                }
+                apart = 64;
+            } else {
+                for (int c = 0; c < n; c++)
+                    for (int w = 0; w < DEPTH; w++) fetch(right[c] + (w + 2 * DEPTH) * stride);
+            }
+            tile_load<LEFT>(x + step * DEPTH * 2, x_row * 2);
+            if constexpr (TALL == 2) tile_load<LEFT + 1>(x + ROWS * x_row + step * DEPTH * 2, x_row * 2);
+            for_sums(n, [&](auto c) {
+                constexpr int R = R0 + c % (8 - R0);
+                tile_load<R>(right[c], apart);
+                tile_halves<c % WIDE, LEFT, R>();
+                if constexpr (TALL == 2) tile_halves<WIDE + c % WIDE, LEFT + 1, R>();
+            });
+        }
+        for_sums(n, [&](auto c) {
+            tile_store<c % WIDE>(sums + c * LANES, UNIT * 4);
+            if constexpr (TALL == 2) tile_store<WIDE + c % WIDE>(sums + ROWS * UNIT + c * LANES, UNIT * 4);
+        });
+    }
+
+    template <int TALL>
+    void unit_of(MatrixUnit& unit, const uint16_t* x, int row, int rows, int at) const {
+        constexpr int WIDE = SUMS / TALL;
+        alignas(64) float sums[TALL * ROWS * UNIT];
+        const Shape made = shape<TALL>(rows);
+        const int width = std::min(UNIT, a.n - at * UNIT), vectors = (width + LANES - 1) / LANES;
+        for (int first = 0; first < vectors; first += WIDE) {
+            const int n = std::min(WIDE, vectors - first);
+            const uint8_t* weight[WIDE];
+            for (int c = 0; c < n; c++) {
+                const int out = at * UNIT + (first + c) * LANES;
+                weight[c] = a.weight + ((int64_t)(out / a.panel) * a.k_words * a.panel + out % a.panel) * Half::BYTES;
+            }
+            run<TALL>(unit, made, x + row * x_row, rows, weight, n, sums + first * LANES);
+        }
+        for (int r = 0; r < rows; r++) finish(a, row + r, at, width, sums + r * UNIT);
+    }
+
+    int all() const {
+        thread_local std::vector<uint16_t> room;
+        const int tall = a.rows > ROWS ? 2 * ROWS : ROWS;
+        const int units = (a.n + UNIT - 1) / UNIT, blocks = (a.rows + tall - 1) / tall;
+        if ((int64_t)room.size() < a.rows * x_row) room.resize(a.rows * x_row);
+        uint16_t* x = room.data();
+        const bool alone = a.threads < 2 || (int64_t)a.rows * a.n * a.k < 65536;
+#pragma omp parallel num_threads(alone ? 1 : a.threads) if (!alone)
+        {
+            MatrixUnit unit;
+#pragma omp for schedule(static)
+            for (int r = 0; r < a.rows; r++) {
+                memcpy(x + r * x_row, a.x + r * a.x_row, a.k * sizeof(uint16_t));
+                std::fill(x + r * x_row + a.k, x + (r + 1) * x_row, (uint16_t)0);
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (int i = 0; i < units * blocks; i++) {  // a unit's blocks side by side: its weights stay in the cache
+                const int row = i % blocks * tall, rows = std::min(tall, a.rows - row);
+                if (rows > ROWS)
+                    unit_of<2>(unit, x, row, rows, i / blocks);
+                else
+                    unit_of<1>(unit, x, row, rows, i / blocks);
+            }
+        }
+        return 0;
+    }
+};
 #endif
 
 inline int linear(const quire_linear_args& a) {
 #if defined(QUIRE_MATRIX)
-    if (!a.scales) return matrix_linear(a);
+    if (!a.scales) return MatrixLinear{a}.all();
 #endif
     thread_local std::vector<Pair> room;
     const Tiles tiles(a.rows);
