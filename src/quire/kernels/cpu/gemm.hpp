@@ -71,9 +71,14 @@ struct Int8 {
     }
     template <int PART>
     static QUIRE_INLINE Words part(const uint8_t* p) {
-        const Words w = wide(p);
-        if constexpr (PARTS == 1) return number<0>(w) >> 16 | number<1>(w);  // up to 8 bits: exact in bfloat16
-        return number<PART>(w);
+#if defined(__AVX512BF16__)  // up to 8 bits: exact in bfloat16
+        const auto floats = [](const uint8_t* q) {
+            return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q)));
+        };
+        return (Words)_mm512_cvtne2ps_pbh(floats(p + 16), floats(p));
+#else
+        return number<PART>(wide(p));
+#endif
     }
 };
 
@@ -193,13 +198,16 @@ void multiply(const quire_linear_args& a, const Tiles& tiles, int begin, int end
 }
 
 #if defined(QUIRE_MATRIX)
-// Weights of 16 bits in the matrix unit: up to 16 rows by 64 outputs at once, or up to 32 rows by twice 32, so that a weight
-// is loaded once for both. Every output adds in the order of k.
+typedef uint32_t WeightAt __attribute__((vector_size(64), aligned(64), may_alias));
+
+// In the matrix unit: up to 16 rows by 64 outputs at once, or up to 32 rows by twice 32, so that a weight is loaded once for
+// both. Weights of 8 bits are widened into a buffer first. Every output adds in the order of k.
+template <class W>
 struct MatrixLinear {
     static constexpr int ROWS = 16, DEPTH = 16;  // of a tile: rows of x, words of k
     const quire_linear_args& a;
     const int steps = (a.k_words + DEPTH - 1) / DEPTH;
-    const int64_t x_row = (int64_t)steps * DEPTH * 2, stride = (int64_t)a.panel * Half::BYTES;
+    const int64_t x_row = (int64_t)steps * DEPTH * 2, stride = (int64_t)a.panel * W::BYTES;
 
     // Tiles [SUMS] of sums are [TALL row tiles][SUMS / TALL vectors of outputs]; what is multiplied lies behind them.
     template <int TALL>
@@ -218,30 +226,34 @@ struct MatrixLinear {
     void run(MatrixUnit& unit, const Shape& shape, const uint16_t* x, int rows, const uint8_t* const* weight, int n,
              float* sums) const {
         constexpr int WIDE = SUMS / TALL, R0 = LEFT + TALL;
-        alignas(64) uint8_t edge[WIDE][DEPTH * 64];
+        alignas(64) uint8_t room[2][WIDE][DEPTH * 64];
+        const uint8_t* right[2][WIDE];
+        int64_t apart[2];
+        const auto prepare = [&](int step) {  // what is written is read one step later, when it has left the store buffer
+            const int words = std::min(DEPTH, a.k_words - step * DEPTH), at = step % 2;
+            const bool copied = words < DEPTH || W::BYTES < Half::BYTES;  // beyond the weight may be no memory
+            apart[at] = copied ? 64 : stride;
+            for (int c = 0; c < n; c++) {
+                const uint8_t* from = weight[c] + step * DEPTH * stride;
+                right[at][c] = copied ? room[at][c] : from;
+                for (int w = 0; w < words; w++) {
+                    fetch(from + (w + 2 * DEPTH) * stride);
+                    if (copied) *(WeightAt*)(room[at][c] + w * 64) = W::template part<0>(from + w * stride);
+                }
+                if (words < DEPTH) memset(room[at][c] + words * 64, 0, (DEPTH - words) * 64);
+            }
+        };
         unit.now = nullptr;
         unit.shape(shape);  // sums are zero
+        prepare(0);
         for (int step = 0; step < steps; step++) {
-            const int words = std::min(DEPTH, a.k_words - step * DEPTH);
-            const uint8_t* right[WIDE];
-            for (int c = 0; c < n; c++) right[c] = weight[c] + step * DEPTH * stride;
-            int64_t apart = stride;
-            if (words < DEPTH) {  // beyond the weight may be no memory
-                for (int c = 0; c < n; c++) {
-                    memset(edge[c], 0, sizeof edge[c]);
-                    for (int w = 0; w < words; w++) memcpy(edge[c] + w * 64, right[c] + w * stride, 64);
-                    right[c] = edge[c];
-                }
-                apart = 64;
-            } else {
-                for (int c = 0; c < n; c++)
-                    for (int w = 0; w < DEPTH; w++) fetch(right[c] + (w + 2 * DEPTH) * stride);
-            }
+            const int at = step % 2;
+            if (step + 1 < steps) prepare(step + 1);
             tile_load<LEFT>(x + step * DEPTH * 2, x_row * 2);
             if constexpr (TALL == 2) tile_load<LEFT + 1>(x + ROWS * x_row + step * DEPTH * 2, x_row * 2);
             for_sums(n, [&](auto c) {
                 constexpr int R = R0 + c % (8 - R0);
-                tile_load<R>(right[c], apart);
+                tile_load<R>(right[at][c], apart[at]);
                 tile_halves<c % WIDE, LEFT, R>();
                 if constexpr (TALL == 2) tile_halves<WIDE + c % WIDE, LEFT + 1, R>();
             });
@@ -263,7 +275,7 @@ struct MatrixLinear {
             const uint8_t* weight[WIDE];
             for (int c = 0; c < n; c++) {
                 const int out = at * UNIT + (first + c) * LANES;
-                weight[c] = a.weight + ((int64_t)(out / a.panel) * a.k_words * a.panel + out % a.panel) * Half::BYTES;
+                weight[c] = a.weight + ((int64_t)(out / a.panel) * a.k_words * a.panel + out % a.panel) * W::BYTES;
             }
             run<TALL>(unit, made, x + row * x_row, rows, weight, n, sums + first * LANES);
         }
@@ -301,8 +313,8 @@ struct MatrixLinear {
 
 inline int linear(const quire_linear_args& a) {
 #if defined(QUIRE_MATRIX)
-    if (!a.scales) return MatrixLinear{a}.all();
-#endif
+    return a.scales ? MatrixLinear<Int8>{a}.all() : MatrixLinear<Half>{a}.all();
+#else
     thread_local std::vector<Pair> room;
     const Tiles tiles(a.rows);
     if ((int64_t)room.size() < (int64_t)a.rows * a.k_words) room.resize((int64_t)a.rows * a.k_words);
@@ -323,6 +335,7 @@ inline int linear(const quire_linear_args& a) {
         }
     }
     return 0;
+#endif
 }
 
 }  // namespace quire
