@@ -167,14 +167,14 @@ class Watched:
         before, rows = len(runner.steps), sum(s.rows for s in scheduler.running)
         progress = None if first is None else (first.computed, len(first.tokens))
         free_row = first is not None and (
-            first.state is State.RUNNING or rows + first.rows <= scheduler.max_rows
+            first.state is State.RUNNING or rows + first.rows <= scheduler.seats.max_rows
         )
         self.clock.now_s += 0.1
         self.take(self.engine.step())
         if first is not None and free_row:
             assert first.state is State.FINISHED or progress != (first.computed, len(first.tokens))
         computed = [stop - start for step in runner.steps[before:] for start, stop, _ in step]
-        assert len(computed) <= scheduler.max_rows
+        assert len(computed) <= scheduler.seats.max_rows
         if self.runner.chunked_prefill:
             assert sum(computed) <= self.config.step_tokens
         else:
@@ -192,7 +192,11 @@ class Watched:
             refs.update(block for block in sample.table.blocks if block is not None)  # type: ignore[attr-defined]
         assert dict(refs) == self.runner.pool.refs
         assert self.runner.pool.opened == len(scheduler.running)
-        assert scheduler._rows == sum(s.rows for s in scheduler.running) <= scheduler.max_rows
+        assert (
+            scheduler.seats.rows
+            == sum(s.rows for s in scheduler.running)
+            <= scheduler.seats.max_rows
+        )
         assert [s.seat for s in scheduler.running] == sorted(s.seat for s in scheduler.running)
         for sample in scheduler.waiting:
             assert sample.table is None

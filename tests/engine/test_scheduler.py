@@ -129,7 +129,7 @@ def test_prompt_logprobs_ask_for_each_position_once() -> None:
         request.prompt_logprobs += [None] * scored
     assert len(request.prompt_logprobs) == 12
     [sample] = rig.scheduler.running
-    rig.scheduler._preempt(sample, Plan(0))
+    rig.scheduler.growth.preempt(sample, Plan(0))
     rig.step()
     assert rig.runner.steps[-1] == [(0, 13, 1)]  # recomputed, not scored again
 
@@ -142,7 +142,7 @@ def test_a_whole_prompt_runner_gets_one_prompt_at_a_time_beyond_the_budget() -> 
     assert rig.step() == [("a", 20)]
     assert rig.step() == [("a", 1), ("b", 9)]
     assert rig.step() == [("a", 1), ("b", 1), ("c", 1)]
-    rig.scheduler._preempt(rig.scheduler.running[0], Plan(0))
+    rig.scheduler.growth.preempt(rig.scheduler.running[0], Plan(0))
     assert rig.step() == [("b", 1), ("c", 1), ("a", 23)]
 
 
@@ -162,7 +162,7 @@ def test_chunks_are_cut_where_the_runner_says() -> None:
     rig = Rig(FakeRunner(), SchedulerConfig(step_tokens=100), cut=every_eight)
     rig.add("a", 19)
     assert [rig.step() for _ in range(4)] == [[("a", 8)], [("a", 8)], [("a", 3)], [("a", 1)]]
-    rig.scheduler._preempt(rig.scheduler.running[0], Plan(0))
+    rig.scheduler.growth.preempt(rig.scheduler.running[0], Plan(0))
     assert [rig.step()[0][1] for _ in range(4)] == [8, 8, 3, 2]  # the prompt's end again
 
 
@@ -487,7 +487,7 @@ def test_cancelled_entries_do_not_pile_up() -> None:
     for i in range(1000):
         request = rig.add(f"r{i}", 1)
         rig.scheduler.finish(request.samples[0])
-    assert len(rig.scheduler._waiting) < 200
+    assert len(rig.scheduler.seats._waiting) < 200
     assert rig.scheduler.stats().waiting == 0
 
 
@@ -536,7 +536,7 @@ def test_tokens_already_in_an_opened_table_are_not_computed() -> None:
     request = rig.add("a", 10, 2)
     assert rig.step() == [("a", 2)]
     assert request.figures.cached_tokens == 8
-    rig.scheduler._preempt(request.samples[0], Plan(0))
+    rig.scheduler.growth.preempt(request.samples[0], Plan(0))
     runner.known = prefix_hashes([1] * 9)  # type: ignore[attr-defined]
     assert rig.step() == [("a", 2)]
     assert request.figures.cached_tokens == 8  # a recomputation is no hit

@@ -6,8 +6,8 @@
     evict       tokens of a request that allows it, by the policy it names: while there is room for what is kept
     offload     cold blocks of a sequence larger than the arena; they are read from where they lie (`store/cold.py`)
     swap        a preempted sequence goes to host memory       here, where copying costs less than computing
-    recompute   a preempted sequence is computed again         the scheduler
-    queue       who finds no room waits in its seat            the scheduler
+    recompute   a preempted sequence is computed again         `growth.py`
+    queue       who finds no room waits in its seat            `admission.py`
 
 Whether a swap pays is measured, not assumed: the bytes that it moves, there and back, at the rate of the copies so far,
 against its tokens at the rate of the prefills so far. The first copies are a trial on the victim's own blocks.

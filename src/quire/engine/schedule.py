@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from quire.engine.request import Sample
+from quire.engine.runner import Item
 from quire.errors import ConfigError
 
 __all__ = ["Plan", "SchedulerConfig", "SchedulerStats"]
@@ -81,12 +82,39 @@ class Plan:
         budget: tokens left of the step.
         samples: in the order in which they were placed, decoding ones first.
         failed: samples that even an empty pool cannot serve although it said so; nothing else could run.
+        prefills: chunks of prompts among them.
     """
 
     budget: int
     samples: list[Sample] = field(default_factory=list)
     failed: list[Sample] = field(default_factory=list)
     prefills: int = 0
+
+    def place(self, sample: Sample, n_tokens: int) -> None:
+        """The next `n_tokens` of a sample are computed in this step; its table has room for them."""
+        start = sample.computed
+        stop = start + n_tokens
+        logits = 1 if stop == len(sample.tokens) else 0
+        first = sample.unscored
+        if first:
+            first = max(start, first - 1)
+            if first < min(stop, sample.prompt_tokens - 1):
+                logits = stop - first
+        assert sample.table is not None
+        sample.item = Item(sample.table, sample.tokens, start, stop, logits)
+        self.samples.append(sample)
+        self.budget -= n_tokens
+        self.prefills += n_tokens > 1 or start == 0
+
+    def take_back(self, sample: Sample) -> None:
+        """A sample, if it was placed, is not computed after all: others have its share."""
+        item = sample.item
+        if item is None:
+            return
+        self.samples.remove(sample)
+        self.budget += item.stop - item.start
+        self.prefills -= item.stop - item.start > 1 or item.start == 0
+        sample.item = None
 
     def batches(self) -> Iterator[tuple[str | None, list[Sample]]]:
         """The forwards of this step: one per adapter, in order of first appearance."""
