@@ -313,6 +313,16 @@ def test_what_a_victim_had_of_the_budget_is_spent_again() -> None:
     assert rig.waiting() == ["low"]
 
 
+def test_a_chunk_taken_back_leaves_no_trace_in_the_plan() -> None:
+    rig = Rig(FakeRunner(), SchedulerConfig(step_tokens=16))
+    rig.add("a", 5)
+    plan = rig.scheduler.schedule()
+    [sample] = plan.samples
+    assert (plan.budget, plan.prefills) == (11, 1)
+    plan.take_back(sample)
+    assert (plan.budget, plan.prefills, plan.samples, sample.item) == (16, 0, [], None)
+
+
 def test_admission_takes_from_the_lower_only() -> None:
     rig = Rig(FakeRunner(4))
     rig.add("low", 8, priority=-1)
