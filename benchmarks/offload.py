@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
     args = p.parse_args(argv)
     if args.smoke:
         args.ctx, args.out, args.chunk, args.layers, args.hidden = 2048, 4, 512, 2, 128
+        args.times = 2
     if min(args.ctx, args.out - 1, args.times) < 1:
         raise SystemExit("--ctx and --times are at least 1, --out at least 2")
     common.prepare(args)

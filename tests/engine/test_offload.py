@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def serve(
     *,
     n_out: int = N_OUT,
     step_tokens: int = 64,
+    keeps: Sequence[str | None] = (),
     **options: Any,
 ) -> tuple[list[list[int]], Any, int]:
     """Tokens, counters, and the most bytes of the arena that were held."""
@@ -61,7 +63,10 @@ def serve(
             engine.core.checks.every = 1
             params = SamplingParams(max_tokens=n_out, ignore_eos=True)
             done: dict[str, Any] = {}
-            names = [engine.add_request(list(p), params) for p in prompts]
+            names = [
+                engine.add_request(list(p), params, keep=keep)
+                for p, keep in zip_longest(prompts, keeps)
+            ]
             while engine.has_work:
                 for delta in engine.step():
                     if delta.error is not None:
@@ -149,6 +154,23 @@ def test_beside_others_that_fit(model: Any) -> None:
     assert got == want
     assert most <= stats.usage.total_bytes
     assert stats.ladder.offloaded_bytes > 0
+
+
+def test_policies_beside_it_drop_what_they_would_drop_alone(model: Any) -> None:
+    """What a policy is told of its queries does not depend on a streamed sequence in the same step."""
+    texts, keep = (
+        [prompt(), prompt(60, seed=2)],
+        "h2o:budget=0.4,sinks=2,window=4,boundary=3,every=8",
+    )
+    options = {"block_tokens": 8}
+    [alone], _, _ = serve(model, texts[1:], keeps=[keep], memory="8MiB", **options)
+    [full], _, _ = serve(model, texts[1:], memory="8MiB", **options)
+    assert alone != full, "the control: what is dropped shows"
+    (_, got), stats, _ = serve(
+        model, texts, keeps=[None, keep], memory="96KiB", tiers="host:8MiB;offload=on", **options
+    )
+    assert stats.ladder.offloaded_bytes > 0
+    assert got == alone
 
 
 def test_host_memory_lent_to_the_swapped_is_taken_back(model: Any) -> None:

@@ -236,8 +236,10 @@ class CpuBackend(TorchBackend):
         softcap: float | None,
         window: int | None,
     ) -> Partial:
-        """Single queries by the kernel, which gives their log-sum-exp as well."""
+        """Single queries of streamed sequences by the kernel, which gives their log-sum-exp as well."""
         rest = share, scale, keys, value, softcap, window
+        if not step.away:
+            return super()._partials(step, layer, q, reads, total, *rest)
         single = [r for r in reads if r.queries == 1 and not r.sinks]
         fits = q.dtype in _DTYPES and len(keys) == 1 and step.device.type == "cpu"
         plan = plan_segments(step, single) if fits and window is None else None

@@ -117,8 +117,14 @@ class Plan:
         sample.item = None
 
     def batches(self) -> Iterator[tuple[str | None, list[Sample]]]:
-        """The forwards of this step: one per adapter, in order of first appearance."""
-        groups: dict[str | None, list[Sample]] = {}
+        """The forwards of this step, in order of first appearance.
+
+        One per adapter, and one more for its samples whose cold blocks are streamed: policies of others are told of
+        their queries as they would be without those.
+        """
+        groups: dict[tuple[str | None, bool], list[Sample]] = {}
         for sample in self.samples:
-            groups.setdefault(sample.request.adapter, []).append(sample)
-        yield from groups.items()
+            streamed = getattr(sample.table, "cold", None) is not None
+            groups.setdefault((sample.request.adapter, streamed), []).append(sample)
+        for (adapter, _), samples in groups.items():
+            yield adapter, samples
