@@ -189,6 +189,12 @@ def test_a_decode_counts_the_steps_that_all_texts_take_part_in(model: Any) -> No
     runner.close()
 
 
+def test_what_warms_up_need_not_have_such_a_step(model: Any) -> None:
+    case = Case("decode", ctx=100, batch=SchedulerConfig().step_tokens // 100 + 2, out=6)
+    (found,) = quick(case, [Side("auto", lambda a: opened(model, attention=a))], [])
+    assert found["tokens_per_s"] > 0
+
+
 def test_too_much_is_refused(model: Any) -> None:
     runner = opened(model, memory="256KiB")
     check_fits(Case("decode", 60, 2, 4), runner)

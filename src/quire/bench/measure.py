@@ -49,10 +49,10 @@ def verify(case: Case, side: Side, dtype: str) -> float:
     """
     out = case.out if case.name == "prefill" else min(case.out, VERIFIED_TOKENS)
     short = replace(case, ctx=min(case.ctx, VERIFIED_CTX), out=out, batch=min(case.batch, 4))
-    got = run(short, side.runner).texts
+    got = run(short, side.runner, timed=False).texts
     reference = (side.without or side).open("reference")
     try:
-        want = run(short, reference).texts
+        want = run(short, reference, timed=False).texts
     finally:
         reference.close()
     pairs = [(a, b) for w, g in zip(want, got, strict=True) for a, b in zip(w, g, strict=True)]
@@ -102,7 +102,7 @@ def measure(
             warm = replace(case, out=min(case.out, 2 + (case.name == "decode")))
             if case.shared:
                 warm = replace(warm, ctx=min(case.ctx, VERIFIED_CTX))
-            run(warm, side.runner)
+            run(warm, side.runner, timed=False)
         stream = Stream(stream_bytes)
         reads = [stream.gb_per_s()]
         for turn in range(repeats):
