@@ -76,7 +76,7 @@ def test_refusals(quire: Callable[..., Any], words: tuple[object, ...], part: st
 
 
 def test_an_interrupt_is_quiet(quire: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("quire.bench.measure.run", stop)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import pytest
 from served import API_KEY, Command
 
 TURNS, CLIENTS, WORDS = 3, 6, 24
+BEGINNINGS = 2 * 8
+"""Blocks that hold the first 128 tokens of both beginnings."""
 ANSWER: dict[str, Any] = {
     "model": "packaged",
     "max_tokens": WORDS,
@@ -71,6 +75,18 @@ def ask(client: openai.OpenAI, prompt: str) -> tuple[str, int]:
     return found.choices[0].text, details.cached_tokens or 0
 
 
+def written(command: Command) -> tuple[float, float]:
+    """(blocks that the disk holds, bytes on their way to it)."""
+    said = httpx.get(f"{command.url}/metrics", headers={"Authorization": f"Bearer {API_KEY}"})
+    blocks, queued = (
+        re.search(rf"^quire_tier_{name}{{.*}} (\S+)$", said.text, re.MULTILINE)
+        for name in ("blocks", "queued_bytes")
+    )
+    assert blocks is not None
+    assert queued is not None
+    return float(blocks[1]), float(queued[1])
+
+
 @pytest.mark.slow
 def test_a_server_killed_under_load(tmp_path: Path) -> None:
     plain = ["--name", "packaged", "--dtype", "float32"]
@@ -86,10 +102,13 @@ def test_a_server_killed_under_load(tmp_path: Path) -> None:
         clients = [Client(command, n, done) for n in range(CLIENTS)]
         for c in clients:
             c.start()
-        while len(done) < 3 * CLIENTS:
+        # Until every beginning has come twice and what was written back for that is on the disk.
+        end = time.monotonic() + 120
+        while len(done) < 3 * CLIENTS or written(command)[0] < BEGINNINGS or written(command)[1]:
             for c in clients:
                 c.join(0.02)
                 assert c.error is None, "before it was killed"
+            assert time.monotonic() < end, "the disk is not written"
         os.kill(command.process.pid, signal.SIGKILL)
         for c in clients:
             c.join(60)
