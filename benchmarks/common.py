@@ -22,6 +22,10 @@ from typing import Any
 
 from quire.bench.machine import CLOCKS, STREAM_BYTES, Spread, Stream, commit, hardware, timed
 
+os.environ.setdefault(
+    "THP_MEM_ALLOC_ENABLE", "1"
+)  # as the command line does, before torch allocates
+
 ROOT = Path(__file__).resolve().parents[1]
 
 Document = dict[str, Any]

@@ -63,10 +63,10 @@ def test_a_prompt_s_own_parameters_are_checked_like_flags() -> None:
 
 
 @pytest.mark.parametrize("policy", [None, "passive"])
-def test_threads_that_wait_sleep_soon_unless_told_otherwise(
+def test_threads_that_wait_sleep_soon_unless_told_otherwise_and_pages_are_huge(
     monkeypatch: pytest.MonkeyPatch, policy: str | None
 ) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", cli.HUGE_PAGES):
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
     if policy:
@@ -75,3 +75,4 @@ def test_threads_that_wait_sleep_soon_unless_told_otherwise(
     with pytest.raises(SystemExit):
         cli.main()
     assert os.environ.get("GOMP_SPINCOUNT") == (None if policy else cli.SPINS)
+    assert os.environ[cli.HUGE_PAGES] == "1"

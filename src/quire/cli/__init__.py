@@ -22,6 +22,10 @@ SPINS = "20000"
 """How long a thread of torch's OpenMP spins before it sleeps. GNU's default is so long that two commands on one machine
 stop each other: 3 tokens a second each where one alone writes 230 (docs/ledger.md)."""
 
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""torch's own wish for pages of 2 MiB behind large tensors. A weight that is read once a token pays a walk of page
+tables for every small page: a decode step's linear layers took 1.3 times as long (docs/ledger.md)."""
+
 BROKEN_PIPE = 141
 """128 + SIGPIPE."""
 
@@ -30,6 +34,7 @@ def main() -> None:
     """The console script."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is first imported
+    os.environ.setdefault(HUGE_PAGES, "1")  # read when torch first allocates
     sys.exit(invoke(sys.argv[1:]))
 
 

@@ -3,7 +3,7 @@
 A decode step reads every weight once. torch's plain path in bfloat16 reads them at a fraction of the memory's speed.
 Where the processor has oneDNN's bfloat16 (AVX-512), oneDNN reorders the weights once, and its product over them gives
 the same bits, faster up to some 32 rows and no slower beyond; with bfloat16 dot products our kernel reads the same
-blocks in place for 5 to 16 rows, with a matrix unit (AMX) for up to 32. Everywhere else torch has no fast product in
+blocks in place for up to 16 rows, with a matrix unit (AMX) for up to 32. Everywhere else torch has no fast product in
 bfloat16 for any number of rows, and our kernel (see `panels`) takes all of them: the same weights, sums in float32 in
 another order.
 
@@ -51,7 +51,7 @@ TOLERANCE = {torch.bfloat16: 0.2, torch.float32: 2e-3}
 """Largest difference of logits after packing, in their standard deviations: the model's own rounding."""
 
 
-_OUR_ROWS = {5: range(5, 17), 6: range(1, 33)}
+_OUR_ROWS = {5: range(1, 17), 6: range(1, 33)}
 """Where oneDNN falls below the memory's speed, by the level of the kernels: with bfloat16 dot products, with AMX."""
 
 Multiply = Callable[[Tensor], Tensor]

@@ -18,10 +18,10 @@ namespace quire {
 
 constexpr int UNIT = 64;          // outputs
 constexpr int VECTORS = UNIT / LANES;
-constexpr int STRETCH = 64;       // words of k, where there are several tiles
+constexpr int STRETCH = 32;       // words of k, where there are several tiles
 constexpr int BLOCK_ROWS = 96;    // of x at a time
 constexpr int TILE_ROWS = LANES == 4 ? 3 : 6;
-constexpr int AHEAD = 32;         // words of k that are asked for early
+constexpr int AHEAD = 32;         // words of k that one tile alone asks for early; several share out the next stretch
 
 // A word of weights is multiplied in as many parts as the processor needs; `Pair` holds what a row has for it.
 #if defined(__AVX512BF16__)
@@ -93,9 +93,17 @@ QUIRE_INLINE void add_part(const uint8_t* const* w, int64_t at, const Pair* x, F
         for (int c = 0; c < C; c++) sum[r][c] = added_to(sum[r][c], part[c], x[r].part[PART]);
 }
 
+// Tile `turn` of `of` that go over the same words, the one after the other. If the first asked for all that comes next,
+// memory would idle while the others run: each asks for its share, as evenly as it multiplies.
+struct Turn {
+    int turn, of;
+};
+
 // R rows by C vectors of outputs over `n` words of k; `sums` has UNIT floats a row.
 template <class W, int R, int C>
-QUIRE_INLINE void tile(const uint8_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first) {
+QUIRE_INLINE void tile(const uint8_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first,
+                       Turn now) {
+    constexpr int APART = 16 / LANES, LINES = C / APART;  // of cache, in a word of k
     const uint8_t* w[C];
     Floats sum[R][C];
 #pragma GCC unroll 16
@@ -104,9 +112,15 @@ QUIRE_INLINE void tile(const uint8_t* const* weight, int64_t stride, const Pair*
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
         for (int c = 0; c < C; c++) sum[r][c] = first ? Floats{} : load(sums + r * UNIT + c * LANES);
+    int line = (now.turn * n * LINES + now.of - 1) / now.of;
     for (int i = 0; i < n; i++) {
+        if (now.of == 1) {
 #pragma GCC unroll 16
-        for (int c = 0; c < C; c += 16 / LANES) fetch(w[c] + (i + AHEAD) * stride);
+            for (int c = 0; c < C; c += APART) fetch(w[c] + (i + AHEAD) * stride);
+        } else {
+            for (; line * now.of < (now.turn * n + i + 1) * LINES; line++)
+                fetch(w[line % LINES * APART] + (line / LINES + STRETCH) * stride);
+        }
         add_part<W, 0>(w, i * stride, x + i * R, sum);
         if constexpr (PARTS > 1) add_part<W, PARTS - 1>(w, i * stride, x + i * R, sum);
     }
@@ -124,12 +138,12 @@ constexpr int vectors_at_once(int rows) {
 }
 
 template <class W, int R>
-void unit_of(const uint8_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first) {
+void unit_of(const uint8_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first, Turn now) {
     constexpr int C = vectors_at_once(R);
-    for (int c = 0; c < VECTORS; c += C) tile<W, R, C>(weight + c, stride, x, n, sums + c * LANES, first);
+    for (int c = 0; c < VECTORS; c += C) tile<W, R, C>(weight + c, stride, x, n, sums + c * LANES, first, now);
 }
 
-typedef void (*Unit)(const uint8_t* const*, int64_t, const Pair*, int, float*, bool);
+typedef void (*Unit)(const uint8_t* const*, int64_t, const Pair*, int, float*, bool, Turn);
 template <class W>
 Unit unit_for(int rows) {
     switch (rows) {
@@ -191,7 +205,7 @@ void multiply(const quire_linear_args& a, const Tiles& tiles, int begin, int end
         for (int t = begin; t < end; t++) {
             const int row = tiles.begin(t), rows = tiles.begin(t + 1) - row;
             unit_for<W>(rows)(here, stride, x + (int64_t)row * words + (int64_t)i * rows, std::min(stretch, words - i),
-                           sums + (row - top) * UNIT, i == 0);
+                           sums + (row - top) * UNIT, i == 0, Turn{t - begin, end - begin});
         }
     }
     for (int row = top; row < tiles.begin(end); row++) finish(a, row, unit, width, sums + (row - top) * UNIT);
