@@ -168,6 +168,66 @@ def test_a_cancelled_one_leaves_nothing_on_the_host(model: Any) -> None:
         runner.close()
 
 
+@pytest.fixture
+def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step moves one block each way and no more."""
+    for name in ("STEP_S", "STEP_SHARE", "ALONE_S"):
+        monkeypatch.setattr(f"quire.store.pace.{name}", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kv", "keep", "memory"),
+    [("auto", None, "160KiB"), ("auto", "h2o:budget=0.5,every=16", "128KiB")],
+)
+@pytest.mark.usefixtures("no_time")
+def test_a_swap_takes_as_many_steps_as_it_has_blocks(
+    model: Any, kv: str, keep: str | None, memory: str
+) -> None:
+    got, stats = serve(model, kv=kv, keep=keep, memory=memory, tiers=SWAP)
+    assert got == roomy(kv, "reference", keep)
+    ladder = stats.ladder
+    assert ladder.swapped == ladder.returned == stats.scheduler.preemptions > 0
+    assert stats.scheduler.recomputed_tokens == 0
+    assert stats.scheduler.stalls > 0
+
+
+@pytest.mark.parametrize("way", ["out", "in"])
+@pytest.mark.usefixtures("no_time")
+def test_one_that_is_cancelled_half_way_leaves_nothing(model: Any, way: str) -> None:
+    runner = open_runner(
+        model, memory="160KiB", tiers=SWAP, attention="reference", block_tokens=16, share="prefix"
+    )
+    try:
+        with Engine(runner, config=SchedulerConfig(step_tokens=64)) as engine:
+            engine.core.checks.every = 1
+            scheduler = engine.scheduler
+            for p in prompts():
+                engine.add_request(p, PARAMS)
+
+            def moving() -> list[Any]:
+                if way == "out":
+                    return list(scheduler.ladder.leaving)
+                return [s for s in scheduler.running if s.parked is not None]
+
+            for _ in range(2000):
+                if moving() or not engine.has_work:
+                    break
+                engine.step()
+            (sample, *_) = moving()
+            before = runner.below.used_bytes
+            engine.cancel(sample.request.request_id)
+            assert runner.below.used_bytes < before
+            assert not moving()
+            while engine.has_work:
+                engine.step()
+            stats = engine.stats()
+        assert stats.checks["violations"] == {}
+        assert runner.below.used_bytes == runner.usage().held_bytes == 0
+        assert stats.ladder.parked == stats.ladder.parked_bytes == 0
+    finally:
+        runner.close()
+
+
 @pytest.mark.parametrize(
     ("tiers", "share", "why"),
     [

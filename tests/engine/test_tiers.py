@@ -55,7 +55,7 @@ Make = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def _time_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what a busy machine drops for want of time does not decide what is tested."""
-    monkeypatch.setattr("quire.store.tiering.STEP_S", 10.0)
+    monkeypatch.setattr("quire.store.pace.STEP_S", 10.0)
 
 
 def push_down(runner: Any) -> None:
@@ -470,8 +470,8 @@ def test_long_prefixes_come_in_parts(
 def test_copies_that_a_step_has_no_time_for_are_dropped(
     opened: Make, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quire.store.tiering.STEP_S", 0.0)
-    monkeypatch.setattr("quire.store.tiering.STEP_SHARE", 0.0)
+    monkeypatch.setattr("quire.store.pace.STEP_S", 0.0)
+    monkeypatch.setattr("quire.store.pace.STEP_SHARE", 0.0)
     runner = opened([HostTier(8 << 20)], memory=SMALL)
     assert served(runner, rounds=2, each=False) == plain() * 2
     found = report(runner)

@@ -27,7 +27,7 @@ def model() -> Any:
 
 @pytest.fixture(autouse=True)
 def _time_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.store.tiering.STEP_S", 10.0)
+    monkeypatch.setattr("quire.store.pace.STEP_S", 10.0)
 
 
 @pytest.fixture

@@ -226,19 +226,50 @@ class Programs(RuleBasedStateMachine):
 
     @precondition(some)
     @rule(
-        i=st.integers(0, 3), more=st.integers(0, 9), others=st.integers(0, 9), again=st.booleans()
+        i=st.integers(0, 3),
+        more=st.integers(0, 9),
+        others=st.integers(0, 9),
+        leaves=st.sampled_from([0, 1, 2, 99]),
+        again=st.none() | st.integers(0, 3),
     )
-    def park(self, i: int, more: int, others: int, again: bool) -> None:
-        """Swapped out with tokens reserved and not computed; others write where it was; back in, if there is room."""
+    def park(self, i: int, more: int, others: int, leaves: int, again: int | None) -> None:
+        """Swapped out, some blocks or all, with tokens reserved and not computed; others write where it was.
+
+        Back in, if there is room; perhaps not for long, and out `again` with so many blocks filled.
+        """
         seq, store = self.pick(i), self.world.store
         if seq.committed < len(seq.tokens):
             return
         with suppress(CapacityError):
             seq.table.append(more)
         parked = Parked(seq.table, Mover(store.arena))
-        assert seq.table.held_bytes() == 0
+        held = seq.table.held_bytes()
+        assert held == parked.n_bytes
+        assert parked.out(0.0, leaves) == held - seq.table.held_bytes()
+        assert parked.leaving is (seq.table.held_bytes() > 0)
         self.world.check_books()
-        taken = []
+        self.scribble(others)
+        if again is not None and self.attempt(seq, parked.take):
+            assert seq.table.held_bytes() == held
+            if parked.fill(0.0, again):
+                with suppress(CapacityError):
+                    seq.table.append(more)
+            parked.leave()
+            parked.out()
+            assert seq.table.held_bytes() == 0
+            self.world.check_books()
+            self.scribble(others)
+        if self.attempt(seq, parked.take):
+            while not parked.fill(0.0, 1):
+                assert not parked.filled
+            assert parked.filled
+        else:
+            parked.drop()
+            self.world.seqs.remove(seq)
+
+    def scribble(self, others: int) -> None:
+        """Somebody else has blocks that are free, writes all over them, and gives them back."""
+        taken, store = [], self.world.store
         for pool in store.pools.values():
             with suppress(CapacityError):
                 taken.extend((pool, pool.take()) for _ in range(others))
@@ -246,16 +277,6 @@ class Programs(RuleBasedStateMachine):
             at = pool.byte_offset(block)
             store.arena.buffer[at : at + pool.block_bytes] = 255
             pool.release(block)
-        if again and self.attempt(seq, parked.take):
-            with suppress(CapacityError):
-                seq.table.append(more)
-            parked.leave()
-            assert seq.table.held_bytes() == 0
-        if self.attempt(seq, parked.take):
-            parked.fill()
-        else:
-            parked.drop()
-            self.world.seqs.remove(seq)
 
     @precondition(some)
     @rule(i=st.integers(0, 3), upto=st.integers(1, 20), then_release=st.booleans())

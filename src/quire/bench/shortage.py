@@ -26,7 +26,7 @@ STORE_CALLS = (
     (Sharing, ("look", "take")),
     (Path, ("promise",)),
     (Tiering, ("want", "bind", "end_schedule", "begin_step")),
-    (Parked, ("__init__", "take", "fill", "leave", "drop")),
+    (Parked, ("__init__", "out", "take", "fill", "leave", "drop")),
     (Cold, ("grow", "stage", "drop")),
 )
 """What the engine asks of the store in a step; eviction, publishing and demotion happen within."""

@@ -4,6 +4,7 @@
          |                           |                                        |                    |
          +---- no room: those behind it who run give way, the last first; when there are none it stays queued
 
+A parked one that is let in runs when its bytes are back; it is in the step's plan at once where that is in this step.
 Nobody enters below the watermark, nor a preempted one before as much is free as it held. None of the waiting is
 skipped, but those who wait for one before them to compute the prefix that they share, or for a tier to bring it.
 """
@@ -64,8 +65,10 @@ class Admission:
             found = self._try(sample, plan)
             if found is not False:
                 return found
-            if self.ladder.cool(running):
+            if self.ladder.drain() or (not self.ladder.leaving and self.ladder.cool(running)):
                 continue
+            if self.ladder.leaving and self.ladder.leaving != [sample]:
+                return self._queue(sample)  # what others leave behind comes first
             last = running[-1] if running else None
             if last is None and sample.parked is not None:
                 self.ladder.drop(sample)  # even alone: it is computed anew, in chunks that fit
@@ -97,12 +100,10 @@ class Admission:
                 return None
         else:
             try:
-                parked.take()
+                self.ladder.take(sample)
             except CapacityError:
                 return False
             table = parked.table
-            if parked.table.keeper is not None:
-                parked.fill()  # what it appends may compact what is there
         done = 0 if parked is None else sample.computed
         try:
             if parked is None:
@@ -110,11 +111,12 @@ class Admission:
             self.chunks.restart(sample, table)
             if not self.ladder.stage(sample, table):
                 return False
+            if not self.ladder.appends(sample):
+                return self._roomy() and self._let_in(sample, table, 0, plan)
             n_tokens = self.chunks.next_tokens(sample, table, plan)
             while n_tokens:
                 if self._take(table, n_tokens):
-                    self._let_in(sample, table, n_tokens, plan)
-                    return True
+                    return self._let_in(sample, table, n_tokens, plan)
                 alone = not self.seats.running  # as little as need be
                 n_tokens = self.chunks.fewer_tokens(sample, n_tokens) if alone else 0
         finally:  # an interrupt may come anywhere, and nobody else knows this table yet
@@ -126,22 +128,27 @@ class Admission:
                     self.ladder.leave(sample)
         return False
 
-    def _let_in(self, sample: Sample, table: Table, n_tokens: int, plan: Plan) -> None:
+    def _let_in(self, sample: Sample, table: Table, n_tokens: int, plan: Plan) -> bool:
+        """It runs, in this step where nothing of it is still on its way; True."""
         self.seats.pop()
         sample.table = table
         sample.queued = False
-        figures = sample.request.figures
+        figures, here = sample.request.figures, True
         if sample.parked is not None:
-            figures.swaps += 1
-            self.ladder.settle(sample)
+            self.ladder.returned(sample)
+            here = self.ladder.settle(sample)
+            if not here:
+                sample.parked.table.unreserve()
         self.seats.enter(sample)
         if figures.admitted_s is None:
             figures.admitted_s = self.clock()
             figures.cached_tokens = sample.computed
             figures.miss = getattr(getattr(table, "path", None), "miss", None)
         self.counters.admissions += 1
-        plan.place(sample, n_tokens)
+        if here:
+            plan.place(sample, n_tokens)
         self.seats.account(sample)
+        return True
 
     def _worth_trying(self, sample: Sample) -> bool:
         """Could room for it be made? Exact for what is free; for those behind it, at most what they reference."""
@@ -165,6 +172,10 @@ class Admission:
             table.append(n_tokens)
         except CapacityError:
             return False
+        return self._roomy()
+
+    def _roomy(self) -> bool:
+        """Whether as much is free as the running need."""
         if not self.seats.running:
             return True
         usage = self.room.usage()

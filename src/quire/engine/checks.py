@@ -81,8 +81,13 @@ class Checks:
         seats = [s.seat for s in running]
         if seats != sorted(set(seats)):
             yield "running samples in the order of their seats"
-        if any(s.table is None or s.parked is not None for s in running):
+        if any(s.table is None for s in running):
             yield "whoever runs has a table"
+        back = [s for s in running if s.parked is not None]
+        if any(s.parked.table is not s.table or s.item is not None for s in back if s.parked):
+            yield "whoever is not back yet computes nothing"
+        if any(s.parked is None or s.table is not None for s in self.scheduler.ladder.leaving):
+            yield "whoever leaves waits"
         if any(s.table is not None or s.state is not State.WAITING for s in waiting):
             yield "whoever waits has none"
 
@@ -93,7 +98,7 @@ class Checks:
         if min(parts) < 0 or sum(parts) != usage.total_bytes:
             yield "free, cached and held bytes are the total"
         stats, parked = self.scheduler.ladder.stats, 0
-        for sample in self.scheduler.waiting:
+        for sample in (*self.scheduler.waiting, *self.scheduler.running):
             parked += 0 if sample.parked is None else sample.parked.n_bytes
         if parked != stats.parked_bytes:
             yield "host memory in use is that of parked sequences"

@@ -132,7 +132,8 @@ class Core:
                 ),
             )
         if not plan.samples:
-            if self.scheduler.loading and self.opener is not None:
+            waits = self.scheduler.loading and not self.scheduler.moving
+            if waits and self.opener is not None:
                 self.opener.wait()
             return
         if self.opener is not None:
@@ -152,8 +153,11 @@ class Core:
 
     def _begin_step(self) -> None:
         """Samples whose prefix has come take their seats again."""
-        if self.opener is not None:
-            self.opener.begin_step(alone=not self.scheduler.running)
+        alone = not self.scheduler.running
+        if self.opener is None:
+            self.scheduler.ladder.begin_step(alone=alone)
+        else:
+            self.opener.begin_step(alone=alone)
             for sample in self.scheduler.loading:
                 if self.opener.arrived(sample):
                     self.scheduler.loaded(sample)

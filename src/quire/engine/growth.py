@@ -1,8 +1,9 @@
 """Room for the next tokens of those who run, and who gives way for it.
 
 Before somebody is preempted the cheaper steps of the ladder are tried; then who runs takes from those behind it, the
-last first. A preempted sample goes to host memory, or is computed anew, and waits in its seat. One that finds no room
-and has nobody behind it stalls with what it holds: preempting itself would only cost a recomputation.
+last first. A preempted sample goes to host memory, or is computed anew, and waits in its seat. Going takes as many
+steps as it needs; who wants its room has it as it comes, or stalls until then. One that finds no room and has nobody
+behind it stalls with what it holds: preempting itself would only cost a recomputation.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ class Growth:
                 table.append(n_tokens)
             except CapacityError:
                 last = running[-1]
+                if self.ladder.drain():
+                    continue
+                if self.ladder.leaving:
+                    self.counters.stalls += 1
+                    return 0
                 if self.ladder.give_way(running) or self.ladder.cool(running):
                     continue
                 if last is not sample:

@@ -11,6 +11,11 @@
 
 Whether a swap pays is measured, not assumed: the bytes that it moves, there and back, at the rate of the copies so far,
 against its tokens at the rate of the prefills so far. The first copies are a trial on the victim's own blocks.
+
+A swap takes as many steps as its bytes need, each within the time that a step has for copies (`store/pace.py`). Who
+leaves waits already, and gives its blocks back as they are copied; who needs room takes them as they come, and nobody
+else is preempted before the last has left. Who comes back has all of its blocks, and runs when they are filled. A block
+moves in every step in which somebody waits for one, so that all of this ends.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ KEEP = 0.75
 """Share of an old rate in the new one."""
 LEAST_TOKENS = 8
 """Forwards of fewer tokens say nothing of a prefill."""
-TRIAL_BYTES = 4 << 20
+TRIAL_BYTES = 1 << 20
 EASE = 0.15
 """With a smaller share of the arena free, tokens go of those who allow it: what is kept is copied first."""
 
@@ -50,12 +55,12 @@ class LadderStats:
         offloaded_bytes: of cold blocks that went to the host or to a tier while their sequence ran.
         lost: sequences computed anew because such a block did not come back.
         swapped: sequences that went to host memory when they were preempted; `swapped_bytes` of them.
-        returned: of them, those that came back; the others were cancelled, or computed anew after all.
+        returned: of them, those that were let in again; the others were cancelled, or computed anew after all.
         recomputed: preempted sequences that are computed again.
         swap_dearer: of them, those of which the copy would have taken longer; `swap_no_room`: the host tier was full.
         queued: samples that found no room when it was their turn, each counted once per wait.
         copy_bytes_per_s, prefill_tokens_per_s: as measured; 0: not yet.
-        parked, parked_bytes: in host memory now.
+        parked, parked_bytes: in host memory now, or on their way there or back.
     """
 
     dropped_blocks: int = 0
@@ -125,6 +130,18 @@ class Ladder:
         """Whether any request ever allowed it."""
         self.rates, self.clock = Rates(), clock
         self.stats = LadderStats()
+        self.leaving: list[Sample] = []
+        """Who waits, and has blocks that are still to be copied and given back; the first goes first."""
+        self._moved = [False, False]  # out, in: at least one block each in this step
+
+    def begin_step(self, *, alone: bool) -> None:
+        """Copies may take their share of this step, where no prefix cache says so."""
+        if self.below is not None:
+            self.below.pace.begin_step(alone=alone)
+
+    def begin_schedule(self) -> None:
+        """One block may move each way, whatever time is left."""
+        self._moved = [False, False]
 
     def ease(self, running: Sequence[Sample]) -> None:
         """Before a step, while there is room for the copies: if memory is short, somebody who allows it gives way."""
@@ -140,6 +157,8 @@ class Ladder:
         for sample in reversed(running):
             table: Any = sample.table
             if sample.request.yields is None or table is None or table.keeper or table.cold:
+                continue
+            if sample.parked is not None:
                 continue
             if sample.item is not None or sample.computed < sample.prompt_tokens:
                 continue
@@ -167,6 +186,8 @@ class Ladder:
             return False
         for sample in reversed(running):
             table: Any = sample.table
+            if sample.parked is not None:
+                continue
             if sample.request.oversize and table is not None and table.cold is not None:
                 arena = table.store.arena
                 freed = table.cold.grow(max(2 * arena.slab_bytes, arena.total_bytes // 8))
@@ -176,10 +197,15 @@ class Ladder:
         return False
 
     def swap_out(self, sample: Sample) -> bool:
-        """Moves a preempted sample's table to host memory; False where it is cheaper to compute, or has no place."""
+        """Sends a preempted sample's table to host memory; False where it is cheaper to compute, or has no place."""
         below, table = self.below, sample.table
         if below is None or not hasattr(table, "unreserve") or not sample.computed:
             return False
+        if sample.parked is not None:  # it was not back yet
+            self.leave(sample)
+            sample.table = None
+            self.stats.swapped += 1
+            return True
         n_bytes = table.held_bytes()  # type: ignore[union-attr]
         if below.config.swap != "always" and not self._pays(below, table, n_bytes, sample.computed):
             self.stats.swap_dearer += 1
@@ -187,11 +213,9 @@ class Ladder:
         if not below.borrow(n_bytes):
             self.stats.swap_no_room += 1
             return False
-        began = self.clock()
         sample.parked = parked = Parked(table, below.mover)  # type: ignore[arg-type]
         if parked.table.cold is not None:
             parked.table.cold.unstage()
-        self.rates.copied(parked.n_bytes, self.clock() - began)
         below.give_back(n_bytes - parked.n_bytes)  # reserved and not computed
         sample.table = None
         stats = self.stats
@@ -199,17 +223,54 @@ class Ladder:
         stats.swapped_bytes += parked.n_bytes
         stats.parked += 1
         stats.parked_bytes += parked.n_bytes
+        self._leaves(sample)
         return True
 
-    def settle(self, sample: Sample) -> None:
-        """A sample that was let in again gets its bytes back, and the host its memory."""
+    def drain(self) -> bool:
+        """Those who leave go on leaving, as far as this step's time goes; whether there is more room now."""
+        freed = 0
+        while self.leaving and (least := self._may_move(0)) >= 0:
+            parked = self.leaving[0].parked
+            assert parked is not None
+            assert self.below is not None
+            began = self.clock()
+            freed += parked.out(self.below.pace.left_s, least)
+            self.below.pace.spent(self.clock() - began)
+            if not parked.leaving:
+                self.leaving.pop(0)
+                self._measured(parked)
+        return freed > 0
+
+    def take(self, sample: Sample) -> None:
+        """A parked sample's table has blocks again, whose bytes are still to come. Raises CapacityError."""
+        assert sample.parked is not None
+        sample.parked.take()
+        if sample in self.leaving:
+            self.leaving.remove(sample)
+
+    def settle(self, sample: Sample) -> bool:
+        """A sample that was let in again gets bytes back, as far as this step's time goes; whether it has them all."""
         parked = sample.parked
         assert parked is not None
-        began = self.clock()
-        parked.fill()
-        self.rates.copied(parked.n_bytes, self.clock() - began)
-        self.stats.returned += 1
+        if not parked.filled and not self._fill(parked):
+            return False
         self._forget(sample)
+        return True
+
+    def returned(self, sample: Sample) -> None:
+        """A parked sample is let in again."""
+        sample.request.figures.swaps += 1
+        self.stats.returned += 1
+
+    def appends(self, sample: Sample) -> bool:
+        """Whether a sample's table may grow: what a policy may compact then must be back before, as `settle` has it.
+
+        The host keeps its memory, for one that may have to leave again.
+        """
+        parked = sample.parked
+        if parked is None or parked.table.keeper is None:
+            return True
+        return parked.filled or self._fill(parked)
 
     def leave(self, sample: Sample) -> None:
         """There is no room after all for a parked sample that took its blocks."""
@@ -222,9 +283,10 @@ class Ladder:
         self.stats.parked_bytes += parked.n_bytes - before
         if self.below is not None:
             self.below.give_back(before - parked.n_bytes)
+        self._leaves(sample)
 
     def drop(self, sample: Sample) -> None:
-        """A sample that is over, or will be computed anew, needs its copy no longer."""
+        """A sample that is over, or will be computed anew, needs its copy no longer, nor what it has of its table."""
         if sample.parked is not None:
             sample.parked.drop()
             self._forget(sample)
@@ -257,8 +319,42 @@ class Ladder:
             if len(some):
                 self.rates.copied(rows.nbytes, self.clock() - began)
 
+    def _leaves(self, sample: Sample) -> None:
+        """It is among those who leave, if anything of it is still to go."""
+        assert sample.parked is not None
+        if sample.parked.leaving and sample not in self.leaving:
+            self.leaving.append(sample)
+
+    def _fill(self, parked: Parked) -> bool:
+        least = self._may_move(1)
+        if least < 0:
+            return False
+        assert self.below is not None
+        began = self.clock()
+        done = parked.fill(self.below.pace.left_s, least)
+        self.below.pace.spent(self.clock() - began)
+        if done:
+            self._measured(parked)
+        return done
+
+    def _may_move(self, way: int) -> int:
+        """How many blocks may move out (0) or in (1) whatever the time: 1 for a step's first; -1: none any more."""
+        assert self.below is not None
+        if not self._moved[way]:
+            self._moved[way] = True
+            return 1
+        return 0 if self.below.pace.left_s > 0 else -1
+
+    def _measured(self, parked: Parked) -> None:
+        """A move is over: how fast it was."""
+        if parked.moved_bytes:
+            self.rates.copied(parked.moved_bytes, parked.moved_s)
+            parked.moved_bytes, parked.moved_s = 0, 0.0
+
     def _forget(self, sample: Sample) -> None:
         assert sample.parked is not None
+        if sample in self.leaving:
+            self.leaving.remove(sample)
         n_bytes = sample.parked.n_bytes
         sample.parked = None
         self.stats.parked -= 1

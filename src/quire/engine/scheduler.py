@@ -91,13 +91,14 @@ class Scheduler:
             return
         self.seats.remove(sample)
         sample.item = None
-        self.ladder.drop(sample)
         request = sample.request
         if sample.table is not None:
             held = sample.table.held_bytes()
             request.figures.kv_bytes_end += held
             used = getattr(sample.table, "used_bytes", None)
             request.figures.kv_bytes_used_end += held if used is None else used()
+        self.ladder.drop(sample)
+        if sample.table is not None:
             self.seats.release(sample)
         request.unfinished -= 1
 
@@ -208,6 +209,7 @@ class Scheduler:
         Every sample placed must be advanced (after the forward) or finished before the next call.
         """
         seats = self.seats
+        self.ladder.begin_schedule()
         self.ladder.ease(seats.running)
         plan = Plan(self.config.step_tokens)
         prefills, stalled = self._decode(plan)
@@ -218,9 +220,15 @@ class Scheduler:
                 self._prefill(plan, prefills, stalled)
             finally:
                 seats.step_back()
-        if not plan.samples:
+        self.ladder.drain()
+        if not plan.samples and not self.moving:
             self._unstick(plan)
         return plan
+
+    @property
+    def moving(self) -> bool:
+        """Whether somebody is on the way to host memory or back: then a step may compute nothing and still be one."""
+        return bool(self.ladder.leaving) or any(s.parked is not None for s in self.seats.running)
 
     def _decode(self, plan: Plan) -> tuple[list[Sample], Sample | None]:
         """One token for each running sample that wants just one.
@@ -234,6 +242,8 @@ class Scheduler:
         for sample in seats.running.copy():
             if sample.state is not State.RUNNING:
                 continue  # preempted just now for one before it
+            if sample.parked is not None and not self.ladder.settle(sample):
+                continue  # it is not back yet
             self.chunks.restart(sample)
             start = sample.computed
             if len(sample.tokens) - start > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from quire.errors import RequestError
@@ -62,6 +63,8 @@ class Opener:
         self.sharing: Sharing | None = getattr(room, "sharing", None)
         self.tiering: Tiering | None = getattr(self.sharing, "tiering", None)
         self.adapter_digest = adapter_digest or (lambda name: name.encode())
+        self._asked = False
+        """Whether somebody has looked in this step, of those that may be loaded for."""
 
     def __call__(self, sample: Sample) -> Table | None:
         """A table that may hold a beginning of the sample's tokens; None while somebody before it computes them."""
@@ -75,6 +78,9 @@ class Opener:
             return self.room.open(request.keep, sample.prompt_tokens)  # type: ignore[call-arg]
         if sample.awaits is not None and sharing.computing(sample.awaits, sample.seat):
             return None
+        if self.tiering is not None and self._asked and self.tiering.pace.left_s <= 0:
+            return None  # looking and asking have their time, too
+        self._asked = True
         path = self._look(sharing, sample, rules)
         sample.awaits = sharing.awaited(path, sample.seat)
         if sample.awaits is not None:
@@ -94,12 +100,12 @@ class Opener:
 
     def _look(self, sharing: Sharing, sample: Sample, rules: Any) -> Path:
         """What the device has of a sample's tokens."""
-        request = sample.request
+        request, began = sample.request, perf_counter()
         adapter = b"" if request.adapter is None else self.adapter_digest(request.adapter)
         limit = (sample.unscored or len(sample.tokens)) - 1  # logits from there on are wanted
         if rules is not None and rules.scores:
             limit = min(limit, rules.hit_limit(sample.prompt_tokens), sample.prompt_tokens)
-        return sharing.look(
+        path = sharing.look(
             sample.tokens,
             request.namespace,
             limit=limit,
@@ -107,6 +113,9 @@ class Opener:
             hints=request.hints,
             label=request.request_id,
         )
+        if self.tiering is not None:
+            self.tiering.pace.spent(perf_counter() - began)
+        return path
 
     # -- from the tiers ------------------------------------------------------------------------------------------
 
@@ -118,10 +127,13 @@ class Opener:
                 if not more or path.found <= sample.fetched:
                     return path
                 sample.fetched = path.found
+                began = perf_counter()
                 sample.fetch = tiering.want(path)
+                if sample.fetch is not None:
+                    sample.fetch.done.wait(SHORT_S)
+                tiering.pace.spent(perf_counter() - began)
                 if sample.fetch is None:
                     return path
-                sample.fetch.done.wait(SHORT_S)
             fetch = sample.fetch
             if not tiering.ready(fetch) or not tiering.bind(fetch):
                 return None
@@ -157,6 +169,7 @@ class Opener:
 
     def begin_step(self, *, alone: bool) -> None:
         """See `Tiering.begin_step`."""
+        self._asked = False
         if self.tiering is not None:
             self.tiering.begin_step(alone=alone)
 

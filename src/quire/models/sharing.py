@@ -15,6 +15,7 @@ from quire.share import parse_share
 from quire.spec import KVConfig
 from quire.store.below import Below
 from quire.store.cold import goes_away
+from quire.store.pace import Pace
 from quire.store.sharing import Sharing
 from quire.store.snapshot import spec_digest
 from quire.store.tiering import Tiering
@@ -167,8 +168,8 @@ def open_tiering(runner: Any, config: TiersConfig, weights: bytes) -> tuple[Tier
     sharing.rebase(repr(about).encode())
     runner.adapter_digest.whole = True
     ns = sha256(b"quire tier 1" + sharing.base).digest()
-    stack = TierStack(open_tiers(config), ns)
-    return Tiering(sharing, stack, config.deadline_s), Below(arena, stack, config)
+    stack, pace = TierStack(open_tiers(config), ns), Pace()
+    return Tiering(sharing, stack, config.deadline_s, pace), Below(arena, stack, config, pace)
 
 
 def check_offload(bridge: Bridge, config: TiersConfig) -> None:

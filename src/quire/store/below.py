@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.store.arena import Arena
 from quire.store.cold import Staging
+from quire.store.pace import Pace
 from quire.store.store import BlockStore
 from quire.store.tiers.contract import Block, Outcome
 from quire.store.tiers.host import HostTier
@@ -34,10 +35,14 @@ class Below:
         arena: of the sequences.
         stack: the tiers, of which the first may be host memory.
         config: what they may be used for.
+        pace: the time that a step has for copies; default: one of its own.
     """
 
-    def __init__(self, arena: Arena, stack: TierStack, config: TiersConfig) -> None:
+    def __init__(
+        self, arena: Arena, stack: TierStack, config: TiersConfig, pace: Pace | None = None
+    ) -> None:
         self.stack, self.config = stack, config
+        self.pace = pace or Pace()
         self.mover = Mover(arena)
         first = stack.levels[0].tier
         self.host = first if isinstance(first, HostTier) else None

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from quire.errors import CapacityError
 from quire.store.fetching import Fetch, Fetcher, block_key
 from quire.store.index import TOKEN_BYTES, chunk_name, packed
+from quire.store.pace import Pace
 from quire.store.tiers.contract import Block
 from quire.store.tiers.moving import Mover
 from quire.store.tiers.stack import TierStack
@@ -37,8 +38,6 @@ __all__ = ["Tiering", "TieringStats"]
 
 WRITE_BACK_USES = 3
 """Made, found, and found again: worth a disk's write."""
-STEP_S, STEP_SHARE = 0.002, 0.1
-"""What copies may take of a step: the larger of a time and a share of the step before."""
 
 
 @dataclass(slots=True)
@@ -51,7 +50,8 @@ class TieringStats:
         truncated: prefixes cut short, by reason: corrupt, timeout, error, miss, no room, abandoned.
         demoted_blocks: sent down when they were evicted; `written_back` when they were found again.
         dropped_blocks: evicted and not sent: no time in that step, or no room in the queue.
-        bind_s, demote_s: spent in the engine's thread on copies; `worst_s`: most of one step.
+        bind_s, demote_s: spent in the engine's thread on copies; `worst_s`: most of one step, of those of swapped
+            sequences too.
     """
 
     fetches: int = 0
@@ -73,9 +73,16 @@ class Tiering:
         sharing: told of by its index when blocks go.
         stack: the tiers.
         deadline_s: that a request waits for its blocks, from when they are asked for.
+        pace: the time that a step has for copies; default: one of its own.
     """
 
-    def __init__(self, sharing: Sharing, stack: TierStack, deadline_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        sharing: Sharing,
+        stack: TierStack,
+        deadline_s: float = 1.0,
+        pace: Pace | None = None,
+    ) -> None:
         self.sharing, self.stack, self.deadline_s = sharing, stack, deadline_s
         self.stats = TieringStats()
         self.arrived = threading.Event()
@@ -95,9 +102,7 @@ class Tiering:
             self.arrived,
         )
         self._coming: dict[bytes, Fetch] = {}  # by the first chunk that it brings
-        self._left_s = STEP_S
-        self._spent_s = 0.0
-        self._step_began = monotonic()
+        self.pace = pace or Pace()
         self._closed = False
         self._flushed = -1
         sharing.tiering = self
@@ -105,13 +110,9 @@ class Tiering:
     # -- a step --------------------------------------------------------------------------------------------------
 
     def begin_step(self, *, alone: bool = False) -> None:
-        """Copies may take their share of this step. `alone`: nobody else waits for it."""
-        now = monotonic()
-        self.stats.worst_s = max(self.stats.worst_s, self._spent_s)
-        self._spent_s = 0.0
-        share = max(STEP_S, STEP_SHARE * min(now - self._step_began, 1.0))
-        self._left_s = max(share, 0.05) if alone else share
-        self._step_began = now
+        """See `Pace.begin_step`."""
+        self.pace.begin_step(alone=alone)
+        self.stats.worst_s = self.pace.worst_s
 
     def end_schedule(self) -> None:
         """What this step has given up goes on its way."""
@@ -184,12 +185,12 @@ class Tiering:
         """
         if fetch.abandoned or fetch.bound:
             return True
-        began = monotonic()
+        began, first = monotonic(), fetch.at
         held: list[tuple[BlockPool, int]] = []
         try:
             self._hold_found(fetch, held)
             while fetch.at < fetch.boundary:
-                if monotonic() - began > self._left_s and fetch.bound_blocks:
+                if fetch.at > first and monotonic() - began > self.pace.left_s:
                     return False
                 if not self._bind_chunk(fetch, fetch.at, held):
                     break
@@ -199,7 +200,7 @@ class Tiering:
         finally:
             for pool, block in reversed(held):
                 pool.release(block)
-            self._spent(monotonic() - began)
+            self.pace.spent(monotonic() - began)
             self.stats.bind_s += monotonic() - began
         fetch.bound = True
         self.stats.loaded_tokens += max(0, fetch.at - fetch.found) * self.sharing.grain
@@ -282,12 +283,12 @@ class Tiering:
         """A block is about to be given up: its bytes go down, if this step has the time."""
         if self._closed or not self.mover.there:
             return
-        if self._left_s <= 0 or not self.stack.room(0, self._bytes[column]):
+        if self.pace.left_s <= 0 or not self.stack.room(0, self._bytes[column]):
             self.stats.dropped_blocks += 1
             return
         began = monotonic()
         sent = self._send(node, column, 0)
-        self._spent(monotonic() - began)
+        self.pace.spent(monotonic() - began)
         self.stats.demote_s += monotonic() - began
         self.stats.demoted_blocks += sent
         self.stats.dropped_blocks += not sent
@@ -298,11 +299,11 @@ class Tiering:
         if pool.uses[block] != WRITE_BACK_USES or self._closed or not self.mover.there:
             return
         level = self.stack.lasting or 0
-        if self._left_s <= 0 or not self.stack.room(level, self._bytes[column]):
+        if self.pace.left_s <= 0 or not self.stack.room(level, self._bytes[column]):
             return
         began = monotonic()
         self.stats.written_back += self._send(node, column, level)
-        self._spent(monotonic() - began)
+        self.pace.spent(monotonic() - began)
 
     def flush(self, timeout_s: float = 30.0) -> None:
         """Everything idle goes to the first tier that lasts, what would be evicted first first; waits for it.
@@ -357,7 +358,3 @@ class Tiering:
         return self.stack.put(
             Block(block_key(index.name(node), place), block_key(above, place), tokens, data), level
         )
-
-    def _spent(self, seconds: float) -> None:
-        self._left_s -= seconds
-        self._spent_s += seconds
