@@ -260,3 +260,38 @@ def test_a_cache_that_cannot_go_back_is_computed_anew(
     done = chat(quire, folder, turns, "--block-tokens", 4)
     assert "computed from the start: cannot go back to" in done.err
     assert done.out == chat(quire, folder, turns, "--kv", "none").out
+
+
+def test_a_beginning_is_found_in_a_tier_after_a_restart(quire, tiny: Path, tmp_path: Path) -> None:
+    """Another process, no session: what the last one computed comes from the disk, and the replies are the same."""
+    flags = ["--tiers", f"disk:8MiB@{tmp_path}/tier", "--block-tokens", 16]
+    plain = chat(quire, tiny, TURNS, "--block-tokens", 16)
+    first = chat(quire, tiny, TURNS, *flags)
+    again = chat(quire, tiny, TURNS, *flags)
+    assert plain.out == first.out == again.out
+    assert kept(first.err) == kept(plain.err), "within a conversation nothing is looked up"
+    assert kept(first.err)[0][0] == 0 < kept(again.err)[0][0]
+    assert kept(again.err)[1:] == kept(first.err)[1:]
+
+
+def test_a_conversation_is_found_after_a_reset(quire, tiny: Path) -> None:
+    turns = [TURNS[0], "/reset", TURNS[0]]
+    flags = ["--tiers", "host:8MiB", "--block-tokens", 16]
+    done = chat(quire, tiny, turns, *flags)
+    one, two = done.out.splitlines()
+    assert one == two
+    assert kept(done.err)[1][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("tiers", "flags", "why"),
+    [
+        ("host:8MiB;offload=on", [], "a conversation stays within it"),
+        ("host:8MiB", ["--kv", "none"], "drop one of them"),
+        ("tape:8MiB", [], "tape"),
+    ],
+)
+def test_tiers_of_no_use_are_refused(quire, tiny: Path, tiers: str, flags: list, why: str) -> None:
+    done = quire("chat", "--model", tiny, "--tiers", tiers, *flags, stdin="")
+    assert done.code != 0
+    assert why in done.err

@@ -50,10 +50,14 @@ def main(options: ChatOptions) -> int:
         raise ConfigError(f"{source.name} has no tokenizer, and a conversation is text")
     loaded = load(source, options, [])
     runner = open_cache(loaded, options)
-    chat = Chat(loaded, runner, options, session)
-    if session is not None:
-        session.open(loaded, chat.conversation, chat.dialogue)
-    return chat.run()
+    try:
+        chat = Chat(loaded, runner, options, session)
+        if session is not None:
+            session.open(loaded, chat.conversation, chat.dialogue)
+        return chat.run()
+    finally:
+        if options.tiers:
+            runner.close()  # which writes what is cached to tiers that last
 
 
 class Chat:

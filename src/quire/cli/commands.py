@@ -288,6 +288,7 @@ def chat(
     keep: Keep = None,
     memory: Memory = None,
     block_tokens: BlockTokens = None,
+    tiers: Tiers = None,
     attention: Attention = None,
     weights: Weights = None,
     compile: Compile = False,  # noqa: A002 - the option's name

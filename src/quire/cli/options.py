@@ -217,12 +217,20 @@ class ChatOptions(Options):
     """What `quire chat` does."""
 
     max_tokens: int = 256
+    share: str = "off"
+    tiers: str = ""
     session: str | None = None
     system: str | None = None
 
     def check(self) -> None:
         """See `Options.check`."""
         super().check()
+        check_tiers(self.tiers, self.share, self.kv)
+        if tiers_of(self.tiers).offload:
+            raise ConfigError(
+                "--tiers: offload=on is for requests larger than the cache, and a conversation stays within it; "
+                "drop it, or give more --memory"
+            )
         if self.session is not None and self.kv == NO_CACHE:
             raise ConfigError(
                 "--session keeps a conversation's cache and --kv none has none; drop one of them"

@@ -7,6 +7,9 @@
 Where a turn's text does not begin like what is held, for instance because a chat template rewrote it, the cache goes
 back to the common beginning. A cache that cannot go back (a window that moved on, a recurrent state) is computed anew,
 and says why.
+
+Over a runner that shares prefixes, a turn that begins anew takes what the prefix cache or its tiers have of it, and
+leaves what it computes there: so a conversation's beginning is found again after a restart.
 """
 
 from __future__ import annotations
@@ -15,13 +18,17 @@ import json
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from quire.engine.engine import Engine
 from quire.engine.params import SamplingParams
 from quire.engine.request import Delta
 from quire.errors import RequestError, TierError
 from quire.store.snapshot import Snapshot, load_table, save_table
+
+if TYPE_CHECKING:
+    from quire.store.path import Path
+    from quire.store.sharing import Sharing
 
 __all__ = ["Conversation", "Reuse"]
 
@@ -76,10 +83,12 @@ class Conversation:
         Raises:
             RequestError, CapacityError: refused; the cache is as before, or went back to the common beginning.
         """
-        name = self.engine.add_request(list(tokens), params)
+        name = self.engine.add_request(list(tokens), params, share=self._share(tokens))
         seen = list(tokens)
         try:
             self.reuse = self._rewind(tokens)
+            if getattr(self.table, "path", None) is not None:
+                self.table.follow(seen)
             while self.engine.has_work:
                 for delta in self.engine.step():
                     if delta.request_id != name:
@@ -103,7 +112,21 @@ class Conversation:
         self.table.release()
         self.tokens = []
 
+    def found(self, table: Any, n_tokens: int) -> _Lease:
+        """A turn of so many tokens begins with a table that the prefix cache has made for it."""
+        self.table.release()
+        self.table = table
+        self.tokens = list(table.path.tokens[: table.length])
+        self.reuse = Reuse(table.length, n_tokens - table.length)
+        return _Lease(table)
+
     # -- between turns -------------------------------------------------------------------------------------------
+
+    def _share(self, tokens: Sequence[int]) -> str | None:
+        """Whether a turn's prefix is looked up: only one that goes on with nothing of what is held."""
+        if self.runner.sharing is None or not _common(self.tokens, tokens[:-1]):
+            return None
+        return "off"
 
     def _rewind(self, tokens: Sequence[int]) -> Reuse:
         """Makes the table hold the longest beginning of `tokens` that it can; at least one is left to compute."""
@@ -160,11 +183,10 @@ class Conversation:
 class _Lender:
     """The runner as the engine of a conversation sees it: every request continues the one table."""
 
-    sharing = None
-    """The one table is its own; nothing is looked up for it."""
-
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
+        shared = conversation.runner.sharing
+        self.sharing = None if shared is None else _Shelf(conversation, shared)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._conversation.runner, name)
@@ -177,11 +199,31 @@ class _Lender:
         return _Lease(table)
 
 
+class _Shelf:
+    """The prefix cache as that engine sees it: what is taken from it becomes the conversation's one table."""
+
+    def __init__(self, conversation: Conversation, sharing: Sharing) -> None:
+        self._conversation, self._sharing = conversation, sharing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sharing, name)
+
+    def take(self, path: Path) -> _Lease:
+        """See `Sharing.take`."""
+        return self._conversation.found(self._sharing.take(path), len(path.tokens))
+
+
 class _Lease:
     """A table that its borrower cannot give away."""
 
+    __slots__ = ("_table",)
+    _table: Any
+
     def __init__(self, table: Any) -> None:
-        self._table = table
+        object.__setattr__(self, "_table", table)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._table, name, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._table, name)
