@@ -68,12 +68,19 @@ class Sharers(RuleBasedStateMachine):
     """Tenants that open, compute, fork, go back and leave over one prefix cache."""
 
     @initialize(
-        world=worlds().filter(lambda w: not any(g.recurrent for g in w.layout.spec)),
+        world=st.one_of(worlds(), worlds(stateful=True)),
         evict=st.sampled_from(["lru", "cost"]),
+        size=st.integers(1, 6),
+        every=st.integers(1, 4),
+        one_by_one=st.booleans(),
     )
-    def begin(self, world: World, evict: str) -> None:
+    def begin(self, world: World, evict: str, size: int, every: int, one_by_one: bool) -> None:
         self.world = world
-        self.sharing = Sharing(world.store, b"weights", evict=evict)
+        self.sharing = Sharing(
+            world.store, b"weights", evict=evict, stateful_tokens=size, one_by_one=one_by_one
+        )
+        if self.sharing.states is not None:
+            self.sharing.states.every = every * self.sharing.grain
 
     def pick(self, i: int) -> Tenant:
         seq = self.world.seqs[i % len(self.world.seqs)]
@@ -115,6 +122,8 @@ class Sharers(RuleBasedStateMachine):
         """Computes up to n further tokens of its ids."""
         start = len(seq.tokens)
         stop = min(len(seq.ids), start + n)
+        if seq.table.path is not None:
+            stop = seq.table.path.until(start, stop)
         try:
             seq.table.append(stop - start)
         except CapacityError:

@@ -24,15 +24,18 @@ MAX_TOKENS = 40
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> World:
-    """Layers of several spans and sizes in one arena of few slabs, plain or lossy with any residual window."""
+def worlds(draw: st.DrawFn, *, stateful: bool = False) -> World:
+    """Layers of several spans and sizes in one arena of few slabs, plain or lossy with any residual window.
+
+    Stateful ones have a recurrent layer for certain, and maybe nothing else.
+    """
     size = draw(st.integers(1, 6))
     layers: list[KVLayer | StateLayer] = []
-    for at in range(draw(st.integers(1, 3))):
+    for at in range(draw(st.integers(0 if stateful else 1, 3))):
         width = draw(st.sampled_from([2, 24]))
         fields = (Field("k", (width,), "float32"), Field("v", (2,), "float32"))
         layers.append(KVLayer(at, draw(st.integers(1, 3)), fields, draw(plain_spans)))
-    if draw(st.integers(0, 3)) == 0:
+    if stateful or draw(st.integers(0, 3)) == 0:
         layers.append(
             StateLayer(
                 len(layers),
@@ -41,7 +44,7 @@ def worlds(draw: st.DrawFn) -> World:
         )
     codecs = None
     skip = sinks = ""
-    if draw(st.booleans()):
+    if isinstance(layers[0], KVLayer) and draw(st.booleans()):
         lossy = Lossy(
             draw(st.one_of(st.sampled_from([0, size, 2 * size]), st.integers(0, 3 * size)))
         )

@@ -97,7 +97,43 @@ def test_what_shares_nothing(both: tuple[Watched, Watched]) -> None:
     assert on.columns[0] == 70
 
 
-@pytest.mark.parametrize("name", ["mamba", "llama_dynamic", "phi3_longrope"])
+HYBRID = torch.randint(3, 90, (1, 300), generator=G)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "lfm2" else pytest.param(n, marks=pytest.mark.slow) for n in zoo.names("rows")],
+)
+def test_recurrent_models_go_on_from_a_state(name: str) -> None:
+    """Chunked ones from the last whole chunk, Mamba-1 kinds token by token behind it; batches, beams, samples."""
+    off, on = Watched(name, "off", "auto"), Watched(name, "prefix", "auto")
+    chunked = zoo.ZOO[name].chunked
+    text = on.text(HYBRID)
+    assert text == off.text(HYBRID)
+    assert sum(on.columns) == 300 + 11
+    assert on.columns[:2] == ([288, 12] if chunked else [288, 1])
+    assert on.text(HYBRID) == text
+    assert sum(on.columns) == 12 + 11
+    turn = torch.cat([torch.tensor(text), HYBRID[:, :5]], 1)
+    assert on.text(turn) == off.text(turn)
+    assert sum(on.columns) == 317 - 304 + 11  # generated tokens are found, too
+    for pad in (16,) if name == "lfm2" else (16, 20):
+        row = torch.cat([torch.zeros(1, pad, dtype=torch.int64), HYBRID[:, : 300 - pad]], 1)
+        mask = torch.ones(2, 300, dtype=torch.int64)
+        mask[1, :pad] = 0
+        both = torch.cat([HYBRID, row])
+        for _ in range(2):
+            assert on.text(both, attention_mask=mask) == off.text(both, attention_mask=mask)
+    assert on.text(HYBRID, num_beams=3) == off.text(HYBRID, num_beams=3)
+    options = {"do_sample": True, "num_return_sequences": 3, "temperature": 1.2}
+    assert on.text(HYBRID, **options) == off.text(HYBRID, **options)
+    assert on.columns[0] == (12 if chunked else 1)
+    assert on.attached.bridge.store.usage().held_bytes == 0
+    for side in (off, on):
+        side.attached.detach()
+
+
+@pytest.mark.parametrize("name", ["llama_dynamic", "phi3_longrope"])
 def test_models_that_cannot_share_say_so(name: str) -> None:
     model = zoo.build(name)
     with pytest.raises(ConfigError, match="share='off'"):

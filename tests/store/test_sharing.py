@@ -272,11 +272,6 @@ def test_a_declared_prefix_is_shared_by_whole_chunks_and_no_further() -> None:
     assert leave(sharing, IDS, other) == 0
 
 
-def test_recurrent_state_is_refused() -> None:
-    with pytest.raises(ConfigError, match="share='off'"):
-        Sharing(store_of(layout_of(Full(), state=True)))
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -40,6 +40,7 @@ WHY = {
     "evicted": "it was evicted",
     "never stored": "nobody had sent it",
     "other namespace": "only another key has it",
+    "no checkpoint": "its tokens are there, the state behind them is not",
 }
 
 

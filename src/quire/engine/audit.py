@@ -36,7 +36,7 @@ class Divergence:
     """One hit that read something else.
 
     Args:
-        position: where the first chunk begins that differs.
+        position: where the first chunk begins that differs; of a recurrent state the length that it was kept at.
         distance: |found - computed| / |computed| of the worst chunk.
     """
 
@@ -99,8 +99,9 @@ class Auditor:
         cold = self.runner.bridge.store.open()
         tokens = sample.tokens[:n_tokens]
         try:
-            for start in range(0, n_tokens, CHUNK_TOKENS):
-                stop = min(n_tokens, start + CHUNK_TOKENS)
+            width = CHUNK_TOKENS if self.runner.chunked_prefill else n_tokens
+            for start in range(0, n_tokens, width):
+                stop = min(n_tokens, start + width)
                 cold.append(stop - start)
                 self.runner.forward([Item(cold, tokens, start, stop, 1)], sample.request.adapter)
                 cold.commit()
@@ -126,6 +127,12 @@ class Auditor:
                         position = at * self.runner.sharing.grain
                         request = sample.request.request_id
                         worst = Divergence(request, n_tokens, position, layer, name, distance)
+        for layer, name, mine, other in bridge.states_of(sample.table, cold):
+            [distance] = _distances(mine, other, 1)
+            stats.worst = max(stats.worst, distance)
+            if worst is None or distance > worst.distance:
+                request = sample.request.request_id
+                worst = Divergence(request, n_tokens, n_tokens, layer, name, distance)
         limit = TOLERANCE.get(str(self.runner.model.dtype).removeprefix("torch."), 0.15)
         if worst is not None and not worst.distance <= limit:
             stats.diverged += 1

@@ -4,7 +4,8 @@
     |-- cached --|-- this chunk --|-- later ones --|
 
 A chunk ends with the step's budget, with the logits that one forward may return, where the runner wants it to end (a
-policy compacts there), or with the tokens. Where a prompt cannot be cut it is one chunk, and the only one of its step.
+policy compacts there, or recurrent state is kept), or with the tokens. Where a prompt cannot be cut in chunks, what the
+runner lets pass is one, and the only one of its step; what comes behind that, or was found, is computed token by token.
 
 Some sequences turn into something else when they grow past a length (LongRoPE): what was computed up to there is
 forgotten, and computed anew at once.
@@ -47,7 +48,10 @@ class Chunks:
         """Tokens of this sample to compute next; 0: not in this step."""
         start, end = sample.computed, len(sample.tokens)
         if not self.room.chunked_prefill:
-            return 0 if plan.prefills else end - start
+            if start:
+                return 1
+            stop = end if self.cut is None else self.cut(table, 0, end)
+            return 0 if plan.prefills else stop
         stop = min(end, start + plan.budget)
         if sample.unscored:
             stop = min(stop, start + self.logits_tokens)

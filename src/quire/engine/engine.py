@@ -78,6 +78,7 @@ class Engine:
             restart_tokens=getattr(runner, "restart_tokens", None),
             opener=self.opener,
         )
+        self.opener.waiting = self.scheduler.next_waiting
         self.intake = Intake(runner, runner.vocab_size, tokenizer, eos_token_ids, clock)
         self.core = Core(
             runner, self.scheduler, tokenizer, clock, self._deliver, auditor, self.opener

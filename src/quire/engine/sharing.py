@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from quire.errors import RequestError
+from quire.store.checkpoints import common_tokens
 from quire.store.sharing import Sharing
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 SHORT_S = 0.0005
 """A tier that has nothing says so within this, and the request need not sit out a step."""
 IDLE_S = 0.01
+LOOKED_AT = 32
+"""Of those that wait, when a prompt is planned: the next ones."""
 
 __all__ = ["Opener", "check_share", "sharing_report"]
 
@@ -65,6 +68,8 @@ class Opener:
         self.adapter_digest = adapter_digest or (lambda name: name.encode())
         self._asked = False
         """Whether somebody has looked in this step, of those that may be loaded for."""
+        self.waiting: Callable[[int], Sequence[Sample]] = lambda _: ()
+        """About the first so many of those that wait; set by who has a scheduler."""
 
     def __call__(self, sample: Sample) -> Table | None:
         """A table that may hold a beginning of the sample's tokens; None while somebody before it computes them."""
@@ -93,10 +98,21 @@ class Opener:
         table = sharing.take(path)
         if rules is not None:
             rules.apply(table, sample.prompt_tokens)
+        if sharing.states is not None:
+            self._mark(sample, path)
         path.promise(sample.prompt_tokens, sample.seat)
         if self.auditor is not None:
             self.auditor.found(sample, table.length)
         return table
+
+    def _mark(self, sample: Sample, path: Path) -> None:
+        """Where those that wait go on otherwise they will want a state: what they have in common is computed once."""
+        mine = sample.request
+        for other in self.waiting(LOOKED_AT):
+            theirs = other.request
+            same = (theirs.namespace, theirs.adapter) == (mine.namespace, mine.adapter)
+            if other is not sample and same and theirs.share and other.seat > sample.seat:
+                path.mark(common_tokens(sample.tokens, other.tokens[:-1]))
 
     def _look(self, sharing: Sharing, sample: Sample, rules: Any) -> Path:
         """What the device has of a sample's tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -239,6 +239,16 @@ class Bridge:
         for (kind, j), f in zip(self.shape.states[layer], group.fields, strict=True):
             x = (out_of.conv_states if kind == "conv" else out_of.recurrent_states)[j]
             self.store.view(group, layer, f.name)[where, 0] = x
+
+    def states_of(
+        self, a: BlockTable, b: BlockTable
+    ) -> Iterator[tuple[int, str, torch.Tensor, torch.Tensor]]:
+        """(layer, field, both tables' states as `[1, 1, n]`) of every recurrent layer."""
+        for layer, (at, group) in sorted(self._state_groups.items()):
+            where = self._units(at, group, [a, b])
+            for f in group.fields:
+                x = self.store.view(group, layer, f.name)[where, 0].reshape(2, 1, 1, -1)
+                yield layer, f.name, x[0], x[1]
 
     def _units(self, at: int, group: CacheGroup, tables: Sequence[BlockTable]) -> torch.Tensor:
         blocks = np.array([t.chains[at].ids[0] for t in tables], np.int32)

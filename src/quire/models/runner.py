@@ -106,9 +106,11 @@ class ModelRunner:
         return self.bridge.rules(keep)
 
     def cut(self, table: Any, start: int, stop: int) -> int:
-        """How far [start, stop) of a sequence may be computed before some of its tokens go."""
-        keeper = table.keeper
-        return stop if keeper is None else keeper.until(start, stop)
+        """How far [start, stop) may be computed before some of a sequence's tokens go, or its states are kept."""
+        keeper, path = table.keeper, table.path
+        if keeper is not None and self.chunked_prefill:
+            stop = keeper.until(start, stop)
+        return stop if path is None else path.until(start, stop)
 
     @property
     def restart_tokens(self) -> int | None:

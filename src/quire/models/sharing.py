@@ -10,6 +10,7 @@ from quire.errors import ConfigError
 from quire.models.bridge import Bridge
 from quire.models.hf_cache import KVCache
 from quire.models.load import fingerprint, full_digest
+from quire.models.repeat import Piece
 from quire.models.rope import Regimes
 from quire.share import parse_share
 from quire.spec import KVConfig
@@ -32,7 +33,7 @@ def open_sharing(bridge: Bridge, config: KVConfig) -> Sharing | None:
     dtype, the way into the model and the layout of the blocks.
 
     Raises:
-        ConfigError: keys of this model depend on more than what lies before them, or it keeps recurrent state.
+        ConfigError: keys of this model depend on more than what lies before them.
     """
     share = parse_share(config.share)
     if not share.on:
@@ -43,11 +44,6 @@ def open_sharing(bridge: Bridge, config: KVConfig) -> Sharing | None:
         raise ConfigError(
             f"share={config.share!r}: this model's RoPE ({kind}) turns keys by the length of the whole sequence, so "
             "equal beginnings differ; use share='off'"
-        )
-    if bridge.has_state or not bridge.chunked_prefill:
-        raise ConfigError(
-            f"share={config.share!r}: this model keeps recurrent state, of which no checkpoints are made yet; "
-            "use share='off'"
         )
     about = (
         fingerprint(model.named_parameters()),
@@ -62,6 +58,8 @@ def open_sharing(bridge: Bridge, config: KVConfig) -> Sharing | None:
         evict=share.evict,
         explain=share.explain,
         ghost=share.ghost,
+        one_by_one=not bridge.chunked_prefill,
+        stateful_tokens=config.block_tokens,
     )
 
 
@@ -94,8 +92,15 @@ def shorten(cache: KVCache, kwargs: dict[str, Any]) -> dict[str, Any]:
         for known, more in zip(cache.tokens, rows, strict=True):
             known.extend(more)
         return kwargs
+    sharing, pads = cache.bridge.sharing, [columns - len(row) for row in rows]
+    assert sharing is not None
+    if not cache.bridge.chunked_prefill and any(pads):
+        cache.shares = False  # what is computed token by token begins with a whole row of tokens
+        return kwargs
     found = _open_alike(cache, rows, columns)
     cache.follow(rows)
+    if sharing.states is not None and not any(t.keeper for t in cache.tables):
+        found = _compute_ahead(cache, rows, pads, found)
     if not any(t.length for t in cache.tables):
         return kwargs
     cache.columns = found
@@ -123,6 +128,9 @@ def _open_alike(cache: KVCache, rows: list[list[int]], columns: int) -> int:
         ends = [
             pad + t.length if n else found for pad, n, t in zip(pads, wanted, tables, strict=True)
         ]
+        lengths = [t.length for t in tables]
+        if sharing.states is not None and any(lengths) and not all(lengths):
+            ends = [0]  # no forward is over rows with and without history
         if min(ends) == found:
             cache.tables = tables
             if cache.bridge.keep.reads:
@@ -133,6 +141,33 @@ def _open_alike(cache: KVCache, rows: list[list[int]], columns: int) -> int:
         for t in tables:
             t.release()
         found = min(ends)
+
+
+def _compute_ahead(cache: KVCache, rows: list[list[int]], pads: list[int], found: int) -> int:
+    """Computes what lies before the last column in pieces that end where states are to be kept.
+
+    Returns:
+        The column at which the model's own forward is to begin.
+
+    Cost: a forward per piece and row, over what `generate()` would have computed at once.
+    """
+    tables, bridge = cache.tables, cache.bridge
+    marks = {pad + m for pad, t in zip(pads, tables, strict=True) if t.path for m in t.path.marks}
+    ends = sorted(c for c in marks if c > max(pads) and c > found)
+    if (
+        not bridge.chunked_prefill
+    ):  # behind what is there, or behind the first piece, token by token
+        ends = [found] if any(t.length for t in tables) else ends[:1]
+        ends += [c for end in ends for c in range(end + 1, len(rows[0]))]
+        ends = [c for c in ends if c > found]
+    at = found
+    for at in ends:
+        for table, row, pad in zip(tables, rows, pads, strict=True):
+            start = table.length
+            table.append(at - pad - start)
+            bridge.read(Piece(table, row, start, at - pad))
+            table.commit()
+    return at
 
 
 def open_tiering(runner: Any, config: TiersConfig, weights: bytes) -> tuple[Tiering | None, Below]:

@@ -267,6 +267,11 @@ class Meters:
             ),
             (("quire_prefix_evicted_blocks",), "Blocks given up for others.", "evicted_blocks"),
             (("quire_prefix_stored_blocks",), "Blocks that can be found.", "stored_blocks"),
+            (
+                ("quire_prefix_stored_states",),
+                "Checkpoints of recurrent state that were kept.",
+                "stored_states",
+            ),
         ):
             for name in names:
                 yield self._one(CounterMetricFamily, name, what, report[key])

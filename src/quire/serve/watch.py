@@ -327,7 +327,10 @@ class Watch:
 
     def _engine(self, look: Look) -> dict[str, Any]:
         scheduler, report = look.stats.scheduler, look.sharing or {}
-        counters = ("evicted_blocks", "stored_blocks", "merged_blocks", "copied_tokens", "waits")
+        counters = (
+            *("evicted_blocks", "stored_blocks", "merged_blocks", "copied_tokens", "waits"),
+            "stored_states",
+        )
         audit = report.get("audit", {})
         return {
             "steps": look.stats.steps,

@@ -2,7 +2,7 @@
 
 here      |1|1|1|0|0|0|0|        full attention: the first that is nowhere ends it
 tiers           |1|1|1|.|
-windows         |.|1|1|          what the furthest boundary needs, or a nearer one's
+windows         |.|1|1|          what the furthest boundary needs, or a nearer one's; of a recurrent group its state
 """
 
 from __future__ import annotations
@@ -169,7 +169,10 @@ class Fetcher:
         self, fetch: Fetch, end: int, known: dict[tuple[int, int], int | None]
     ) -> int:
         """The furthest boundary up to `end` whose needs every group has, here or in a tier."""
-        for boundary in range(end, max(fetch.found, end - TRIED), -1):
+        candidates = list(range(end, fetch.found, -1))
+        if self.sharing.states is not None:
+            candidates = await self._with_states(fetch, candidates, known)
+        for boundary in candidates[:TRIED]:
             needed = self._needed(boundary)
             await self._ask(
                 fetch, [x for x in needed if x not in known and not fetch.here[x[0]][x[1]]], known
@@ -177,6 +180,22 @@ class Fetcher:
             if all(fetch.here[c][i] or known[c, i] is not None for c, i in needed):
                 return boundary
         return fetch.found
+
+    async def _with_states(
+        self, fetch: Fetch, boundaries: list[int], known: dict[tuple[int, int], int | None]
+    ) -> list[int]:
+        """Those behind which every recurrent group has a checkpoint, here or in a tier."""
+        states, sharing = self.sharing.index.states, self.sharing
+        assert sharing.states is not None
+        total = len(fetch.names) * sharing.grain + len(fetch.rest) // TOKEN_BYTES
+        worth = [b for b in boundaries if sharing.states.resumes(b * sharing.grain, total)]
+        places = [(c, b - 1) for b in worth for c in states]
+        await self._ask(fetch, [x for x in places if not fetch.here[x[0]][x[1]]], known)
+
+        def there(c: int, i: int) -> bool:
+            return bool(fetch.here[c][i]) or known[c, i] is not None
+
+        return [b for b in worth if all(there(c, b - 1) for c in states)]
 
     def _cut(self, fetch: Fetch, boundary: int) -> int:
         """A nearer boundary, up to which the bytes fit one part."""
@@ -195,7 +214,7 @@ class Fetcher:
         sharing, out = self.sharing, []
         for c, (g, j) in enumerate(sharing.index.columns):
             if c not in self._full:
-                per = sharing.grain // sharing.store.spec.groups[g].block_tokens
+                per = sharing.index.per[g]
                 entries = sharing.needed(g, boundary * sharing.grain)
                 out += [(c, e // per) for e in entries if e % per == j]
         return out

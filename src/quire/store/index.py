@@ -2,7 +2,8 @@
 
     node      one chunk of a prefix: `grain` tokens (fewer for the partial block that a sequence left behind)
     name      SHA-256 of the parent's name and the tokens; the first parent is a namespace
-    column    one block of one group within a chunk; a chunk holds whole blocks of every group
+    column    one block of one group within a chunk; a chunk holds whole blocks of every group of tokens
+    state     a column, too: what a recurrent group had reached when the chunk ended, where somebody kept that
     blocks    of each column the id, or -1 where it was never stored or is evicted
 
     root(namespace) ── chunk 0 ── chunk 1 ── chunk 2            names chain, so equal names mean equal prefixes
@@ -26,8 +27,8 @@ from math import lcm
 
 import numpy as np
 
-from quire.errors import ConfigError, InvariantError
-from quire.spec import CacheGroup, CacheSpec
+from quire.errors import InvariantError
+from quire.spec import DEFAULT_BLOCK_TOKENS, CacheGroup, CacheSpec
 from quire.store.pool import BlockPool
 
 __all__ = ["NONE", "PrefixIndex", "chunk_name", "packed"]
@@ -57,12 +58,10 @@ class PrefixIndex:
     """Nodes over the groups of one spec.
 
     Args:
-        spec: the groups; recurrent ones cannot be resumed and are refused.
+        spec: the groups.
         pool_of: a group's pool. The index takes over their `on_evict`.
         on_evict: told the node and the column, before a block is forgotten.
-
-    Raises:
-        ConfigError: a recurrent group.
+        stateful_tokens: per chunk where all groups are recurrent, and no block says how many.
     """
 
     def __init__(
@@ -70,22 +69,20 @@ class PrefixIndex:
         spec: CacheSpec,
         pool_of: Callable[[CacheGroup], BlockPool],
         on_evict: Callable[[int, int], None] | None = None,
+        stateful_tokens: int = DEFAULT_BLOCK_TOKENS,
     ) -> None:
-        if any(g.recurrent for g in spec.groups):
-            raise ConfigError(
-                "share='prefix' needs tokens to resume from and this model keeps recurrent state, of which no "
-                "checkpoints are made yet; use share='off'"
-            )
-        sizes = [g.block_tokens for g in spec.groups]
-        self.grain = lcm(*sizes)
+        sizes = [g.block_tokens for g in spec.groups if not g.recurrent]
+        self.grain = lcm(*sizes) if sizes else stateful_tokens
         """Tokens per chunk."""
-        self.columns = tuple(
-            (g, j) for g, size in enumerate(sizes) for j in range(self.grain // size)
-        )
+        self.per = [1 if g.recurrent else self.grain // g.block_tokens for g in spec.groups]
+        """Of each group, blocks in a chunk."""
+        self.columns = tuple((g, j) for g, per in enumerate(self.per) for j in range(per))
         """(group, which of its blocks in a chunk)."""
+        self.states = [c for c, (g, _) in enumerate(self.columns) if spec.groups[g].recurrent]
+        """Columns of recurrent groups: the state behind the chunk, where there is one."""
         self.pools = [pool_of(spec.groups[g]) for g, _ in self.columns]
         self.plain = len(self.columns) == len(sizes) and all(g.raw is None for g in spec.groups)
-        """Whether parts of a block can be copied: no codec needs it whole, and a chunk is a block."""
+        """Whether parts of a block can be copied: no codec and no state needs it whole, and a chunk is a block."""
         self.on_evict = on_evict
         self.live = 0
         """Nodes in use."""
@@ -224,6 +221,10 @@ class PrefixIndex:
         """(node, column) of a named block."""
         nodes, columns = self._owners[id(pool)]
         return nodes[block], columns[block]
+
+    def named(self, name: bytes) -> int:
+        """The node of that name, whatever its tokens, or -1."""
+        return self._nodes.get(name, NONE)
 
     def owner(self, pool: BlockPool, block: int) -> int:
         """The node of a named block."""

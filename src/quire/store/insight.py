@@ -22,7 +22,7 @@ __all__ = ["Explainer", "Ghost", "GhostFigures", "Miss", "Shadow", "counting_sto
 MOST_HASHES = 1024
 """For one miss, looking for it in other namespaces: a few milliseconds. What would take more is not found out."""
 
-Reason = Literal["differs", "evicted", "never stored", "other namespace"]
+Reason = Literal["differs", "evicted", "never stored", "other namespace", "no checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class Miss:
     Args:
         at: the first position that was not found.
         reason: "differs": the cache goes on with another token at `position`; "evicted": it was there, and went
-            `ago_s` seconds before, when `by` took its memory; "never stored"; "other namespace": somebody else has it.
+            `ago_s` seconds before, when `by` took its memory; "never stored"; "other namespace": somebody else has it;
+            "no checkpoint": tokens behind it are there, without the state of the recurrent layers.
         position: of the first token that differs, with the `stored` and the `asked` one.
         by: the request that took the memory; "" where none is known.
     """
@@ -105,6 +106,7 @@ class Explainer:
         parent = path.parent(chunk)
         return (
             self._was_evicted(path, chunk, parent, rest, at)
+            or (Miss(at, "no checkpoint") if path.seen and self.sharing.states else None)
             or self._elsewhere(path, namespace, base, chunk, rest, at)
             or self._differs(parent, rest, chunk * grain, at)
             or Miss(at, "never stored")

@@ -195,7 +195,9 @@ class Parked:
 
         def find(at: int, entry: int) -> int:
             chain = self.table.chains[at]
-            chunk, j = divmod(entry, grain // chain.group.block_tokens)
+            if chain.group.recurrent:
+                return -1  # a state is written in place: none that is cached is where this one was
+            chunk, j = divmod(entry, index.per[at])
             if chunk >= named:
                 return -1
             if chunk not in nodes:

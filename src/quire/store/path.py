@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from quire.store.chain import GONE
+from quire.store.checkpoints import STATE
 from quire.store.index import TOKEN_BYTES, chunk_name, packed
 from quire.store.namespace import Hints, Namespace
 from quire.store.table import BlockTable
 
 if TYPE_CHECKING:
+    from quire.store.checkpoints import Checkpoints
     from quire.store.insight import Miss, Shadow
     from quire.store.sharing import Sharing
 
@@ -25,8 +28,9 @@ class Path:
     """
 
     __slots__ = (
-        *("adapter", "done", "found", "hints", "label", "limit", "miss", "names", "namespace"),
-        *("nodes", "owner", "promised", "public", "salt", "seen", "shadow", "sharing", "tokens"),
+        *("adapter", "done", "found", "hints", "known", "label", "limit", "marks", "miss"),
+        *("moving", "names", "namespace", "nodes", "owner", "promised", "prompt", "public"),
+        *("salt", "seen", "shadow", "sharing", "tokens"),
     )
 
     def __init__(
@@ -47,8 +51,16 @@ class Path:
         """At most so many tokens were to be found."""
         self.nodes: list[int] = []
         """Between `look` and `take`: of the chunks that are there."""
+        self.known = 0
+        """How many lie before the first that nobody has."""
         self.found = 0
         """How many of them can be resumed from."""
+        self.marks: list[int] = []
+        """Lengths, ascending, at which a checkpoint of recurrent states is still to be made."""
+        self.prompt = 0
+        """Tokens when it was planned; behind them one checkpoint moves along."""
+        self.moving = b""
+        """The chunk that has it."""
         self.label = ""
         self.adapter = b""
         self.namespace = namespace
@@ -98,6 +110,7 @@ class Path:
         twin.limit, twin.nodes, twin.found = self.limit, [], 0
         twin.label, twin.adapter, twin.namespace = self.label, self.adapter, self.namespace
         twin.seen, twin.miss, twin.shadow = [], None, None
+        twin.known, twin.marks, twin.prompt, twin.moving = 0, [], self.prompt, b""
         return twin
 
     def back(self, n_tokens: int) -> None:
@@ -105,7 +118,8 @@ class Path:
         chunks = n_tokens // self.sharing.grain
         if chunks < self.done:
             self.withdraw()
-            self.done = chunks
+            self._forget_bare()
+            self.done, self.moving = chunks, b""
             del self.names[chunks + 1 :]
 
     # -- promises ------------------------------------------------------------------------------------------------
@@ -118,18 +132,82 @@ class Path:
         for at in range(0, len(blob), grain * TOKEN_BYTES):
             self.sharing.promised.setdefault(self.extend(blob[at : at + grain * TOKEN_BYTES]), self)
         self.promised = len(self.names) - 1
+        for mark in self.marks:
+            self._promise_state(mark)
 
     def withdraw(self) -> None:
         """Takes back what is promised and not published."""
         promised = self.sharing.promised
         for name in self.names[self.done + 1 : self.promised + 1]:
-            if promised.get(name) is self:
-                del promised[name]
+            for key in (name, STATE + name):
+                if promised.get(key) is self:
+                    del promised[key]
         self.promised = 0
+
+    def _promise_state(self, mark: int) -> None:
+        chunks = mark // self.sharing.grain
+        if self.done < chunks <= self.promised:
+            self.sharing.promised.setdefault(STATE + self.names[chunks], self)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def plan(self, states: Checkpoints) -> None:
+        """Says where checkpoints are to be made on the way through the tokens that there are now."""
+        grain, self.prompt = self.sharing.grain, len(self.tokens)
+        self.marks = states.marks(self.done * grain, self.known * grain, self.prompt)
+
+    def mark(self, n_tokens: int) -> None:
+        """Somebody else goes on otherwise behind so many tokens: a checkpoint is made there, if it still can be."""
+        sharing = self.sharing
+        at = n_tokens // sharing.grain * sharing.grain
+        states = sharing.states
+        last = (self.prompt - 1) // sharing.grain * sharing.grain
+        if states is None or at in self.marks or not self.done * sharing.grain < at <= last:
+            return
+        if states.resumes(at, self.prompt):
+            insort(self.marks, at)
+            self._promise_state(at)
+
+    def until(self, start: int, stop: int) -> int:
+        """How far [start, stop) may be computed before a checkpoint is to be made."""
+        return next((m for m in self.marks if start < m < stop), stop)
+
+    def _checkpoint(self, table: BlockTable, name: bytes, parent: bytes, chunk: bytes) -> None:
+        """The table has come to the end of a chunk: its states are kept where they are wanted."""
+        states, at = self.sharing.states, table.committed
+        if states is None or at != table.length or at != self.done * self.sharing.grain:
+            return
+        moves = at >= self.prompt and at % states.every != 0
+        if at not in self.marks and at < self.prompt:
+            return
+        if self.moving:
+            states.drop(self.moving)
+            self.moving = b""
+        if states.keep(table, self, name, parent, chunk) and moves:
+            self.moving = name
+
+    def _passed(self) -> None:
+        """Marks that lie behind are nobody's to wait for."""
+        done, promised = self.done * self.sharing.grain, self.sharing.promised
+        while self.marks and self.marks[0] <= done:
+            key = STATE + self.names[self.marks.pop(0) // self.sharing.grain]
+            if promised.get(key) is self:
+                del promised[key]
+
+    def _forget_bare(self) -> None:
+        """Chunks that were noted and have nothing behind them, not even a state."""
+        index = self.sharing.index
+        if self.sharing.sparse and self.done:
+            index.settle(index.named(self.names[self.done]))
+            if 0 < self.public <= self.done:  # what is private hangs on a name of its own
+                index.settle(index.named(self.names[self.public]))
+
+    # -- the end -------------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
         """Nothing more is published."""
         self.withdraw()
+        self._forget_bare()
         if self.shadow is not None:
             self.shadow.leave()
             self.shadow = None
@@ -139,14 +217,16 @@ class Path:
     def publish(self, table: BlockTable) -> None:
         """Names the table's chunks that became whole; a block that exists already takes the place of its duplicate."""
         sharing, grain = self.sharing, self.sharing.grain
-        sealed = min(c.sealed * c.group.block_tokens for c in table.chains)
-        last = min(table.committed, sealed) // grain
+        sealed = [c.sealed * c.group.block_tokens for c in table.chains if not c.group.recurrent]
+        last = min(table.committed, *sealed) // grain if sealed else table.committed // grain
+        name = parent = chunk = b""
         while self.done < last:
             first = self.done * grain
             chunk = packed(self.tokens[first : first + grain])
             known = len(self.names) > self.done + 1
             name = self.names[self.done + 1] if known else self.extend(chunk)
-            node = sharing.index.add(name, self.parent(self.done), chunk)
+            parent = self.parent(self.done)
+            node = sharing.index.add(name, parent, chunk)
             if node < 0 or len(chunk) < grain * TOKEN_BYTES:
                 self.leave()
                 table.path = None  # another prefix has the name, or tokens are not told: all behind it is private
@@ -155,6 +235,9 @@ class Path:
             if sharing.promised.get(name) is self:
                 del sharing.promised[name]
             self.done += 1
+        if sharing.states is not None and name:
+            self._checkpoint(table, name, parent, chunk)
+            self._passed()
         if self.shadow is not None:
             self.shadow.grow(self.names[1 : self.done + 1])
 
@@ -187,7 +270,9 @@ class Path:
         sharing, index = self.sharing, self.sharing.index
         for column, (group, j) in enumerate(index.columns):
             chain = table.chains[group]
-            entry = chunk * (sharing.grain // chain.group.block_tokens) + j
+            if chain.group.recurrent:
+                continue  # written in place: what is kept of it is a copy
+            entry = chunk * index.per[group] + j
             block = int(chain.ids[entry]) if entry < chain.count else GONE
             if block == GONE:
                 continue
@@ -204,4 +289,5 @@ class Path:
                 sharing.stats.merged_blocks += 1
             if self.hints is not None:
                 sharing.hint(column, have, self.hints)
-        index.settle(node)
+        if not sharing.sparse:
+            index.settle(node)

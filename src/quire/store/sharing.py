@@ -5,7 +5,8 @@
     release         |===========|=====|=====|==|                the partial block, too: under (parent, tokens)
 
 A hit ends at the largest boundary whose needs every group still has: all blocks of full attention, the last ones of a
-window, the raw ones of a residual window. So whoever resumes there reads what it would have read after computing it.
+window, the raw ones of a residual window, a checkpoint of every recurrent state. So whoever resumes there reads what it
+would have read after computing it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from quire.errors import CapacityError, InvariantError, RequestError
+from quire.errors import CapacityError, ConfigError, InvariantError, RequestError
+from quire.spec import DEFAULT_BLOCK_TOKENS
 from quire.store.chain import GONE, Chain
+from quire.store.checkpoints import STATE, Checkpoints, common_tokens
 from quire.store.evict import make_eviction
 from quire.store.index import TOKEN_BYTES, PrefixIndex, chunk_name, packed
 from quire.store.insight import Explainer, Ghost
@@ -49,6 +52,7 @@ class SharingStats:
         merged_blocks: computed although another had computed them meanwhile, and given back.
         evicted_blocks: named ones given up.
         waits: times that a request waited for another to compute its prefix.
+        stored_states: checkpoints of recurrent groups, one per group.
     """
 
     lookups: int = 0
@@ -59,6 +63,7 @@ class SharingStats:
     merged_blocks: int = 0
     evicted_blocks: int = 0
     waits: int = 0
+    stored_states: int = 0
 
     @property
     def hit_ratio(self) -> float:
@@ -70,15 +75,17 @@ class Sharing:
     """The prefix cache of one store.
 
     Args:
-        store: its groups are shared, without recurrent state.
+        store: its groups are shared.
         base: digest of everything else that a block's bytes depend on: weights, dtype, configuration.
         evict: "cost" or "lru", see `store/evict.py`.
         explain: find the reason of each miss.
         ghost: share of the prefixes that are followed at other sizes of memory; 0: none.
         clock: seconds.
+        one_by_one: this model computes whole prompts, or one token at a time (Mamba-1 kinds).
+        stateful_tokens: per chunk where all groups are recurrent.
 
     Raises:
-        ConfigError: a store that cannot be shared, or an unknown policy.
+        ConfigError: an unknown policy, or a ghost of recurrent states.
     """
 
     def __init__(
@@ -90,12 +97,24 @@ class Sharing:
         explain: bool = False,
         ghost: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        one_by_one: bool = False,
+        stateful_tokens: int = DEFAULT_BLOCK_TOKENS,
     ) -> None:
         self.store = store
         self.base = sha256(b"quire prefix 1" + base).digest()
         self.evict = evict
-        self.index = PrefixIndex(store.spec, store.pool_for, self._evicted)
+        self.index = PrefixIndex(
+            store.spec, store.pool_for, self._evicted, stateful_tokens=stateful_tokens
+        )
         self.grain = self.index.grain
+        self.states: Checkpoints | None = None
+        """Where groups are recurrent."""
+        if self.index.states:
+            self.states = Checkpoints(self, one_by_one=one_by_one)
+            if ghost:
+                raise ConfigError(
+                    "share: a ghost counts blocks, and this model resumes at checkpoints of recurrent state; drop ghost"
+                )
         self.stats = SharingStats()
         self.explainer = Explainer(self, clock) if explain else None
         self.ghost = Ghost(self, ghost) if ghost else None
@@ -108,11 +127,16 @@ class Sharing:
         self.roots: dict[bytes, bytes] = {}
         """Name of the empty prefix -> salt, of the private namespaces that looked last: where trees begin."""
         for group in store.spec.groups:
-            store.pool_for(group).adopt(make_eviction(evict, group.block_tokens, clock))
+            saved = group.block_tokens
+            if self.states is not None and group.recurrent:
+                saved = self.states.every
+            store.pool_for(group).adopt(make_eviction(evict, saved, clock))
         far = 1 << 40
         full = [g for g, group in enumerate(store.spec) if group.span.needs(far) == ((0, far),)]
         self._full = [c for c, (g, _) in enumerate(self.index.columns) if g in full]
         self._full_only = len(self._full) == len(self.index.columns)
+        self.sparse = self.states is not None and not self._full
+        """Chunks are known, too, that have nothing but the state of one behind them."""
 
     # -- opening -------------------------------------------------------------------------------------------------
 
@@ -161,21 +185,31 @@ class Sharing:
         if not path.public:
             self._note_root(path.names[0], own.salt)
         path.limit = max(0, len(tokens) - 1 if limit is None else limit)
+        if self.states is not None:
+            self.states.tidy()
         path.nodes = self._walk(path, packed(tokens[: path.limit]))
-        path.found = len(path.nodes) if self._full_only else self._boundary(path.nodes)
+        path.known = len(path.nodes)
+        if self.sparse:
+            while path.known and path.nodes[path.known - 1] < 0:
+                path.known -= 1
+        path.found = path.known if self._full_only else self._boundary(path)
         if self.explainer is not None:
             path.seen = path.names[path.found + 1 :]
+            if self.sparse:
+                path.seen = path.names[path.found + 1 : path.known + 1]
             path.namespace = own
         return path
 
     def take(self, path: Path) -> BlockTable:
         """A table over what was found."""
         nodes, path.nodes = path.nodes[: path.found], []
+        table = self.store.open()
+        if nodes and not self._fill(table, nodes, path):
+            path.found = 0
         path.done = path.found
         del path.names[path.done + 1 :]
-        table = self.store.open()
-        if nodes:
-            self._fill(table, nodes, path)
+        if self.states is not None:
+            path.plan(self.states)
         if self.index.plain and path.limit > table.length:
             self._copy_part(table, path)
         table.path = path
@@ -192,17 +226,37 @@ class Sharing:
         return table
 
     def awaited(self, path: Path, owner: Any) -> bytes | None:
-        """After `look`: the name of the first chunk that is missing, if somebody before `owner` is computing it."""
-        at = len(path.nodes) if self._full else path.found
+        """After `look`: the name of the first chunk that is missing, if somebody before `owner` is computing it.
+
+        Or of a state behind chunks that are there. Whoever computes what both have in common leaves a state at its end.
+        """
+        if not self.promised:
+            return None
+        at = path.known if self._full or self.sparse else path.found
         first = at * self.grain
-        if not self.promised or first + self.grain > path.limit:
-            return None
-        chunk = packed(path.tokens[first : first + self.grain])
-        name = chunk_name(path.parent(at), chunk)
-        if not self.computing(name, owner):
-            return None
-        self.stats.waits += 1
-        return name
+        if first + self.grain <= path.limit:
+            name = chunk_name(path.parent(at), packed(path.tokens[first : first + self.grain]))
+            if self.computing(name, owner) and self._will_leave(path, self.promised[name]):
+                self.stats.waits += 1
+                return name
+        for boundary in range(at if self.states is not None else 0, path.found, -1):
+            name = STATE + path.names[boundary]
+            if self.computing(name, owner) and self.resumes(boundary, path):
+                self.stats.waits += 1
+                return name
+        return None
+
+    def _will_leave(self, path: Path, other: Path) -> bool:
+        """Asks who computes what both have in common to leave its states, too; whether that is worth waiting for."""
+        if self.states is None:
+            return True
+        same = common_tokens(path.tokens[: path.limit], other.tokens)
+        other.mark(same)
+        return self.resumes(same // self.grain, path)
+
+    def resumes(self, chunks: int, path: Path) -> bool:
+        """Whether a sequence gains by going on behind so many chunks."""
+        return self.states is None or self.states.resumes(chunks * self.grain, len(path.tokens))
 
     def computing(self, name: bytes, owner: Any) -> bool:
         """Whether somebody before `owner` still promises that chunk."""
@@ -255,15 +309,23 @@ class Sharing:
             nodes.append(node)
         return nodes
 
-    def _boundary(self, nodes: list[int]) -> int:
+    def _boundary(self, path: Path) -> int:
         """The largest number of chunks behind which every group still has what it needs."""
-        return next((n for n in range(len(nodes), 0, -1) if self._resumable(nodes, n)), 0)
+        for n in range(path.known, 0, -1):
+            if not self.resumes(n, path):
+                break
+            if self._resumable(path.nodes, n):
+                return n
+        return 0
 
     def _resumable(self, nodes: list[int], chunks: int) -> bool:
-        for column, (g, j) in enumerate(self.index.columns):
-            if column in self._full:
+        index, last = self.index, nodes[chunks - 1]
+        if index.states and (last < 0 or any(index.block(c, last) < 0 for c in index.states)):
+            return False
+        for column, (g, j) in enumerate(index.columns):
+            if column in self._full or column in index.states:
                 continue
-            per = self.grain // self.store.spec.groups[g].block_tokens
+            per = index.per[g]
             for entry in self.needed(g, chunks * self.grain):
                 if entry % per == j:
                     node = nodes[entry // per]
@@ -272,20 +334,22 @@ class Sharing:
         return True
 
     def needed(self, g: int, boundary: int) -> list[int]:
-        """Entries of a group's chain that queries from `boundary` on may read."""
+        """Entries of a group's chain that queries from `boundary` on may read; of a recurrent one the last chunk's."""
         group = self.store.spec.groups[g]
-        size = group.block_tokens
+        size = self.grain if group.recurrent else group.block_tokens
         entries: set[int] = set()
         for lo, hi in group.span.needs(boundary):
             entries.update(range(lo // size, -(-hi // size)))
         return sorted(entries)
 
-    def _fill(self, table: BlockTable, nodes: list[int], path: Path) -> None:
-        """Gives an empty table the blocks of these chunks."""
+    def _fill(self, table: BlockTable, nodes: list[int], path: Path) -> bool:
+        """Gives an empty table the blocks of these chunks, and a copy of the states; False where those lack room."""
         boundary = len(nodes) * self.grain
         for g, chain in enumerate(table.chains):
+            if chain.group.recurrent:
+                continue
             size = chain.group.block_tokens
-            per, first = self.grain // size, self.index.columns.index((g, 0))
+            per, first = self.index.per[g], self.index.columns.index((g, 0))
             needed = set(self.needed(g, boundary))
             for entry in range(boundary // size):
                 if entry in needed:
@@ -307,7 +371,11 @@ class Sharing:
             chain.sealed = chain.count
             if chain.group.raw is not None:
                 chain.encoded = chain.count
+        if self.states is not None and not self.states.load(table, nodes[-1], path):
+            table.reset()
+            return False
         table.length = table.accepted = table.committed = boundary
+        return True
 
     def _copy_part(self, table: BlockTable, path: Path) -> None:
         """Copies the beginning of a block that agrees for a while: no codec here needs it whole."""
@@ -340,5 +408,7 @@ class Sharing:
         self.stats.evicted_blocks += 1
         if self.tiering is not None:
             self.tiering.evicted(node, column)
+        if self.states is not None and column not in self.index.states:
+            self.states.orphaned(node)
         if self.explainer is not None:
             self.explainer.evicted(self.index.name(node), self.actor)

@@ -240,7 +240,7 @@ function showPrompts(s) {
   each(bar, parts.filter((x) => x[2]), () => make("i"), (i, [name, , n]) => { i.className = name; i.style.width = `${(100 * n) / all}%`; });
   bar.setAttribute("aria-label", parts.map(([, name, n]) => `${name}: ${n}`).join(", "));
   counts($("prompts"), parts.map(([, name, n]) => [`Prompts ${name}`, count(n)]));
-  const why = { differs: "another token comes next", evicted: "it was evicted", "never stored": "nobody had sent it", "other namespace": "only another key has it" };
+  const why = { differs: "another token comes next", evicted: "it was evicted", "never stored": "nobody had sent it", "other namespace": "only another key has it", "no checkpoint": "its tokens are there, the state behind them is not" };
   const reasons = Object.entries(s.misses).sort((a, b) => b[1] - a[1]);
   counts($("misses"), reasons.length ? reasons.map(([r, n]) => [why[r] ?? r, count(n)]) : [["no miss was explained yet", ""]]);
   const e = s.engine;
