@@ -198,10 +198,16 @@ def preempted(model: Any, kv: str) -> list[list[int]]:
 def found_again(
     model: Any, kv: str, texts: Sequence[zoo.Tokens], keep: str = "full"
 ) -> tuple[list[list[int]], int]:
-    """What each text is continued by when it comes the second time, and how many tokens of all were found."""
+    """What each text is continued by when it comes the second time, and how many tokens of all were found.
+
+    Mamba-1 kinds go on from a state whatever is left: these texts are too short for what pays.
+    """
     runner = open_runner(
         model, kv=kv, keep=keep, memory=MEMORY, block_tokens=block_tokens(kv), share="prefix"
     )
+    states = runner.sharing.states
+    if states is not None:
+        states.resumes = lambda *_: True
     params = SamplingParams(max_tokens=N_TOKENS, ignore_eos=True)
     try:
         engine = Engine(runner, config=SchedulerConfig(step_tokens=64))

@@ -11,7 +11,7 @@ import torch
 import quire
 import zoo
 from quire.errors import ConfigError
-from quire.models.sharing import AdapterDigests
+from quire.models.sharing import AdapterDigests, shorten
 
 G = torch.Generator().manual_seed(11)
 LONG = torch.randint(3, 90, (1, 70), generator=G)
@@ -20,12 +20,17 @@ LONG = torch.randint(3, 90, (1, 70), generator=G)
 class Watched:
     """A model with `share`, counting the columns that its embedding sees."""
 
-    def __init__(self, name: str, share: str, kv: str) -> None:
+    def __init__(self, name: str, share: str, kv: str, block_tokens: int = 16) -> None:
         self.model = zoo.build(name)
         self.model.generation_config.pad_token_id = 0
         self.columns: list[int] = []
         self.attached = quire.attach(
-            self.model, kv=kv, share=share, memory="32MiB", block_tokens=16, attention="reference"
+            self.model,
+            kv=kv,
+            share=share,
+            memory="32MiB",
+            block_tokens=block_tokens,
+            attention="reference",
         )
         embedding = self.model.get_input_embeddings()
         embedding.register_forward_hook(lambda m, a, o: self.columns.append(a[0].shape[1]))
@@ -133,7 +138,37 @@ def test_recurrent_models_go_on_from_a_state(name: str) -> None:
         side.attached.detach()
 
 
-@pytest.mark.parametrize("name", ["llama_dynamic", "phi3_longrope"])
+def test_longrope_shares_within_a_regime() -> None:
+    off, on = (
+        Watched("phi3_longrope", share, "auto", block_tokens=4) for share in ("off", "prefix")
+    )
+    for ids in (LONG[:, :13], LONG[:, :14], LONG[:, :16], LONG[:, :17]):  # they all grow past 16
+        assert on.text(ids, max_new_tokens=5) == off.text(ids, max_new_tokens=5)
+    assert on.columns[0] == 17
+    on.text(LONG[:, :14], max_new_tokens=1)
+    assert on.columns[0] == 1
+    assert on.attached.bridge.store.usage().held_bytes == 0
+    for side in (off, on):
+        side.attached.detach()
+
+
+def test_a_batch_of_both_regimes_shares_nothing_and_one_that_changes_stops() -> None:
+    """The longest row's factors turn the keys of all; transformers itself leaves keys of both kinds in one cache."""
+    model = zoo.build("phi3_longrope")
+    with quire.attach(model, share="prefix", memory="32MiB", block_tokens=4) as attached:
+        cache, mask = attached.cache(), torch.ones(2, 30, dtype=torch.int64)
+        cache.shares, mask[1, :17] = True, 0
+        shorten(cache, {"input_ids": LONG[:, :30].expand(2, -1), "attention_mask": mask})
+        assert (cache.shares, cache.tables) == (False, [])
+        cache.shares = True
+        shorten(cache, {"input_ids": LONG[:, :13]})
+        shorten(cache, {"input_ids": LONG[:, 13:16]})
+        assert cache.tables[0].path is not None
+        shorten(cache, {"input_ids": LONG[:, 16:17]})
+        assert cache.tables[0].path is None
+
+
+@pytest.mark.parametrize("name", ["llama_dynamic"])
 def test_models_that_cannot_share_say_so(name: str) -> None:
     model = zoo.build(name)
     with pytest.raises(ConfigError, match="share='off'"):

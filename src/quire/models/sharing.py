@@ -39,11 +39,11 @@ def open_sharing(bridge: Bridge, config: KVConfig) -> Sharing | None:
     if not share.on:
         return None
     model = bridge.model
-    kind = Regimes(model).kind
-    if kind != "fixed":
+    regimes = Regimes(model)
+    if regimes.kind == "dynamic":
         raise ConfigError(
-            f"share={config.share!r}: this model's RoPE ({kind}) turns keys by the length of the whole sequence, so "
-            "equal beginnings differ; use share='off'"
+            f"share={config.share!r}: this model's RoPE (dynamic) turns keys by the length of the whole sequence, and "
+            "no two lengths beyond the original context alike; use share='off'"
         )
     about = (
         fingerprint(model.named_parameters()),
@@ -60,6 +60,7 @@ def open_sharing(bridge: Bridge, config: KVConfig) -> Sharing | None:
         ghost=share.ghost,
         one_by_one=not bridge.chunked_prefill,
         stateful_tokens=config.block_tokens,
+        turn_tokens=regimes.restart_tokens,
     )
 
 
@@ -88,12 +89,17 @@ def shorten(cache: KVCache, kwargs: dict[str, Any]) -> dict[str, Any]:
                 False  # padding elsewhere than on the left: rows have no columns in common
             )
             return kwargs
-    if cache.tables:
-        for known, more in zip(cache.tokens, rows, strict=True):
-            known.extend(more)
-        return kwargs
     sharing, pads = cache.bridge.sharing, [columns - len(row) for row in rows]
     assert sharing is not None
+    if cache.tables:
+        for table, known, more in zip(cache.tables, cache.tokens, rows, strict=True):
+            if sharing.turned(len(known)) != sharing.turned(len(known) + len(more)):
+                table.leave()  # keys of two kinds in one sequence: transformers' own, and nobody else's
+            known.extend(more)
+        return kwargs
+    if len({sharing.turned(len(row)) for row in rows}) > 1:
+        cache.shares = False  # the longest row's factors turn the keys of all
+        return kwargs
     if not cache.bridge.chunked_prefill and any(pads):
         cache.shares = False  # what is computed token by token begins with a whole row of tokens
         return kwargs

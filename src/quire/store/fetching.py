@@ -62,6 +62,7 @@ class Fetch:
         permits: one while it stages bytes.
         more: the tiers have more than one part of the prefix.
         users: requests that wait for it.
+        least: fewer tokens are of no use.
     """
 
     names: list[bytes]
@@ -80,6 +81,7 @@ class Fetch:
     bound: bool = False
     more: bool = False
     users: int = 1
+    least: int = 0
     permits: list[None] = field(default_factory=list)
     bound_blocks: int = 0
 
@@ -152,6 +154,8 @@ class Fetcher:
             await self._ask(fetch, [(c, i) for i in lacking], known)
             end = next((i for i in lacking if known[c, i] is None), end)
         boundary = await self._window_boundary(fetch, end, known)
+        if boundary * self.sharing.grain < fetch.least:
+            boundary = fetch.found
         wanted = {}
         if boundary > fetch.found:
             boundary = self._cut(fetch, boundary)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Explainer", "Ghost", "GhostFigures", "Miss", "Shadow", "counting_store"]
 
+LONG = b"long"
+"""Ends the base of long sequences' names, see `Sharing.base_of`."""
 MOST_HASHES = 1024
 """For one miss, looking for it in other namespaces: a few milliseconds. What would take more is not found out."""
 
@@ -148,7 +150,7 @@ class Explainer:
         width, left = grain * TOKEN_BYTES, MOST_HASHES
         before = [blob[i : i + width] for i in range(0, len(blob), width)]
         for namespace, other_base in reversed(self._namespaces):
-            if (namespace, other_base) == (own, base):
+            if (namespace, other_base.removesuffix(LONG)) == (own, base.removesuffix(LONG)):
                 continue
             there = Path(self.sharing, namespace, other_base, path.tokens)
             for each in before:

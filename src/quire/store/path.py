@@ -115,12 +115,18 @@ class Path:
 
     def back(self, n_tokens: int) -> None:
         """The table was truncated to so many tokens."""
-        chunks = n_tokens // self.sharing.grain
+        sharing, chunks = self.sharing, n_tokens // self.sharing.grain
         if chunks < self.done:
             self.withdraw()
             self._forget_bare()
             self.done, self.moving = chunks, b""
             del self.names[chunks + 1 :]
+        if (
+            not n_tokens and sharing.turn_tokens is not None
+        ):  # maybe a long one now, with other keys
+            self.withdraw()
+            base = sharing.base_of(len(self.tokens), self.adapter)
+            self.names = [self.namespace.root(base, public=self.public > 0)]
 
     # -- promises ------------------------------------------------------------------------------------------------
 
@@ -154,7 +160,9 @@ class Path:
     def plan(self, states: Checkpoints) -> None:
         """Says where checkpoints are to be made on the way through the tokens that there are now."""
         grain, self.prompt = self.sharing.grain, len(self.tokens)
-        self.marks = states.marks(self.done * grain, self.known * grain, self.prompt)
+        least = self.sharing.least(self)
+        marks = states.marks(self.done * grain, self.known * grain, self.prompt)
+        self.marks = [m for m in marks if m >= least]
 
     def mark(self, n_tokens: int) -> None:
         """Somebody else goes on otherwise behind so many tokens: a checkpoint is made there, if it still can be."""
@@ -164,7 +172,7 @@ class Path:
         last = (self.prompt - 1) // sharing.grain * sharing.grain
         if states is None or at in self.marks or not self.done * sharing.grain < at <= last:
             return
-        if states.resumes(at, self.prompt):
+        if at >= sharing.least(self) and states.resumes(at, self.prompt):
             insort(self.marks, at)
             self._promise_state(at)
 

@@ -23,7 +23,7 @@ from quire.store.chain import GONE, Chain
 from quire.store.checkpoints import STATE, Checkpoints, common_tokens
 from quire.store.evict import make_eviction
 from quire.store.index import TOKEN_BYTES, PrefixIndex, chunk_name, packed
-from quire.store.insight import Explainer, Ghost
+from quire.store.insight import LONG, Explainer, Ghost
 from quire.store.namespace import Hints, Namespace, Tenants
 from quire.store.path import Path
 from quire.store.store import BlockStore
@@ -83,6 +83,8 @@ class Sharing:
         clock: seconds.
         one_by_one: this model computes whole prompts, or one token at a time (Mamba-1 kinds).
         stateful_tokens: per chunk where all groups are recurrent.
+        turn_tokens: sequences longer than this have other keys at all positions (LongRoPE): they are named apart, and
+            resumed only behind it.
 
     Raises:
         ConfigError: an unknown policy, or a ghost of recurrent states.
@@ -99,8 +101,10 @@ class Sharing:
         clock: Callable[[], float] = time.monotonic,
         one_by_one: bool = False,
         stateful_tokens: int = DEFAULT_BLOCK_TOKENS,
+        turn_tokens: int | None = None,
     ) -> None:
         self.store = store
+        self.turn_tokens = turn_tokens
         self.base = sha256(b"quire prefix 1" + base).digest()
         self.evict = evict
         self.index = PrefixIndex(
@@ -180,7 +184,7 @@ class Sharing:
         if hints is not None:
             self.check_hints()
         own = namespace or Namespace()
-        path = Path(self, own, self.base + adapter, tokens)
+        path = Path(self, own, self.base_of(len(tokens), adapter), tokens)
         path.hints, path.label, path.adapter = hints, label, adapter
         if not path.public:
             self._note_root(path.names[0], own.salt)
@@ -193,6 +197,8 @@ class Sharing:
             while path.known and path.nodes[path.known - 1] < 0:
                 path.known -= 1
         path.found = path.known if self._full_only else self._boundary(path)
+        if not self.resumes(path.found, path):
+            path.found = 0
         if self.explainer is not None:
             path.seen = path.names[path.found + 1 :]
             if self.sparse:
@@ -210,12 +216,12 @@ class Sharing:
         del path.names[path.done + 1 :]
         if self.states is not None:
             path.plan(self.states)
-        if self.index.plain and path.limit > table.length:
+        if self.index.plain and path.limit > table.length >= self.least(path):
             self._copy_part(table, path)
         table.path = path
         if self.explainer is not None:
             path.miss = self.explainer.explain(
-                path, table, path.namespace, self.base + path.adapter
+                path, table, path.namespace, self.base_of(len(path.tokens), path.adapter)
             )
         if self.ghost is not None:
             path.shadow = self.ghost.enter(path.ahead(path.limit))
@@ -248,15 +254,31 @@ class Sharing:
 
     def _will_leave(self, path: Path, other: Path) -> bool:
         """Asks who computes what both have in common to leave its states, too; whether that is worth waiting for."""
-        if self.states is None:
+        if self.states is None and not self.least(path):
             return True
         same = common_tokens(path.tokens[: path.limit], other.tokens)
         other.mark(same)
         return self.resumes(same // self.grain, path)
 
     def resumes(self, chunks: int, path: Path) -> bool:
-        """Whether a sequence gains by going on behind so many chunks."""
-        return self.states is None or self.states.resumes(chunks * self.grain, len(path.tokens))
+        """Whether a sequence can go on behind so many chunks, and gains by it."""
+        boundary = chunks * self.grain
+        if boundary < self.least(path):
+            return False
+        return self.states is None or self.states.resumes(boundary, len(path.tokens))
+
+    def turned(self, n_tokens: int) -> bool:
+        """Whether a sequence of so many tokens is one of the long ones, see `turn_tokens`."""
+        return self.turn_tokens is not None and n_tokens > self.turn_tokens
+
+    def base_of(self, n_tokens: int, adapter: bytes) -> bytes:
+        """What the names of a sequence of so many tokens begin with."""
+        return self.base + adapter + (LONG if self.turned(n_tokens) else b"")
+
+    def least(self, path: Path) -> int:
+        """The fewest tokens that may be found: what is computed next must make a long sequence of it."""
+        long = self.turn_tokens is not None and self.turned(len(path.tokens))
+        return (self.turn_tokens or 0) + 1 if long else 0
 
     def computing(self, name: bytes, owner: Any) -> bool:
         """Whether somebody before `owner` still promises that chunk."""

@@ -151,6 +151,7 @@ class Tiering:
             for c in range(len(self._places))
         ]
         fetch = Fetch(names, path.parents(names), chunks, blob[n * width :], path.found, here)
+        fetch.least = sharing.least(path)
         if first:
             self._coming[first] = fetch
         self.stats.fetches += 1
