@@ -65,11 +65,12 @@ def attach(
         kv, keep, block_tokens = read_choices(Path(config))
     chosen = KVConfig(kv, keep, block_tokens, share)
     bridge = connect(model, chosen, memory=memory, attention=attention, way=way, weights=weights)
-    if bridge.sharing is not None and bridge.adapters.names:
+    kind = None if bridge.sharing is None else bridge.worn.unknown()
+    if kind is not None:
         bridge.close()
         raise ConfigError(
-            f"share={share!r}: generate() does not say which adapter it runs with; serve adapters through "
-            "quire.Engine, which does, or use share='off'"
+            f"share={share!r}: an adapter of type {kind} adds more than weights, and generate() does not say what; "
+            "LoRA and its like share, or use share='off'"
         )
     if bridge.sharing is not None and bridge.rules(bridge.keep).scores:
         bridge.close()

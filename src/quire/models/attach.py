@@ -415,7 +415,8 @@ def _prepare_for(bridge: Bridge) -> Any:
         cache = bridge.cache()
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
-        cache.shares = bridge.sharing is not None and not cache.recording
+        if bridge.sharing is not None and not cache.recording:
+            cache.wear(bridge.worn)
         model_kwargs[name] = cache
         return None
 

@@ -29,6 +29,7 @@ from quire.models.prepack import Prepacked, prepack
 from quire.models.probe import Shape
 from quire.models.turn import Turner, find_turner
 from quire.models.watch import Watch
+from quire.models.worn import Worn
 from quire.plan.layout import Layout
 from quire.retention import Keep, parse_keep
 from quire.spec import CacheGroup
@@ -182,6 +183,11 @@ class Bridge:
     def digest(self) -> str:
         """Of the weights, whatever dtype they are in, before they were packed."""
         return weights_digest(self.model)
+
+    @cached_property
+    def worn(self) -> Worn:
+        """Which adapters the model's own `generate()` runs with."""
+        return Worn(self.model, self.adapters.model, packed=self.weights is not None)
 
     @cached_property
     def max_context_tokens(self) -> int:

@@ -27,6 +27,7 @@ from quire.store.table import BlockTable
 
 if TYPE_CHECKING:
     from quire.models.bridge import Bridge
+    from quire.models.worn import State, Worn
 
 
 class BlockLayer(CacheLayerMixin):
@@ -134,6 +135,9 @@ class KVCache(Cache):
         self._recording = False
         self.shares = False
         """Whether it finds what others have computed and leaves what it computes; `generate()` decides that."""
+        self.adapters = b""
+        """Where it shares: digest of those that the model wears, and what they said of themselves."""
+        self._worn: State = ()
         self.tokens: list[list[int]] = []
         """Where it shares: the tokens of each row, live lists that its tables follow."""
         self.heard: list[list[int]] = []
@@ -353,6 +357,18 @@ class KVCache(Cache):
         for t in self.tables:
             t.leave()
 
+    def wear(self, worn: Worn) -> None:
+        """Finds out whether it shares, and with whom: those who wore the same."""
+        digest = worn.digest()
+        self.shares, self.adapters, self._worn = digest is not None, digest or b"", worn.state()
+
+    def check_worn(self, worn: Worn) -> None:
+        """Shares nothing more if the adapters were changed within a `generate()`."""
+        if self._worn and worn.state() != self._worn:
+            self.shares, self.tokens = False, []
+            for t in self.tables:
+                t.leave()
+
     def follow(self, tokens: list[list[int]]) -> None:
         """Says which live lists hold the rows' tokens."""
         self.tokens = tokens
@@ -464,6 +480,7 @@ class KVCache(Cache):
         twin = KVCache(self.bridge)
         twin.tables = [t.fork() for t in self.tables]
         twin.columns, twin._recording, twin.shares = self.columns, self._recording, self.shares
+        twin.adapters, twin._worn = self.adapters, self._worn
         if self.tokens:
             twin.follow([list(row) for row in self.tokens])
         twin.heard = [list(row) for row in self.heard]

@@ -74,6 +74,8 @@ def shorten(cache: KVCache, kwargs: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The same, or with shorter `input_ids` and positions; the mask stays, it covers what is cached, too.
     """
+    if not _still_shares(cache):
+        return kwargs
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     columns = ids.shape[1]
     rows = ids.tolist()
@@ -118,6 +120,15 @@ def shorten(cache: KVCache, kwargs: dict[str, Any]) -> dict[str, Any]:
     return short
 
 
+def _still_shares(cache: KVCache) -> bool:
+    """Whether nothing has happened within a `generate()` that names do not say."""
+    if cache.tables:
+        cache.check_worn(cache.bridge.worn)
+        if not cache.tokens:  # or it began with embeddings
+            cache.shares = False
+    return cache.shares
+
+
 def _open_alike(cache: KVCache, rows: list[list[int]], columns: int) -> int:
     """Opens a table for each row so that all of them end at the same column, the furthest; returns that column.
 
@@ -130,7 +141,10 @@ def _open_alike(cache: KVCache, rows: list[list[int]], columns: int) -> int:
     found = columns - 1
     while True:
         wanted = [max(0, found - pad) for pad in pads]
-        tables = [sharing.open(row, limit=n) for row, n in zip(rows, wanted, strict=True)]
+        tables = [
+            sharing.open(row, limit=n, adapter=cache.adapters)
+            for row, n in zip(rows, wanted, strict=True)
+        ]
         ends = [
             pad + t.length if n else found for pad, n, t in zip(pads, wanted, tables, strict=True)
         ]
