@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import zoo
 from quire.engine import Engine, SamplingParams, SchedulerConfig
 from quire.errors import CapacityError, ConfigError, TierError
 from quire.models.open import open_runner
-from quire.store.cold import Stream
+from quire.store.cold import Staging, Stream
 from tiny_model import chaotic_model
 
 N_PROMPT, N_OUT = 470, 24
@@ -121,6 +123,30 @@ def test_a_context_four_times_the_arena(
     assert 0 < most <= stats.usage.total_bytes
     assert ladder.offloaded_bytes > (3 if kv == "auto" else 0.4) * stats.usage.total_bytes * 0.8
     assert ladder.recomputed == ladder.lost == stats.scheduler.recomputed_tokens == 0
+
+
+def test_the_next_run_is_staged_while_one_is_read(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a thread that ends with the request; whatever its pace, nobody reads a frame that is being filled."""
+    filled: list[str] = []
+    put = Staging.put
+
+    def slow(self: Staging, *args: Any) -> Any:
+        filled.append(threading.current_thread().name)
+        if filled[-1].startswith("quire-frames"):
+            sleep(0.0002)
+        return put(self, *args)
+
+    monkeypatch.setattr(Staging, "put", slow)
+    memory, size = RECIPES["auto"]
+    options = {"kv": "auto", "attention": "auto", "block_tokens": size, "memory": memory}
+    tiers = where("disk", tmp_path)
+    (got,), _, _ = serve(model, [prompt()], tiers=tiers, n_out=12, **options)
+    assert got == unlimited("auto", "auto", size)[:12]
+    ahead = sum(name.startswith("quire-frames") for name in filled)
+    assert ahead > 0.8 * len(filled) > 20
+    assert not any(t.name.startswith("quire-frames") for t in threading.enumerate())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class Step(Plan):
     _stream: Stream | None = None
 
     def staged(self, layer: int) -> Iterator[Read]:
-        """What the layer reads of blocks that are away: run after run, each good until the one after the next."""
+        """What the layer reads of blocks that are away: run after run, each good until the next is asked for."""
         if self._stream is None:
             self._stream = Stream([(cold, run) for cold, run, _ in self.away])
         for cold, run, read in self.away:
@@ -32,6 +32,11 @@ class Step(Plan):
                 units = self._stream.units(cold, run, layer)
                 if units is not None:
                     yield read.placed(units[None])
+
+    def settle(self) -> None:
+        """Nothing more is read: what is still being staged comes to its end."""
+        if self._stream is not None:
+            self._stream.settle()
 
     def write(
         self, layer: int, values: dict[str, torch.Tensor], encode: Encode | None = None

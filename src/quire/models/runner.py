@@ -317,6 +317,7 @@ class ModelRunner:
             logits = model(input_ids=ids, **kwargs).logits
         finally:
             CURRENT.reset(token)
+            step.settle()
         self.cache.unbind(tables)
         if now.watch is not None:
             now.watch.finish()

@@ -7,15 +7,18 @@
 What is away was sealed: it never changes, so nothing is ever written back. A run is as long as one layer's share of it
 fits a frame; a step copies each share into a frame, reads it there and forgets it, so memory stays bounded however
 long the sequence is. Runs that host memory has no room for lie in the first tier behind it, a share by itself under a
-random name, verified when it comes back; the next ones are on their way while one is read.
+random name, verified when it comes back; the next ones are on their way while one is read, and the very next is put
+into the other frame by a thread of its own.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from secrets import token_bytes
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -127,6 +130,7 @@ class Staging:
         self.store, self.users = store, 0
         self.pool: BlockPool | None = None
         self.frames: list[int] = []
+        self._filler: ThreadPoolExecutor | None = None
 
     @property
     def frame_bytes(self) -> int:
@@ -142,10 +146,19 @@ class Staging:
     def leave(self) -> None:
         """One sequence less; the last gives the frames back."""
         self.users -= 1
+        if not self.users and self._filler is not None:
+            self._filler.shutdown()
+            self._filler = None
         if not self.users and self.pool is not None:
             for frame in self.frames:
                 self.pool.release(frame)
             self.frames = []
+
+    def begin(self, work: Callable[[], Any]) -> Future[Any]:
+        """Runs it in the thread that fills frames; its result, later. Ended with the last sequence that takes part."""
+        if self._filler is None:
+            self._filler = ThreadPoolExecutor(1, "quire-frames")
+        return self._filler.submit(work)
 
     def _take(self) -> None:
         # A layer's share lies as if the whole block lay around it, which must begin within the arena: not in slab 0.
@@ -280,7 +293,11 @@ class Cold:
 
 
 class Stream:
-    """The cold runs of one step, staged one after the other; those in a tier are read a few ahead.
+    """The cold runs of one step, staged one after the other.
+
+    Those in a tier are asked for a few ahead, and the next is staged while one is read; from host memory each is copied
+    when it is its turn, for with two cores a second thread made that slower. On a GPU, where a copy is queued behind
+    what is computed, nothing is staged ahead.
 
     Args:
         wanted: (cold, run) of everything that the step reads.
@@ -294,6 +311,14 @@ class Stream:
             for cold, run in wanted
             if run.names and layer in run.group.layers
         )
+        order = [
+            (cold, run, layer)
+            for layer in layers
+            for cold, run in wanted
+            if layer in run.group.layers
+        ]
+        self._after = {(id(r), x): then for (_, r, x), then in pairwise(order)}
+        self._ahead: tuple[tuple[int, int], Future[np.ndarray | None]] | None = None
         self._coming: dict[tuple[int, int], tuple[Future[Any], Block]] = {}
         self._frame = 0
         self.staged_bytes = 0
@@ -316,7 +341,32 @@ class Stream:
         return None
 
     def units(self, cold: Cold, run: Run, layer: int) -> np.ndarray | None:
-        """Stages a share; where its blocks seem to begin, until the one after the next is staged; None: it is lost."""
+        """Stages a share, or waits until it is; where its blocks seem to begin, until this is called again.
+
+        None where it is lost.
+        """
+        at, (ahead, self._ahead) = (id(run), layer), (self._ahead, None)
+        found = None if ahead is None else ahead[1].result()
+        if ahead is None or ahead[0] != at:
+            found = self._stage(cold, run, layer)
+        then = self._after.get(at)
+        if then is not None and self._worth(*then[:2]):
+            staging = then[0].below.staging(then[0].table.store)
+            self._ahead = (id(then[1]), then[2]), staging.begin(partial(self._stage, *then))
+        return found
+
+    def settle(self) -> None:
+        """Waits for what is being staged; afterwards the frames may be somebody else's."""
+        if self._ahead is not None:
+            self._ahead[1].result()
+            self._ahead = None
+
+    @staticmethod
+    def _worth(cold: Cold, run: Run) -> bool:
+        """Whether a share is staged ahead: one that must be waited for; a copy from host memory is over sooner."""
+        return bool(run.names) and cold.table.store.arena.buffer.device.type == "cpu"
+
+    def _stage(self, cold: Cold, run: Run, layer: int) -> np.ndarray | None:
         share = None if cold.lost else self.share(cold, run, layer)
         if share is None:
             return None
