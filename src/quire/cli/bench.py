@@ -10,6 +10,7 @@ import typer
 
 from quire.cli.bench_serve import Load, measure_server
 from quire.cli.console import INTERRUPTED, err, quiet_transformers, say, spinner, write
+from quire.cli.declared import BlockTokens, Dtype, Json
 from quire.codecs.recipe import available, parse_recipe
 from quire.errors import ConfigError
 from quire.spec import DEFAULT_BLOCK_TOKENS, KVConfig
@@ -75,12 +76,7 @@ def command(
     keep: Annotated[str, typer.Option(metavar="POLICY", help="Which tokens are kept.")] = "full",
     repeats: Annotated[int, typer.Option(metavar="N", help="Turns of each recipe.")] = 5,
     seed: Annotated[int, typer.Option(metavar="S", help="Of prompts and weights.")] = 0,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", show_default=False, help="float32, bfloat16, …; default: the file's."
-        ),
-    ] = None,
+    dtype: Dtype = None,
     weights: Annotated[
         str, typer.Option(metavar="FORM", help="auto, plain, prepacked or int8 linear layers.")
     ] = "auto",
@@ -90,9 +86,7 @@ def command(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for all caches together.")
     ] = "0.5",
-    block_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens per block.")
-    ] = DEFAULT_BLOCK_TOKENS,
+    block_tokens: BlockTokens = DEFAULT_BLOCK_TOKENS,
     capacity_blocks: Annotated[
         str | None,
         typer.Option(
@@ -190,10 +184,7 @@ def command(
             rich_help_panel="Load on a server",
         ),
     ] = None,
-    json: Annotated[
-        bool,
-        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Measure speed: verified against the reference first, then timed, with a streaming read beside it.
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quire.cli import declared
 from quire.cli.console import interruptible, quiet_transformers, say, spinner, write
+from quire.cli.declared import Device, Dtype, Json, Model
 from quire.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,24 +21,15 @@ __all__ = ["command"]
 
 
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            show_default=False,
-            help="A model folder, or a hub id. Without it the model that QUIRE_MODEL names, else the packaged one.",
-        ),
-    ] = None,
+    model: Model = None,
     codec: Annotated[
         str,
         typer.Option(metavar="CODEC", help="What learns: cq:form=8c8b, kvquant:bits=3, …"),
     ] = "cq",
     text: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="UTF-8 text like what the model will read, and none that it will be judged on.",
+        declared.text(
+            "UTF-8 text like what the model will read, and none that it will be judged on."
         ),
     ] = None,
     out: Annotated[
@@ -52,35 +45,18 @@ def command(
             help="Tokens of a window; default: 2048, or the model's context.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="S", help="The same seed, the same tables.")] = 0,
+    seed: Annotated[int, declared.seed("The same seed, the same tables.")] = 0,
     inject: Annotated[
         bool,
-        typer.Option(
-            "--inject",
-            metavar=" ",
-            help="Of the model with outliers put in, as quire eval --inject judges it.",
-        ),
+        declared.inject("Of the model with outliers put in, as quire eval --inject judges it."),
     ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", show_default=False, help="float32, bfloat16, …; default: the file's."
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="cpu|cuda", show_default=False, help="Default: cuda where there is one."
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
     memory: Annotated[
         str,
         typer.Option(metavar="SIZE", help="For what is captured; less of it means more passes."),
     ] = "1GiB",
-    json: Annotated[
-        bool,
-        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Let a codec learn from a text what it needs to know of a model.
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quire.cli.console import INTERRUPTED, err, out, quiet_transformers, say, spinner, write
+from quire.cli.declared import Json
 from quire.errors import ConfigError
 
 __all__ = ["command"]
@@ -36,10 +37,7 @@ def command(
             "--write", metavar="FILE.md", show_default=False, help="Write the results page."
         ),
     ] = None,
-    json: Annotated[
-        bool,
-        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Run the field's headline claims about KV caches: our figure and a verdict for each.
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from quire.cli.console import interruptible, quiet_transformers, spinner, write
+from quire.cli.declared import Json
 from quire.errors import ConfigError
 
 __all__ = ["command"]
@@ -47,10 +48,7 @@ def command(
         int, typer.Option(metavar="MIB", help="Written to the disk and read back, each turn.")
     ] = 64,
     repeats: Annotated[int, typer.Option(metavar="N", help="Turns of each measurement.")] = 3,
-    json: Annotated[
-        bool,
-        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Measure copies, checksums, the disk, the network and the model, and say which tiers pay.
 

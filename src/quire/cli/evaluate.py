@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quire.cli import declared
 from quire.cli.console import err, say, spinner, write
+from quire.cli.declared import BlockTokens, Device, Dtype, Json, Model
 from quire.cli.eval_input import (
     PPL,
     check,
@@ -45,14 +47,7 @@ __all__ = ["command"]
 
 
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            show_default=False,
-            help="A model folder, or a hub id. Without it the model that QUIRE_MODEL names, else the packaged one.",
-        ),
-    ] = None,
+    model: Model = None,
     kv: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,11 +71,7 @@ def command(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="UTF-8 text: what ppl scores, and what recall hides its facts in.",
-        ),
+        declared.text("UTF-8 text: what ppl scores, and what recall hides its facts in."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -104,33 +95,19 @@ def command(
     examples: Annotated[
         int, typer.Option(metavar="N", help="Examples of every recall task, over five depths.")
     ] = 25,
-    seed: Annotated[int, typer.Option(metavar="S", help="Of examples and intervals.")] = 0,
+    seed: Annotated[int, declared.seed("Of examples and intervals.")] = 0,
     inject: Annotated[
         bool,
-        typer.Option(
-            "--inject",
-            metavar=" ",
-            help="Put outliers into the model first: a harder judge with the same function.",
+        declared.inject(
+            "Put outliers into the model first: a harder judge with the same function."
         ),
     ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", show_default=False, help="float32, bfloat16, …; default: the file's."
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="cpu|cuda", show_default=False, help="Default: cuda where there is one."
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for all caches together.")
     ] = "0.5",
-    block_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens per block.")
-    ] = DEFAULT_BLOCK_TOKENS,
+    block_tokens: BlockTokens = DEFAULT_BLOCK_TOKENS,
     ask: Annotated[
         str,
         typer.Option(
@@ -166,10 +143,7 @@ def command(
             help="Write a page with plots and all figures; it needs nothing else.",
         ),
     ] = None,
-    json: Annotated[
-        bool,
-        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Measure what a configuration costs: every query reads the cache back, as in decoding.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from quire.cli.console import interruptible, say, write
+from quire.cli.declared import Json
 
 __all__ = ["command"]
 
@@ -26,10 +27,7 @@ def command(
             "--drop", metavar=" ", help="Empty the bad slots; they would be misses anyway."
         ),
     ] = False,
-    json: Annotated[
-        bool,
-        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Read and verify every block of a disk tier.
 

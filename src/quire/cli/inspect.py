@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quire.cli.console import interruptible, out, quiet_transformers, say, spinner, write
+from quire.cli.declared import Json
 from quire.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,10 +83,7 @@ def command(
             metavar="FILE.html", show_default=False, help="Also write a page with every head."
         ),
     ] = None,
-    json: Annotated[
-        bool,
-        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
-    ] = False,
+    json: Json = False,
 ) -> None:
     """See where attention goes: mass by position, sinks, the heaviest fifth, and what one token reads.
 

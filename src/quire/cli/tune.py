@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quire.cli import declared
 from quire.cli.console import say, spinner, write
+from quire.cli.declared import BlockTokens, Device, Dtype, Json, Model
 from quire.cli.eval_input import read_file, read_prompt_ids, split_policies, split_recipes
 from quire.cli.eval_work import (
     check_weights,
@@ -35,14 +37,7 @@ BELOW_FLOOR = 1
 
 
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            show_default=False,
-            help="A model folder, or a hub id. Without it the model that QUIRE_MODEL names, else the packaged one.",
-        ),
-    ] = None,
+    model: Model = None,
     memory: Annotated[
         str,
         typer.Option(
@@ -55,9 +50,7 @@ def command(
     ] = 0.99,
     text: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE", show_default=False, help="UTF-8 text like what will be served."
-        ),
+        declared.text("UTF-8 text like what will be served."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -112,32 +105,15 @@ def command(
     max_tokens: Annotated[
         int, typer.Option(metavar="N", help="Most held-out tokens of the final comparison.")
     ] = 65_536,
-    seed: Annotated[int, typer.Option(metavar="S", help="Of intervals.")] = 0,
+    seed: Annotated[int, declared.seed("Of intervals.")] = 0,
     inject: Annotated[
         bool,
-        typer.Option(
-            "--inject", metavar=" ", help="Put outliers into the model first, as in eval."
-        ),
+        declared.inject("Put outliers into the model first, as in eval."),
     ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", show_default=False, help="float32, bfloat16, …; default: the file's."
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="cpu|cuda", show_default=False, help="Default: cuda where there is one."
-        ),
-    ] = None,
-    block_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens per block.")
-    ] = DEFAULT_BLOCK_TOKENS,
-    json: Annotated[
-        bool,
-        typer.Option("--json", metavar=" ", help="One JSON document on stdout and nothing else."),
-    ] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    block_tokens: BlockTokens = DEFAULT_BLOCK_TOKENS,
+    json: Json = False,
 ) -> None:
     """Find the best cache within a budget: codecs, bit maps, raw windows and policies, measured on your text.
 
