@@ -16,13 +16,17 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
+
+from oscar_trial import registered  # noqa: E402
+from quire.codecs.calibrated import Calibrated  # noqa: E402 - found by the line above
+from quire.codecs.recipe import load_codec  # noqa: E402
 
 Rows = dict[tuple[str, bool, str], dict[str, Any]]
 """(text, injected, recipe) to figures; in the order in which they were made."""
@@ -49,6 +53,10 @@ class Sign:
 
 
 KQ, CQ = "kvquant:bits=", "cq:form="
+KVARN_2 = "kvarn:key_bits=2"
+OSCAR = ("oscar", "oscar:residual=96", "oscar:rotate=false", "oscar:norm=false")
+BESIDE = tuple(f"{KVARN_2},tile={x};window=128" for x in (32, 64, "64,rotate=false"))
+"""What the trial of OScaR is held against beside `kivi`."""
 BARS = (
     *(Bar(f"{KQ}{b}", most) for b, most in ((4, 0.5), (3, 2.0), (2, 10.0))),
     *(Bar(f"{CQ}{f}", most) for f, most in (("2c8b", 1.0), ("4c8b", 8.0), ("8c8b", 50.0))),
@@ -72,54 +80,26 @@ SIGNS = (
     Sign("kvarn K2V2 beside kivi-2", "kvarn:key_bits=2", "kivi"),
 )
 BATCHES: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
-    ("first", False, tuple(b.recipe for b in BARS)),
-    (
-        "first",
-        False,
-        (
-            *(f"{KQ}3,{x}" for x in ("rope=after", "fisher=false", "outliers=matrix")),
-            *(f"{KQ}3,{x}" for x in ("keys=token", "sink=0", "sparse=0")),
-            f"{KQ}2,qnorm=false",
-        ),
-    ),
-    (
-        "first",
-        False,
-        (
-            *(f"{CQ}{x}" for x in ("8c8b,fisher=false", "4c4b", "2c2b", "8c8b,rope=after")),
-            *(f"{CQ}{x}" for x in ("4c8b,fisher=false", "2c4b")),
-            *("kvarn:key_bits=2", "kivi"),
-        ),
-    ),
+    ("first", True, ("kvarn", "kvarn:key_bits=2;window=128", "kivi")),
+    ("first", True, (f"{CQ}8c8b", f"{CQ}4c8b", f"{CQ}2c8b", f"{KQ}2")),
+    ("first", False, (f"{CQ}8c8b,fisher=false", f"{CQ}4c8b,fisher=false", f"{CQ}8c10b")),
+    ("first", False, ("kvarn", "kvarn:key_bits=2;window=128", "kivi", "int4")),
+    ("first", True, (f"{KQ}4", f"{KQ}3", f"{KQ}3,rope=after", f"{KQ}3,keys=token")),
+    ("first", True, (f"{CQ}8c8b;window=128", f"{CQ}8c8b,fisher=false", f"{CQ}8c10b", "int4")),
+    ("first", True, (f"{KQ}3,fisher=false", f"{KQ}3,outliers=matrix", f"{KQ}3,sink=0")),
+    ("first", False, (f"{CQ}4c4b", f"{CQ}2c2b", f"{CQ}2c4b", f"{CQ}8c8b,rope=after")),
+    ("first", False, (f"{KQ}3,sparse=0", f"{KQ}2,qnorm=false", "kvarn:key_bits=2")),
+    ("first", False, (*OSCAR, *BESIDE)),
+    ("first", True, (*OSCAR, *BESIDE)),
     ("second", False, tuple(b.recipe for b in BARS)),
-    (
-        "first",
-        True,
-        (
-            *(f"{KQ}3", f"{KQ}3,keys=token", f"{KQ}3,rope=after", f"{KQ}4", f"{KQ}2", "int4"),
-            *(
-                f"{CQ}8c8b",
-                f"{CQ}8c8b;window=128",
-                f"{CQ}4c8b",
-                "kvarn",
-                "kvarn:key_bits=2",
-                "kivi",
-            ),
-        ),
-    ),
 )
-"""What is scored, in the order in which it is worth having."""
-AT_ONCE = 3
-"""Recipes that are scored side by side."""
-TOKENS = {"cq": 16_384, "kvquant": 32_768}
-"""That each codec learns from."""
+"""What is scored side by side, in the order in which it is worth having."""
+TOKENS = {"cq": 16_384, "kvquant": 32_768, f"{CQ}8c10b": 40_960}
+"""That each codec learns from; 1,024 centres want more than 256."""
 
 
 def learned(recipe: str) -> str | None:
     """What must be calibrated for a recipe, as its `settings` say; None for a codec that learns nothing."""
-    from quire.codecs.calibrated import Calibrated
-    from quire.codecs.recipe import load_codec
-
     codec: Any = load_codec(recipe.partition(";")[0])
     return codec.settings if isinstance(codec, Calibrated) else None
 
@@ -150,7 +130,7 @@ class Bench:
         if path.exists():
             return path
         whole = Capture.read  # one for all variants
-        n = TOKENS[settings.partition(":")[0]]
+        n = TOKENS.get(settings, TOKENS[settings.partition(":")[0]])
 
         def once(seen: Any, windows: Any, layers: Any, progress: Any) -> Any:
             key = (injected, len(windows), seen.turner is None, tuple(layers))
@@ -179,6 +159,7 @@ class Bench:
     def score(self, text: Path, recipes: Sequence[str], *, injected: bool) -> list[dict[str, Any]]:
         """Figures of some recipes on one text."""
         from quire.evaluate import evaluate
+        from quire.evaluate.journal import Journal, digest_of
 
         named, bytes_of = {}, {}
         for recipe in recipes:
@@ -189,16 +170,22 @@ class Bench:
             path = self.calibrate(settings, injected=injected)
             named[with_file(recipe, path)] = recipe
             bytes_of[recipe] = path.stat().st_size
+        words = text.read_text(encoding="utf-8")
+        asked = {"text": digest_of(words), "kv": list(named), "injected": injected}
+        asked |= {"length": self.length, "max_tokens": self.max_tokens, "files": _digests(named)}
+        journal = Journal(self.work / f"{digest_of(asked)}.part", asked)
         found = evaluate(
             self.loaded.model,
             self.loaded.tokenizer,
             [(kv, "full") for kv in named],
             ["ppl"],
-            text.read_text(encoding="utf-8"),
+            words,
             length_tokens=self.length,
             max_tokens=self.max_tokens,
             injected=injected,
+            journal=journal,
         )
+        journal.done()
         out: dict[str, dict[str, Any]] = {}
         for row in found.rows:
             recipe = named[row.kv]
@@ -212,6 +199,12 @@ class Bench:
             if row.low is not None:
                 made[f"{row.metric}_low"], made[f"{row.metric}_high"] = row.low, row.high
         return list(out.values())
+
+
+def _digests(recipes: Iterable[str]) -> list[str]:
+    """What was learned, so that other tables do not go on with these figures."""
+    codecs: list[Any] = [load_codec(r.partition(";")[0]) for r in recipes]
+    return [getattr(codec, "stamp", "") for codec in codecs]
 
 
 def read_rows(work: Path) -> Rows:
@@ -243,13 +236,12 @@ def run(
         if not missing:
             continue
         bench = bench or Bench(work, learn.read_text(encoding="utf-8"), max_tokens, length)
-        for some in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
-            for row in bench.score(text, some, injected=injected):
-                with (work / "rows.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(row["text"], row["injected"], row["kv"], f"{growth(row):+.2f} %", flush=True)
-            if time.monotonic() - began > seconds:
-                return False
+        for row in bench.score(text, missing, injected=injected):
+            with (work / "rows.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row["text"], row["injected"], row["kv"], f"{growth(row):+.2f} %", flush=True)
+        if time.monotonic() - began > seconds:
+            return False
     return True
 
 
@@ -398,15 +390,9 @@ def main() -> None:
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.texts:
-        whole = run(
-            args.work,
-            args.learn,
-            args.texts,
-            args.max_tokens,
-            args.length,
-            args.seconds,
-            args.batch,
-        )
+        options = (args.max_tokens, args.length, args.seconds, args.batch)
+        with registered():
+            whole = run(args.work, args.learn, args.texts, *options)
         print("all is known" if whole else "more is to be done: call again")
     if args.write:
         args.write.write_text(page(read_rows(args.work)), encoding="utf-8")

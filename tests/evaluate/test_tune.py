@@ -12,13 +12,17 @@ import pytest
 import torch
 
 from quire.cache import attach
+from quire.engine.runner import Item
 from quire.errors import CapacityError, RequestError
 from quire.evaluate import evaluate
-from quire.evaluate.choice import Goal, Tuned
+from quire.evaluate.choice import Candidate, Goal, Tuned
+from quire.evaluate.decode import twin
 from quire.evaluate.journal import Journal
-from quire.evaluate.tune import tune
+from quire.evaluate.trial import Trial
+from quire.evaluate.tune import _policy, tune
 from quire.evaluate.tuned import summary, tuned_page, tuned_toml
 from quire.models.load import weights_digest
+from quire.models.open import open_runner
 
 GOAL = Goal(0.4, 0.5, 96, 2, 64, 64, 128, 256)
 CODECS = ("int8", "int4")
@@ -47,7 +51,7 @@ def found(llama: Any, text: list[int], tmp_path_factory: pytest.TempPathFactory)
 def test_the_choice_fits_and_has_the_least_loss_of_all_measured(found: Tuned) -> None:
     assert found.budget == int(0.4 * found.exact_bytes)
     assert 0 < found.chosen.n_bytes <= found.budget
-    assert all(c.n_bytes <= found.budget for c in found.candidates)
+    assert all(c.n_bytes <= c.peak_bytes <= found.budget for c in found.candidates)
     measured = [c for c in found.candidates if c.kl is not None]
     assert {c.kind for c in measured} >= {"map", "uniform"}
     least = min(measured, key=lambda c: c.kl.value)  # type: ignore[union-attr]
@@ -57,7 +61,10 @@ def test_the_choice_fits_and_has_the_least_loss_of_all_measured(found: Tuned) ->
     )
     too_large = dict(found.rejected)["auto"]
     assert "of the budget" in too_large
-    assert "keydiff:budget=0.4" in " ".join(what for what, _ in found.rejected)
+    why = dict(found.rejected)["keydiff"]
+    assert "holds a prompt whole until tokens go: at its peak" in why, (
+        "two users, one of them at his prompt"
+    )
     assert found.held_tokens == 3 * 63, (
         "400 tokens: one window for layers, two to choose, three held out"
     )
@@ -71,6 +78,9 @@ def test_the_file_says_all_and_attach_takes_it(
     document = tomllib.loads(file.read_text())
     assert document["tune"]["meets_floor"] == found.meets
     assert document["tune"]["bytes"] == found.chosen.n_bytes
+    assert document["tune"]["peak_bytes"] == found.chosen.peak_bytes <= found.budget
+    large = document["tune"]["peak_bytes_in_large_steps"]
+    assert large > found.chosen.peak_bytes, "a step's tokens are raw until they are sealed"
     assert len(document["tune"]["measured"]) == len(found.candidates)
     assert len(document["tune"]["rejected"]) == len(found.rejected)
     with attach(llama, config=file, memory=1 << 24) as attached:
@@ -86,7 +96,7 @@ def test_the_file_says_all_and_attach_takes_it(
         if part in CODECS
     )
     page = tuned_page(found, "tiny")
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert all(c.label in page for c in found.candidates)
 
 
@@ -147,3 +157,33 @@ def test_a_budget_that_holds_nothing_and_a_text_too_short(
         run(llama, text, tmp_path, replace(GOAL, memory=5))
     with pytest.raises(RequestError, match="fewer than three windows of 64"):
         run(llama, text[:150], tmp_path)
+
+
+def test_a_policy_has_the_greatest_share_whose_peak_fits(
+    llama: Any, text: list[int], tmp_path: Path
+) -> None:
+    """Of ten users one is at his prompt, whole and with the copy of what stays; the engine's pools say the same."""
+    goal = replace(GOAL, users=10, memory=0.6, context=384)
+    trial = Trial(llama, None, goal, tmp_path, False, 16, 32 << 20, 0, None, None)
+    budget, exact = trial.budget()
+    found, why = _policy(trial, "keydiff", budget)
+    assert found is not None, why
+    steady, peak = trial.held(found.keep)
+    assert (found.n_bytes, found.peak_bytes) == (steady, peak)
+    assert peak <= budget < trial.held(f"keydiff:budget={share_of(found) + 0.05:g}")[1]
+    runner = open_runner(twin(llama), keep=found.keep, memory=1 << 24, block_tokens=16)
+    one = peak - steady // goal.users * (goal.users - 1)
+    assert one > exact // goal.users, "a prompt and the copy"
+    tokens = text[: goal.context]
+    table = runner.open(prompt_tokens=len(tokens))
+    table.append(len(tokens))
+    runner.forward([Item(table, tokens, 0, len(tokens), 1)])
+    table.commit()
+    table.append(1)  # what is to go goes now
+    assert table.held_bytes() <= steady // goal.users
+    table.release()
+    runner.bridge.close()  # type: ignore[union-attr]
+
+
+def share_of(found: Candidate) -> float:
+    return float(found.keep.partition("=")[2])

@@ -17,7 +17,8 @@ class Goal:
     """What is wanted.
 
     Args:
-        memory: bytes for all users' caches, or a share of what the exact cache takes as a float in (0, 1].
+        memory: bytes for all users' caches at their peak, prompts included, or a share of what the exact cache takes
+            as a float in (0, 1].
         quality: the least top-1 agreement with the exact cache.
         context: tokens of one sequence.
         users: sequences at a time.
@@ -39,14 +40,21 @@ class Goal:
 
 @dataclass
 class Candidate:
-    """A configuration and what is known of it; `map` is the text of its map file, where it has one."""
+    """A configuration and what is known of it; `map` is the text of its map file, where it has one.
+
+    Args:
+        n_bytes: of all users at the context, at most, when their prompts are done.
+        peak_bytes: while one of them computes its prompt; what the budget is for.
+        recipes: of layers ("3") and of KV heads ("3.1") that have one of their own.
+    """
 
     kv: str
     keep: str
     kind: str
     n_bytes: int
+    peak_bytes: int
     map: str = ""
-    recipes: Mapping[int, str] = field(default_factory=dict)
+    recipes: Mapping[str, str] = field(default_factory=dict)
     kl: Estimate | None = None
     agreement: Estimate | None = None
     why: str = ""
@@ -85,6 +93,7 @@ class Tuned:
         gain: KL of the uniform recipe less the choice's, paired by token.
         floor: agreement and KL of the exact cache with itself in another order of sums: what no codec can beat.
         held_tokens: predicted tokens of the held-out text.
+        step_bytes: the choice's peak where prompts find room for large steps; None for a policy's.
     """
 
     goal: Goal
@@ -101,6 +110,7 @@ class Tuned:
     digest: str
     injected: bool
     seed: int
+    step_bytes: int | None = None
 
     @property
     def meets(self) -> bool:

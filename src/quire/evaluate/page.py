@@ -194,29 +194,35 @@ def _recall(rows: Sequence[Row], names: Sequence[str], tints: Mapping[str, str])
 
 
 def layer_field(layers: Sequence[Layer]) -> list[str]:
-    """What each layer's keys and values alone cost, per recipe."""
-    if not layers:
-        return []
-    out = [
-        "<h2>Sensitivity by layer</h2>",
-        "<p>KL divergence (nats) with one layer's keys or values alone in the codec, and all else exact.</p>",
-    ]
+    """What each layer's keys and values alone cost, per recipe, and each head's where that was measured."""
+    alone = "alone in the codec, and all else exact."
+    out = []
+    for title, of, head in (("layer", "one layer's", False), ("head", "one KV head's", True)):
+        some = [x for x in layers if (x.head is not None) is head]
+        if some:
+            out += [f"<h2>Sensitivity by {title}</h2>"]
+            out += [f"<p>KL divergence (nats) with {of} keys or values {alone}</p>"]
+            out += [_field(some, title)]
+    return out
+
+
+def _field(layers: Sequence[Layer], title: str) -> str:
     values = [x.kl for x in layers if x.kl > 0]
     low, high = (math.log10(min(values)), math.log10(max(values))) if values else (0.0, 1.0)
 
     def share(v: float) -> float:
         return (math.log10(v) - low) / (high - low or 1.0) if v > 0 else 0.0
 
-    numbers = sorted({x.layer for x in layers})
+    places = {x.place: (x.layer, x.head or 0) for x in layers}
+    numbers = sorted(places, key=places.__getitem__)
     recipes = list(dict.fromkeys((x.kv, x.field) for x in layers))
-    at = {(x.kv, x.field, x.layer): x.kl for x in layers}
-    drawn = cells(
+    at = {(x.kv, x.field, x.place): x.kl for x in layers}
+    return cells(
         [f"{kv}, {field}" for kv, field in recipes],
-        [str(n) for n in numbers],
+        numbers,
         [[at.get((kv, field, n)) for n in numbers] for kv, field in recipes],
         say=lambda v: f"{v:.1e}",
         share=share,
-        column_title="layer",
+        column_title=title,
         tint="var(--c1)",
     )
-    return [*out, drawn]

@@ -63,7 +63,12 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one layer's keys or values alone cost: KL and ΔNLL with that much coded and everything else exact."""
+    """What one layer's keys or values alone cost: KL and ΔNLL with that much coded and everything else exact.
+
+    Args:
+        low, high: of the KL divergence.
+        head: of one KV head alone; None for all of the layer's.
+    """
 
     kv: str
     layer: int
@@ -72,7 +77,12 @@ class Layer:
     dnll: float
     low: float | None
     high: float | None
-    """Of the KL divergence."""
+    head: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Layer, or layer and head."""
+        return str(self.layer) if self.head is None else f"{self.layer}.{self.head}"
 
 
 @dataclass(frozen=True, slots=True)

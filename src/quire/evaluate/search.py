@@ -13,7 +13,10 @@ from typing import TypeVar
 
 from quire.codecs.recipe import available, codec_class, load_codec
 from quire.errors import ConfigError
+from quire.plan.demand import PREFILL_TOKENS
+from quire.plan.kept import Kept
 from quire.plan.layout import KVLayer, StateLayer, build_layout
+from quire.retention import parse_keep
 from quire.spec import KVConfig
 
 __all__ = [
@@ -24,7 +27,9 @@ __all__ = [
     "codecs_to_try",
     "forms_of",
     "map_text",
+    "policy_bytes",
     "recipe_of",
+    "step_bytes",
 ]
 
 STATES = 4096
@@ -91,9 +96,43 @@ def recipe_of(codecs: Mapping[str, str], options: str = "") -> str:
 def bytes_of(
     layers: Sequence[KVLayer | StateLayer], kv: str, *, dtype: str, block_tokens: int, context: int
 ) -> int:
-    """Bytes that one sequence holds at most on its way to `context` tokens. Raises ConfigError."""
+    """Bytes that one sequence holds at most on its way to `context` tokens. Raises ConfigError.
+
+    Its prompt is computed in pieces as small as the room demands, as the engine does; see `step_bytes`.
+    """
     config = KVConfig(kv, block_tokens=block_tokens)
     return build_layout(layers, config, dtype=dtype).spec.bytes_for(context)
+
+
+def step_bytes(
+    layers: Sequence[KVLayer | StateLayer], kv: str, *, dtype: str, block_tokens: int, context: int
+) -> int:
+    """The same where there is room for steps of `PREFILL_TOKENS`: a step's tokens are raw until they are sealed."""
+    config = KVConfig(kv, block_tokens=block_tokens)
+    spec = build_layout(layers, config, dtype=dtype).spec
+    return spec.bytes_for(context, chunk_tokens=PREFILL_TOKENS)
+
+
+def policy_bytes(
+    layers: Sequence[KVLayer | StateLayer],
+    keep: str,
+    *,
+    dtype: str,
+    block_tokens: int,
+    context: int,
+) -> tuple[int, int]:
+    """Bytes of one sequence under a policy and the exact codec. Raises ConfigError.
+
+    Returns:
+        At most after a prompt of `context` tokens; and at its end, when all of it is there beside what stays.
+    """
+    layout = build_layout(layers, KVConfig("auto", keep, block_tokens), dtype=dtype)
+    rule = parse_keep(keep)
+    if rule.full or rule.spans or rule.reads:
+        held = layout.spec.bytes_for(context)
+        return held, held
+    kept = Kept(layout, rule.policy)
+    return kept.most_bytes(context, context), kept.peak_bytes(context)
 
 
 def forms_of(
@@ -160,18 +199,27 @@ def _best(found: Iterable[T]) -> list[T]:
 
 
 def map_text(
-    layers: Sequence[KVLayer | StateLayer], recipes: Mapping[int, str], digest: str
+    layers: Sequence[KVLayer | StateLayer],
+    recipes: Mapping[int, str | tuple[str, ...]],
+    digest: str,
 ) -> str:
     """The `[map]` of a recipe per layer, as `quire.codecs.maps` reads it; layers of one recipe share a part.
 
     Args:
+        recipes: layer to its recipe, or to one of each of its KV heads.
         digest: of the weights that it is for; empty for any.
     """
     kv = [x for x in layers if isinstance(x, KVLayer)]
     by_recipe: dict[str, list[int]] = {}
+    by_head: dict[tuple[int, str], list[int]] = {}
     for layer, recipe in sorted(recipes.items()):
-        by_recipe.setdefault(recipe, []).append(layer)
-    usual = max(by_recipe, key=lambda r: len(by_recipe[r]))
+        if isinstance(recipe, str) or len(set(recipe)) == 1:
+            one = recipe if isinstance(recipe, str) else recipe[0]
+            by_recipe.setdefault(one, []).append(layer)
+            continue
+        for head, own in enumerate(recipe):
+            by_head.setdefault((layer, own), []).append(head)
+    usual = max(by_recipe, key=lambda r: len(by_recipe[r]), default="auto")
     lines = ["[map]", f"layers = {1 + max(x.layer for x in layers)}"]
     lines += [f"heads = {max(x.heads for x in kv)}"]
     lines += [f'digest = "{digest}"'] if digest else []
@@ -179,4 +227,8 @@ def map_text(
     for recipe, some in by_recipe.items():
         if recipe != usual:
             lines += ["", "[[map.parts]]", f"layers = {some}", f'kv = "{recipe}"']
+    for (layer, recipe), some in by_head.items():
+        if recipe != usual:
+            lines += ["", "[[map.parts]]", f"layers = [{layer}]", f"heads = {some}"]
+            lines += [f'kv = "{recipe}"']
     return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ from quire.evaluate.inject import inject
 from quire.evaluate.journal import Journal, digest_of
 from quire.evaluate.report import Layer, Row
 from quire.evaluate.rows import text_rows
-from quire.evaluate.search import bytes_of
+from quire.evaluate.search import bytes_of, policy_bytes, step_bytes
 from quire.evaluate.sensitivity import AT_ONCE, sensitivity
 from quire.evaluate.texts import windows
 from quire.models.load import weights_digest
@@ -106,6 +106,35 @@ class Trial:
             context=self.goal.context,
         )
         return size * self.goal.users
+
+    def held(self, keep: str) -> tuple[int, int]:
+        """Bytes of all users' exact caches under a policy: when prompts are done, and while one computes its own."""
+        steady, peak = policy_bytes(
+            self.layers,
+            keep,
+            dtype=self.dtype,
+            block_tokens=self.block_tokens,
+            context=self.goal.context,
+        )
+        return steady * self.goal.users, steady * (self.goal.users - 1) + max(steady, peak)
+
+    def step_bytes(self, kv: str) -> int:
+        """Peak of all users' sequences, one of which computes its prompt in large steps."""
+        size = step_bytes(
+            self.layers,
+            kv,
+            dtype=self.dtype,
+            block_tokens=self.block_tokens,
+            context=self.goal.context,
+        )
+        return self.bytes(kv) // self.goal.users * (self.goal.users - 1) + size
+
+    def map_file(self, text: str) -> str:
+        """A map in the folder under a name that says what is in it, as a recipe."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{digest_of(text)}.toml"
+        file.write_text(text, encoding="utf-8")
+        return f"map:{file}"
 
     def budget(self) -> tuple[int, int]:
         """The bytes that there are, and those of the exact cache."""

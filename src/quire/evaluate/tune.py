@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from quire.errors import CapacityError, ConfigError
-from quire.evaluate.candidates import candidates
+from quire.evaluate.candidates import candidates, heads_alone
 from quire.evaluate.cells import open_cells
 from quire.evaluate.choice import Candidate, Goal, Tuned
 from quire.evaluate.journal import Journal
@@ -33,6 +33,8 @@ from quire.spec import DEFAULT_BLOCK_TOKENS
 
 __all__ = ["answered", "tune"]
 
+SHARES = 1000
+"""Into which a policy's budget is divided."""
 POLICIES = ("keydiff", "kvzip")
 """Tried with the share of tokens that the budget leaves; both choose without knowing the question."""
 
@@ -79,7 +81,8 @@ def tune(
     rejected = [(name, why) for name, why in refused]
     floor = trial.floor(parts[0])
     layers = trial.sensitivity(recipes, parts[0])
-    found = candidates(trial, recipes, layers, floor[1], budget, rejected)
+    heads = heads_alone(trial, recipes, layers, floor[1], budget, parts[0])
+    found = candidates(trial, recipes, layers, floor[1], budget, rejected, heads)
     if not found:
         least = min(trial.bytes(r) for r in ["auto", *recipes])
         raise CapacityError(
@@ -88,10 +91,9 @@ def tune(
         )
     _choose(trial, found, parts[1], rejected)
     measured = [c for c in found if c.kl is not None]
-    found += _policies(
-        trial, policies, exact, budget, min(measured, key=attrgetter("loss")), parts[1], rejected
-    )
-    return _finish(trial, found, layers, floor, parts[2], (budget, exact), rejected)
+    best = min(measured, key=attrgetter("loss"))
+    found += _policies(trial, policies, (budget, exact), best, parts[1], rejected)
+    return _finish(trial, found, [*layers, *heads], floor, parts[2], (budget, exact), rejected)
 
 
 def answered(
@@ -141,8 +143,7 @@ def _choose(
 def _policies(
     trial: Trial,
     names: Sequence[str],
-    exact: int,
-    budget: int,
+    sizes: tuple[int, int],
     best: Candidate,
     texts: list[Any],
     rejected: list[tuple[str, str]],
@@ -150,23 +151,29 @@ def _policies(
     """Policies with the share of tokens that the budget leaves; only one that beats the best comes back.
 
     Both are measured on the second half of every window, the first being the prompt.
+
+    Args:
+        sizes: the budget, and the bytes of the exact cache.
     """
-    share = budget / exact
-    if not names or share >= 1 or trial.left() < 0.2:
-        rejected.extend((name, "not measured: the time was over") for name in names if share < 1)
+    budget, exact = sizes
+    if not names or budget >= exact:
         return []
     kept = []
     for name in names:
-        c = Candidate("auto", f"{name}:budget={share:.4f}", "policy", budget)
-        pair = Candidate(best.kv, best.keep, best.kind, best.n_bytes)
+        if trial.left() < 0.2:
+            rejected.append((name, "not measured: the time was over"))
+            continue
+        c, why = _policy(trial, name, budget)
+        if c is None:
+            rejected.append((name, why))
+            continue
+        pair = Candidate(best.kv, best.keep, best.kind, best.n_bytes, best.peak_bytes)
         try:
             rows, _ = trial.rows([pair.config, c.config], texts, f"policy {name}")
         except ConfigError as e:
             rejected.append((c.keep, str(e)))
             continue
         _note([pair, c], rows)
-        per_token = next(r.bytes_per_token for r in rows if r.keep == c.keep)
-        held = per_token * trial.goal.length / trial.bytes_of_window()
         if c.loss >= pair.loss:
             rejected.append(
                 (
@@ -174,13 +181,36 @@ def _policies(
                     f"KL {c.loss:.2e} where {best.label} has {pair.loss:.2e} on the same tokens",
                 )
             )
-        elif held > share * 1.02:
-            rejected.append(
-                (c.label, f"held {held:.1%} of the exact bytes, which is over the budget")
-            )
         else:
             kept.append(c)
     return kept
+
+
+def _policy(trial: Trial, name: str, budget: int) -> tuple[Candidate | None, str]:
+    """A policy with the greatest share whose peak fits: all of one prompt, what stays of it, and the other users.
+
+    Returns:
+        None, and why, where no share does.
+    """
+    low, high = 0, SHARES
+    found: Candidate | None = None
+    least = 0
+    while high - low > 1 or not least:
+        share = max(1, (low + high) // 2)
+        keep = f"{name}:budget={share / SHARES:g}"
+        try:
+            steady, peak = trial.held(keep)
+        except ConfigError as e:
+            return None, str(e)
+        if peak <= budget:
+            low, found = share, Candidate("auto", keep, "policy", steady, peak)
+        else:
+            high = share
+        least = peak
+    if found is not None:
+        return found, ""
+    over = f"{least / budget - 1:+.1%} of the budget"
+    return None, f"holds a prompt whole until tokens go: at its peak {least:,} bytes, {over}"
 
 
 def _finish(
@@ -232,6 +262,7 @@ def _finish(
         Loaded(trial.model, trial.tokenizer, "").digest,
         trial.injected,
         trial.seed,
+        trial.step_bytes(chosen.kv) if chosen.keep == "full" else None,
     )
 
 

@@ -23,7 +23,7 @@ def summary(found: Tuned) -> list[str]:
     assert c.kl is not None
     share = c.n_bytes / found.exact_bytes
     lines = [
-        f"{c.label}: {c.n_bytes:,} bytes for {goal.users:,} x {goal.context:,} tokens",
+        f"{c.label}: {c.n_bytes:,} bytes for {goal.users:,} x {goal.context:,} tokens, {c.peak_bytes:,} at the peak",
         f"{share:.1%} of the exact cache's {found.exact_bytes:,}; budget {found.budget:,}",
         f"held out, {found.held_tokens:,} tokens: top-1 agreement {_interval(c.agreement, '.4f')}",
         f"    KL {_interval(c.kl, '.2e')}",
@@ -65,6 +65,7 @@ def tuned_toml(found: Tuned, name: str, choices: Mapping[str, Any]) -> str:
         "quality": goal.quality,
         "budget_bytes": found.budget,
         "bytes": c.n_bytes,
+        "peak_bytes": c.peak_bytes,
         "exact_bytes": found.exact_bytes,
         "context": goal.context,
         "users": goal.users,
@@ -77,6 +78,8 @@ def tuned_toml(found: Tuned, name: str, choices: Mapping[str, Any]) -> str:
         "injected": found.injected,
         "seed": found.seed,
     }
+    if found.step_bytes is not None:
+        facts["peak_bytes_in_large_steps"] = found.step_bytes
     if found.uniform is not None:
         facts["best_uniform"] = found.uniform.label
     if found.gain is not None:
@@ -88,6 +91,7 @@ def tuned_toml(found: Tuned, name: str, choices: Mapping[str, Any]) -> str:
         figures = {
             "kv": other.label,
             "bytes": other.n_bytes,
+            "peak_bytes": other.peak_bytes,
             "agreement": _list(other.agreement),
             "kl": _list(other.kl),
             "why_not": other.why,
@@ -105,13 +109,24 @@ def tuned_page(found: Tuned, model: str) -> str:
     best = {p.label for p in front(points)}
     words = [f"<p>{line}</p>" for line in map(_escaped, summary(found))]
     rows = [
-        ("configuration", "kind", "bytes", "of exact", "KL", "agreement", "on the front", "why not")
+        (
+            "configuration",
+            "kind",
+            "bytes",
+            "at the peak",
+            "of exact",
+            "KL",
+            "agreement",
+            "on the front",
+            "why not",
+        )
     ]
     rows += [
         (
             c.label,
             c.kind,
             f"{c.n_bytes:,}",
+            f"{c.peak_bytes:,}",
             f"{c.n_bytes / found.exact_bytes:.1%}",
             _interval(c.kl, ".2e"),
             _interval(c.agreement, ".4f"),
@@ -134,7 +149,7 @@ def tuned_page(found: Tuned, model: str) -> str:
         table(rows),
         *layer_field(found.layers),
         "<h2>The choice, layer by layer</h2>",
-        table([("layer", "recipe"), *((str(n), r) for n, r in _by_layer(found))]),
+        table([("layer", "recipe"), *_by_layer(found)]),
     ]
     if found.rejected:
         parts += ["<h2>Not measured</h2>", table([("what", "why"), *found.rejected])]
@@ -144,8 +159,9 @@ def tuned_page(found: Tuned, model: str) -> str:
     )
 
 
-def _by_layer(found: Tuned) -> Sequence[tuple[int | str, str]]:
-    return sorted(found.chosen.recipes.items()) or [("all", found.chosen.label)]
+def _by_layer(found: Tuned) -> Sequence[tuple[str, str]]:
+    """Layers, or KV heads as LAYER.HEAD, in order."""
+    return [*found.chosen.recipes.items()] or [("all", found.chosen.label)]
 
 
 def _point(c: Candidate) -> Point:
