@@ -100,6 +100,7 @@ bench: $(KERNELS)
 docs: $(INSTALLED_DOCS)
 	$(BIN)/python tools/catalogue.py --write docs/codecs.md
 	$(BIN)/python tools/catalogue.py --policies docs/retention.md
+	$(BIN)/python tools/methods.py --write docs/methods.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:

@@ -46,7 +46,7 @@ quire calibrate --codec cq:form=4c8b --text learn.txt --out cq.safetensors
 quire run --kv cq:form=4c8b,file=cq.safetensors …
 ```
 
-What they lose here, and what their papers say: [Codecs that learn](methods.md).
+What they lose here, and what their papers say: [Methods](methods.md).
 
 D counts the channels of a head, B the tokens of a block; other letters are in [Shape letters](shapes.md).
 """
