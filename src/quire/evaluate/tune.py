@@ -160,12 +160,9 @@ def _policies(
         return []
     kept = []
     for name in names:
-        if trial.left() < 0.2:
-            rejected.append((name, "not measured: the time was over"))
-            continue
         c, why = _policy(trial, name, budget)
-        if c is None:
-            rejected.append((name, why))
+        if c is None or trial.left() < 0.2:
+            rejected.append((name, why if c is None else "not measured: the time was over"))
             continue
         pair = Candidate(best.kv, best.keep, best.kind, best.n_bytes, best.peak_bytes)
         try:
