@@ -30,6 +30,12 @@ MODELS = {"mistral": "300KiB", "qwen3_next": "240KiB", "deepseek_v2": "200KiB"}
 
 
 @pytest.fixture(autouse=True)
+def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many are admitted at once is not a matter of how busy the machine is."""
+    monkeypatch.setattr("quire.store.pace.STEP_S", 10.0)
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -217,7 +223,7 @@ def test_one_that_is_cancelled_half_way_leaves_nothing(model: Any, way: str) -> 
             before = runner.below.used_bytes
             engine.cancel(sample.request.request_id)
             assert runner.below.used_bytes < before
-            assert not moving()
+            assert sample not in moving()
             while engine.has_work:
                 engine.step()
             stats = engine.stats()

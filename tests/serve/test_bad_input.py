@@ -174,6 +174,18 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
         400,
         "os.system",
     ),
+    "a context of which nothing goes": (
+        TEXT,
+        text(cache={"context_tokens": 1}),
+        400,
+        "keep by score",
+    ),
+    "a context longer than the prompt": (
+        TEXT,
+        text(cache={"context_tokens": 1 << 20, "keep": "keydiff:budget=0.5"}),
+        400,
+        "context",
+    ),
     "an unknown codec to yield to": (TEXT, text(cache={"yields": "kv=int9"}), 400, "int9"),
     "yielding twice": (
         TEXT,

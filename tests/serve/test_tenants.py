@@ -52,6 +52,19 @@ def test_what_yields_says_the_same_while_there_is_room(keyed: Any, yields: str) 
     assert granted.choices[0].text == plain.choices[0].text
 
 
+def test_a_compressed_context_is_found_by_its_tenant_alone(keyed: Any) -> None:
+    """kvzip computes the last token of a context in any case, so that all of it is found only where it went on."""
+    context = "the log of a cache is a context, " * 3
+    body = {"keep": "kvzip:budget=0.5,sinks=1,window=4,boundary=2", "context_tokens": 80}
+    found = []
+    for who, question in (("alice", "why?"), ("alice", "how?"), ("bob", "who?")):
+        done = keyed.client(who).completions.create(
+            model="tiny", prompt=context + question, max_tokens=2, extra_body={"cache": body}
+        )
+        found.append(done.usage.prompt_tokens_details.cached_tokens)
+    assert found == [0, 80, 0]
+
+
 def common(a: str, b: str) -> int:
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]:

@@ -50,6 +50,36 @@ def test_unnamed_blocks_are_free_at_once_and_taken_before_idle_ones() -> None:
     assert pool.take() == kept
 
 
+def test_a_slab_is_cleared_while_others_give_up_more_of_it() -> None:
+    """Blocks that go together: who is told of one gives up the rest, in the slab that is being emptied, too."""
+    arena = Arena(4 * 256, 256)
+    pool, other = BlockPool(arena, 64), BlockPool(arena, 128)
+    blocks = [pool.take() for _ in range(16)]
+    for b in blocks:
+        pool.name(b)
+    for b in blocks[2:]:
+        pool.release(b)
+    together = set(blocks[2:8])
+
+    def told(block: int) -> None:
+        if block in together:
+            together.discard(block)
+            while together:
+                pool.unname(together.pop())
+
+    pool.on_evict = told
+    taken = [other.take() for _ in range(6)]
+    assert len(set(taken)) == 6
+    assert (pool.held, other.held) == (2, 6)
+    check_pools([pool, other], refs_of(pool, other))
+    for b in taken:
+        other.release(b)
+    for b in blocks[:2]:
+        pool.release(b)
+    assert arena.usage().held_bytes == 0
+    check_pools([pool, other], {})
+
+
 def test_eviction_is_announced_before_the_block_is_used_again() -> None:
     told: list[int] = []
     pool = pool_of(slabs=1, per_slab=2, on_evict=told.append)

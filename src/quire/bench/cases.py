@@ -101,7 +101,7 @@ def run(
     prompts = _prompts(case, runner.vocab_size)
     sharing = getattr(runner, "sharing", None)
     if sharing is not None:
-        sharing.index.clear()
+        sharing.clear()
     params = SamplingParams(max_tokens=case.outputs, ignore_eos=True, seed=case.seed)
     engine = Engine(runner, eos_token_ids=())
     done: dict[str, list[list[int]]] = {}

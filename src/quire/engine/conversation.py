@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from quire.engine.engine import Engine
+from quire.engine.intake import common
 from quire.engine.params import SamplingParams
 from quire.engine.request import Delta
 from quire.errors import RequestError, TierError
@@ -124,13 +125,13 @@ class Conversation:
 
     def _share(self, tokens: Sequence[int]) -> str | None:
         """Whether a turn's prefix is looked up: only one that goes on with nothing of what is held."""
-        if self.runner.sharing is None or not _common(self.tokens, tokens[:-1]):
+        if self.runner.sharing is None or not common(self.tokens, tokens[:-1]):
             return None
         return "off"
 
     def _rewind(self, tokens: Sequence[int]) -> Reuse:
         """Makes the table hold the longest beginning of `tokens` that it can; at least one is left to compute."""
-        same = _common(self.tokens, tokens[:-1])
+        same = common(self.tokens, tokens[:-1])
         reason = None
         if same and not self.runner.chunked_prefill and len(tokens) - same > 1:
             same, reason = 0, "this model must compute a prompt as a whole"
@@ -230,9 +231,3 @@ class _Lease:
 
     def release(self) -> None:
         """The conversation keeps it."""
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)

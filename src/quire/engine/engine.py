@@ -104,6 +104,7 @@ class Engine:
         priority: int = 0,
         adapter: str | None = None,
         keep: str | Keep | None = None,
+        context: int | str = 0,
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
@@ -119,6 +120,9 @@ class Engine:
             priority: higher goes earlier, and `SchedulerConfig.priority_step_s` of waiting makes up for one level.
             adapter: given to the runner's forward; requests of one forward share it.
             keep: which of its tokens stay, as `keep="h2o:budget=0.2"`; default: as the runner was opened.
+            context: how much of the prompt is a context that others ask about, too: the text that it begins with, or
+                its number of tokens. Tokens go at its end, before the rest is read, and where the policy asks no
+                question and prefixes are shared, what stays is found by whoever brings the same context and policy.
             share: "off": find nothing and leave nothing; default: as the runner was opened.
             namespace: who may find what it leaves, and whose it finds; default: those without one.
             hints: how long its blocks should stay cached.
@@ -140,6 +144,7 @@ class Engine:
             priority=priority,
             adapter=adapter,
             keep=keep,
+            context=context,
             share=share,
             namespace=namespace,
             hints=hints,
@@ -268,6 +273,7 @@ class Engine:
         *,
         adapter: str | None = None,
         keep: str | Keep | None = None,
+        context: int | str = 0,
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
@@ -278,7 +284,7 @@ class Engine:
         Args:
             prompts: one prompt, or several: texts or lists of token ids.
             params: for all of them, or one each.
-            adapter, keep, share, namespace, hints: for all of them, see `add_request`.
+            adapter, keep, context, share, namespace, hints: for all of them, see `add_request`.
             on_delta: called with every delta, in the order of computation.
 
         Returns:
@@ -301,6 +307,7 @@ class Engine:
         wishes: dict[str, Any] = {
             "adapter": adapter,
             "keep": keep,
+            "context": context,
             "share": share,
             "namespace": namespace,
             "hints": hints,
@@ -387,7 +394,7 @@ class Engine:
         """The same as `stream`, but checked and queued when this returns; called within an event loop.
 
         Args:
-            wishes: priority, adapter, share, namespace, hints and yields, see `add_request`.
+            wishes: priority, adapter, keep, context, share, namespace, hints and yields, see `add_request`.
 
         Returns:
             Its deltas. Whoever stops reading before the end calls `close`, which cancels the request.

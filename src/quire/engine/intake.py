@@ -17,7 +17,7 @@ from quire.errors import CapacityError, ConfigError, RequestError
 from quire.retention import Keep, parse_keep
 from quire.store.namespace import Hints, Namespace
 
-__all__ = ["Intake", "Prompt", "as_list", "check_text", "output_limit"]
+__all__ = ["Intake", "Prompt", "as_list", "check_text", "common", "output_limit"]
 
 Prompt = str | Sequence[int]
 
@@ -120,6 +120,7 @@ class Intake:
         priority: int = 0,
         adapter: str | None = None,
         keep: str | Keep | None = None,
+        context: int | str = 0,
         share: str | None = None,
         namespace: Namespace | None = None,
         hints: Hints | None = None,
@@ -151,6 +152,7 @@ class Intake:
         if adapter is not None and knows is not None:
             knows(adapter)
         policy = self._policy(keep)
+        context_tokens = self._context(context, prompt, ids, policy)
         sharing = getattr(self.room, "sharing", None)
         shares = check_share(share, sharing)
         if hints is not None and (sharing is None or not shares):
@@ -172,6 +174,7 @@ class Intake:
             priority=priority,
             adapter=adapter,
             keep=policy,
+            context=context_tokens,
             arrival_s=self.clock(),
             share=shares,
             namespace=namespace,
@@ -197,6 +200,27 @@ class Intake:
         except ConfigError as e:
             raise RequestError(str(e)) from e
         return None if policy.full and usual.full else policy
+
+    def _context(
+        self, context: int | str, prompt: Prompt, ids: Sequence[int], policy: Keep | None
+    ) -> int:
+        """After how many tokens of a prompt some go already; 0: at its end only. Raises RequestError."""
+        if context in (0, ""):
+            return 0
+        if policy is None or not policy.scores:
+            keeps = "full" if policy is None else policy.text
+            raise RequestError(
+                f"context says after what tokens go, and keep={keeps!r} lets none go there; drop it, or keep by score, "
+                "as keep='kvzip:budget=0.5'"
+            )
+        if isinstance(context, str):
+            if not isinstance(prompt, str) or not prompt.startswith(context):
+                raise RequestError(
+                    "context must be the text that the prompt begins with, or a number of tokens"
+                )
+            context = common(self._token_ids(context), ids)
+        check_integer("context", context, 1, len(ids))
+        return context
 
     def _yields(self, yields: str | None, policy: Keep | None) -> Any:
         """What a request gives up when memory runs short."""
@@ -254,6 +278,12 @@ def check_text(text: str) -> None:
             f"the text is not Unicode: {text[e.start]!r} at character {e.start + 1} is half a character; "
             "was it UTF-8 before?"
         ) from e
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

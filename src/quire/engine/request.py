@@ -197,6 +197,7 @@ class Request:
         adapter: requests of one forward share it.
         arrival_s: reading of the clock at submission.
         keep: which of its tokens stay, a parsed `keep=`; None: what the runner does, or a runner that knows no policy.
+        context: after so many tokens of its prompt some go already, before the rest is read; 0: at its end only.
         share: whether its prefix is looked up, and what it computes is left for others.
         namespace: who may find it; None: everybody who names none either.
         hints: how long its blocks should stay.
@@ -216,6 +217,7 @@ class Request:
     arrival_s: float = 0.0
     stop_ids: frozenset[int] = frozenset()
     keep: Keep | None = None
+    context: int = 0
     share: bool = False
     namespace: Namespace | None = None
     hints: Hints | None = None

@@ -97,6 +97,9 @@ class Scheduler:
             request.figures.kv_bytes_end += held
             used = getattr(sample.table, "used_bytes", None)
             request.figures.kv_bytes_used_end += held if used is None else used()
+            finish = getattr(sample.table, "finish", None)
+            if finish is not None and sample.finish_reason in ("stop", "length"):
+                finish()
         self.ladder.drop(sample)
         if sample.table is not None:
             self.seats.release(sample)

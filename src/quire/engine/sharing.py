@@ -2,24 +2,26 @@
 
 A new prefix that several requests bring at once is computed by the first of them. The others wait, without a row and
 without memory, for as long as the next chunk that they lack is promised by a request before them; each is let in when
-what they have in common lies in the cache. A promise ends with the request that gave it, so nobody waits for the dead.
+what they have in common lies in the cache. Who would resume from a compaction waits for it in the same way. A promise
+ends with the request that gave it, so nobody waits for the dead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from quire.errors import RequestError
 from quire.store.checkpoints import common_tokens
 from quire.store.sharing import Sharing
+from quire.store.whole import Whole, whole_name
 
 if TYPE_CHECKING:
     from quire.engine.audit import Auditor
     from quire.engine.engine import Engine
-    from quire.engine.request import Sample
+    from quire.engine.request import Request, Sample
     from quire.engine.runner import Room, Table
     from quire.store.path import Path
     from quire.store.tiering import Tiering
@@ -44,6 +46,68 @@ def check_share(share: str | None, sharing: Sharing | None) -> bool:
     if share == "prefix" and sharing is None:
         raise RequestError("this runner shares nothing; open it with share='prefix'")
     return sharing is not None and share != "off"
+
+
+def _limit(sample: Sample) -> int:
+    """At most so many of its tokens may be found: logits from there on are wanted."""
+    return (sample.unscored or len(sample.tokens)) - 1
+
+
+@dataclass(slots=True)
+class Wanted:
+    """The compaction that a sample resumes from, or leaves behind for others: see `store.whole`."""
+
+    sharing: Sharing
+    sample: Sample
+    rules: Any
+    name: bytes
+    n_tokens: int
+
+    @classmethod
+    def of(cls, sharing: Sharing, sample: Sample, rules: Any, adapter: bytes) -> Wanted | None:
+        """Of a sample whose policy lets others find it; None for all others."""
+        if rules is None or not rules.published:
+            return None
+        n = sample.request.context or sample.prompt_tokens
+        path = sharing.path(sample.tokens, sample.request.namespace, adapter)
+        name = whole_name(path, n, rules.keep.canonical)
+        return cls(sharing, sample, rules, name, n)
+
+    def find(self) -> Whole | None:
+        """What is published, where the sample can go on behind it."""
+        if self.n_tokens > _limit(self.sample):
+            return None
+        tokens = self.sample.tokens[: self.n_tokens]
+        return self.sharing.wholes.find(self.name, tokens, self.rules.keep.canonical)
+
+    def open(self, whole: Whole) -> Table:
+        """A table over it."""
+        table = self.sharing.wholes.open(whole)
+        request = self.sample.request
+        keeper = self.rules.apply(table, self.sample.prompt_tokens, request.context)
+        keeper.resume(whole.state)
+        return table
+
+    def awaited(self) -> bool:
+        """Whether somebody before the sample computes it; noted, so that the sample waits."""
+        if not self.sharing.computing(self.name, self.sample.seat):
+            return False
+        self.sharing.stats.waits += 1
+        self.sample.awaits = self.name
+        return True
+
+    def promise(self, path: Path) -> None:
+        """The sample computes it, and who comes behind may wait."""
+        path.promise_whole(self.name)
+
+    def publish(self, table: Any, kept: Any) -> None:
+        """Told by the sample's keeper when tokens were due: of itself, or None where all of them stay."""
+        if kept is not None:
+            tokens, policy = self.sample.tokens[: self.n_tokens], self.rules.keep.canonical
+            hints = self.sample.request.hints
+            self.sharing.wholes.publish(self.name, tokens, policy, table, kept.fork(), hints)
+        elif table.path is not None:
+            table.path.withdraw_whole()
 
 
 class Opener:
@@ -73,37 +137,48 @@ class Opener:
 
     def __call__(self, sample: Sample) -> Table | None:
         """A table that may hold a beginning of the sample's tokens; None while somebody before it computes them."""
-        sharing, request = self.sharing, sample.request
-        rules = None
+        sharing, request, rules = self.sharing, sample.request, None
         if request.keep is not None:
             rules = self.room.rules(request.keep)  # type: ignore[attr-defined]
         if sharing is None or not request.share or (rules is not None and not rules.shares):
             if rules is None:
                 return self.room.open()
-            return self.room.open(request.keep, sample.prompt_tokens)  # type: ignore[call-arg]
+            more = {"context_tokens": request.context} if request.context else {}
+            return self.room.open(request.keep, sample.prompt_tokens, **more)  # type: ignore[call-arg]
         if sample.awaits is not None and sharing.computing(sample.awaits, sample.seat):
             return None
         if self.tiering is not None and self._asked and self.tiering.pace.left_s <= 0:
             return None  # looking and asking have their time, too
         self._asked = True
-        path = self._look(sharing, sample, rules)
-        sample.awaits = sharing.awaited(path, sample.seat)
-        if sample.awaits is not None:
+        wanted = Wanted.of(sharing, sample, rules, self._adapter(request))
+        if wanted is not None and (whole := wanted.find()) is not None:
+            return wanted.open(whole)
+        if wanted is not None and wanted.awaited():
             return None
-        if self.tiering is not None:
-            better = self._brought_up(self.tiering, sample, path, rules)
-            if better is None:
-                return None
-            path = better
+        path = self._found(sharing, sample, rules)
+        if path is None:
+            return None
         table = sharing.take(path)
+        keeper = None
         if rules is not None:
-            rules.apply(table, sample.prompt_tokens)
+            keeper = rules.apply(table, sample.prompt_tokens, request.context)
         if sharing.states is not None:
             self._mark(sample, path)
         path.promise(sample.prompt_tokens, sample.seat)
+        if wanted is not None and keeper is not None:
+            wanted.promise(path)
+            keeper.publish = wanted.publish
         if self.auditor is not None:
             self.auditor.found(sample, table.length)
         return table
+
+    def _found(self, sharing: Sharing, sample: Sample, rules: Any) -> Path | None:
+        """What there is of a sample's tokens, on the device or below; None while it is on its way."""
+        path = self._look(sharing, sample, rules)
+        sample.awaits = sharing.awaited(path, sample.seat)
+        if sample.awaits is not None or self.tiering is None:
+            return None if sample.awaits is not None else path
+        return self._brought_up(self.tiering, sample, path, rules)
 
     def _mark(self, sample: Sample, path: Path) -> None:
         """Where those that wait go on otherwise they will want a state: what they have in common is computed once."""
@@ -116,22 +191,24 @@ class Opener:
 
     def _look(self, sharing: Sharing, sample: Sample, rules: Any) -> Path:
         """What the device has of a sample's tokens."""
-        request, began = sample.request, perf_counter()
-        adapter = b"" if request.adapter is None else self.adapter_digest(request.adapter)
-        limit = (sample.unscored or len(sample.tokens)) - 1  # logits from there on are wanted
+        request, limit, began = sample.request, _limit(sample), perf_counter()
         if rules is not None and rules.scores:
-            limit = min(limit, rules.hit_limit(sample.prompt_tokens), sample.prompt_tokens)
+            first = request.context or sample.prompt_tokens
+            limit = min(limit, rules.hit_limit(first), first)
         path = sharing.look(
             sample.tokens,
             request.namespace,
             limit=limit,
-            adapter=adapter,
+            adapter=self._adapter(request),
             hints=request.hints,
             label=request.request_id,
         )
         if self.tiering is not None:
             self.tiering.pace.spent(perf_counter() - began)
         return path
+
+    def _adapter(self, request: Request) -> bytes:
+        return b"" if request.adapter is None else self.adapter_digest(request.adapter)
 
     # -- from the tiers ------------------------------------------------------------------------------------------
 
@@ -178,6 +255,9 @@ class Opener:
                 rules = self.room.rules(request.keep)  # type: ignore[attr-defined]
                 if not rules.shares:
                     continue
+            wanted = Wanted.of(self.sharing, sample, rules, self._adapter(request))
+            if wanted is not None and wanted.find() is not None:
+                continue
             path = self._look(self.sharing, sample, rules)
             if self.sharing.awaited(path, sample.seat) is None:
                 sample.fetched = path.found

@@ -56,7 +56,7 @@ class Rules:
         """What its tables hold instead of the store's own groups, where queries read less or more."""
         if [(g.span, g.coords) for g in spec] != [(g.span, g.coords) for g in self.layout.spec]:
             self.groups = spec.groups
-        self.scores = not keep.spans and not keep.full and not keep.reads
+        self.scores = keep.scores
         _check(bridge, keep, spec)
         bodies = retained(spec)
         self.layers = sorted({layer for g in bodies for layer in g.layers})
@@ -175,22 +175,35 @@ class Rules:
         """How many tokens of a sequence stay per layer and head on average, protected ones at least."""
         return self.kept.tokens(length)
 
-    def apply(self, table: BlockTable, prompt_tokens: int | None) -> None:
+    @property
+    def published(self) -> bool:
+        """Whether others may find what it leaves of a context, as a whole."""
+        return self.scores and bool(self.policy.agnostic)
+
+    def apply(
+        self, table: BlockTable, prompt_tokens: int | None, context_tokens: int = 0
+    ) -> Keeper | None:
         """Puts a sequence of the store under the policy.
 
         Args:
             table: empty, or over a prefix that was found.
             prompt_tokens: how long its prompt will be; None: what is appended first.
+            context_tokens: of them, those after which tokens go before the rest is read; 0: at the prompt's end only.
+
+        Returns:
+            Its keeper, where the policy scores.
         """
         if self.groups is not None:
             if table.length:
                 raise InvariantError("a sequence begins under its policy")
             table.leave()
             table.chains = [Chain(g, self.store.pool_for(g)) for g in self.groups]
-        if self.scores:
-            table.keeper = Keeper(self, prompt_tokens)
         if self.keep.reads:
             table.keeper = Reader(self.policy, prompt_tokens)
+        if not self.scores:
+            return None
+        table.keeper = keeper = Keeper(self, prompt_tokens, context_tokens)
+        return keeper
 
 
 def bind(keep: Keep, shape: Any, digest: Digest) -> Keep:

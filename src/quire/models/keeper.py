@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from quire.attention.read import Row
-from quire.errors import InvariantError
+from quire.errors import CapacityError, InvariantError
 from quire.models.choosing import by_block, inside, make_parts
 from quire.models.moving import read_field, read_raw, row_mover
 from quire.models.outside import Piece
@@ -43,11 +43,17 @@ class _Line:
 class Keeper:
     """One sequence's. Made by `Rules.apply`; `store.table.Keeper` is what the table knows of it."""
 
-    def __init__(self, rules: Rules, prompt_tokens: int | None) -> None:
+    def __init__(self, rules: Rules, prompt_tokens: int | None, context_tokens: int = 0) -> None:
         self.rules = rules
         self.first = prompt_tokens
         """How long the first prompt is; None: as much as is appended first."""
-        self.prompt_tokens = self.due = prompt_tokens or 0
+        self.context = context_tokens
+        """After so many tokens of it some go already, before the rest is read; 0: at its end only."""
+        self.prompt_tokens = self.due = context_tokens or prompt_tokens or 0
+        self.publish: Callable[[BlockTable, Keeper | None], None] | None = None
+        """Told once, when tokens are due for the first time: of what was kept, or None where nothing went."""
+        self.borrowed = False
+        """Whether the table's last blocks are others' still (`resume`)."""
         self.lines: dict[str, _Line] = {}
         self.queries: dict[int, torch.Tensor] = {}
         """Layer to `[n, H_q, D]`: the last queries, at the positions before `seen`."""
@@ -66,9 +72,12 @@ class Keeper:
             return
         if not self.due:
             self.prompt_tokens = self.due = table.length + n_tokens
+        if self.borrowed:
+            table.own_tails()
+            self.borrowed = False
         if table.length == table.committed == self.due:
             self._compact(table)
-            self.due += self.rules.policy.every
+            self._pass()
         if table.length + n_tokens > self.due:
             raise InvariantError(
                 f"a chunk of {n_tokens} tokens from {table.length} on passes {self.due}, where tokens go"
@@ -82,15 +91,27 @@ class Keeper:
     def until(self, start: int, stop: int) -> int:
         if not self.due:
             return stop
-        due = self.due if start < self.due else self.due + self.rules.policy.every
-        return min(stop, due)
+        return min(stop, self.due if start < self.due else self._after())
+
+    def _after(self) -> int:
+        """When tokens go next once they have gone at `due`: at the prompt's end, where that was its context's."""
+        first = self.first or 0
+        if 0 < self.context == self.due < first and not self.rules.policy.once:
+            return first
+        return self.due + int(self.rules.policy.every)
+
+    def _pass(self) -> None:
+        """Tokens have gone at `due`."""
+        due, self.due = self.due, self._after()
+        if due == self.context:
+            self.prompt_tokens = self.first or due
 
     def reads_by(self, position: int) -> None:
         """Its queries read all that stays."""
         return
 
     def fork(self) -> Keeper:
-        twin = Keeper(self.rules, self.first)
+        twin = Keeper(self.rules, self.first, self.context)
         twin.prompt_tokens, twin.due, twin.seen = self.prompt_tokens, self.due, self.seen
         twin.lines = {
             name: _Line(*(None if x is None else x.clone() for x in (line.mass, line.notes)))
@@ -101,8 +122,29 @@ class Keeper:
         twin.repeated = self.repeated
         return twin
 
+    def finish(self, table: BlockTable) -> None:
+        if self.publish is not None and table.length == table.committed == self.due == self.context:
+            try:
+                self._compact(table)
+            except CapacityError:
+                return
+            self._pass()
+
+    def resume(self, state: Keeper) -> None:
+        """Goes on, over an empty sequence's own lengths, where another's tokens went for the first time.
+
+        Args:
+            state: a fork of that one's keeper, taken then; nothing of it is written to.
+        """
+        known = state.fork()
+        self.lines, self.queries, self.scales = known.lines, known.queries, known.scales
+        self.seen, self.repeated = known.seen, known.repeated
+        self.borrowed = True
+        self._pass()
+
     def reset(self) -> None:
-        self.prompt_tokens = self.due = self.first or 0
+        self.prompt_tokens = self.due = self.context or self.first or 0
+        self.borrowed = False
         self.seen = self.repeated = 0
         self.lines, self.queries, self.pieces = {}, {}, {}
 
@@ -191,6 +233,7 @@ class Keeper:
         rules, length = self.rules, table.length
         if rules.kept_tokens(length) >= length:
             self._forget()
+            self._tell(table, None)
             return
         wanted = {}
         for name, chains in families(table).items():
@@ -199,6 +242,7 @@ class Keeper:
             except CannotScoreError as e:
                 log.warning("keep=%r: %s; all %d tokens stay", rules.keep.text, e, length)
                 self._forget()
+                self._tell(table, None)
                 return
         before = families(table)
         lines = {c.group.name: c for chains in before.values() for c in chains}
@@ -212,6 +256,12 @@ class Keeper:
                 fresh[chain.group.name] = self._carried(before[name], chain, part, lows, every)
         self.lines = fresh
         self._forget()
+        self._tell(table, self)
+
+    def _tell(self, table: BlockTable, kept: Keeper | None) -> None:
+        publish, self.publish = self.publish, None
+        if publish is not None:
+            publish(table, kept)
 
     def _forget(self) -> None:
         """Of the last N queries' attention nothing is left for the next time, nor of what a scorer was given."""

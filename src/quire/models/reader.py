@@ -51,5 +51,8 @@ class Reader:
         twin.prompt_tokens = self.prompt_tokens
         return twin
 
+    def finish(self, table: BlockTable) -> None:
+        """Nothing is due."""
+
     def reset(self) -> None:
         self.prompt_tokens = self.first or 0

@@ -83,17 +83,23 @@ class ModelRunner:
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
-    def open(self, keep: Keep | None = None, prompt_tokens: int | None = None) -> BlockTable:
+    def open(
+        self,
+        keep: Keep | None = None,
+        prompt_tokens: int | None = None,
+        context_tokens: int = 0,
+    ) -> BlockTable:
         """A table for a new sequence.
 
         Args:
             keep: which of its tokens stay; None for what the runner was opened with.
             prompt_tokens: how long its prompt will be; None: what is appended first.
+            context_tokens: see `Rules.apply`.
         """
         table = self.bridge.store.open()
         keep = keep or self.keep
         if not (keep.full and self.keep.full):
-            self.rules(keep).apply(table, prompt_tokens)
+            self.rules(keep).apply(table, prompt_tokens, context_tokens)
         return table
 
     @property

@@ -205,6 +205,9 @@ class Scored:
     """Whether heads of one layer may keep different numbers of tokens."""
     by_layer: ClassVar[bool] = False
     """Whether all heads of a layer get the same scores."""
+    agnostic: ClassVar[bool] = False
+    """Whether no question takes part, so that what it leaves of a context serves whatever is asked later: others may
+    find it, as a whole (`store.whole`)."""
     bounded: ClassVar[bool] = True
     """Whether what stays is within the budget; else `allocate` decides by itself, and no wrapper may spread it."""
 
@@ -238,7 +241,8 @@ class Scored:
         """At most so many tokens of a prompt may be found instead of computed: its queries are needed."""
         if self.queries == "all" or self.notes:
             return 0
-        return max(0, prompt_tokens - max(self.queries or 0, self.last_queries))
+        computed = max(self.queries or 0, self.last_queries, 1 if self.repeats else 0)
+        return max(0, prompt_tokens - computed)
 
     def protect(self, length: int, prompt_tokens: int) -> tuple[Interval, ...]:
         """Positions that stay whatever their score, as intervals that may overlap."""

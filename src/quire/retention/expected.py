@@ -29,6 +29,7 @@ class Policy(Scored):
 
     ahead: int = 512
     name: ClassVar[str] = "expected"
+    agnostic: ClassVar[bool] = True
     last_queries: ClassVar[int] = 128
     turns: ClassVar[bool] = True
 

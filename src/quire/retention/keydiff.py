@@ -22,6 +22,7 @@ class Policy(Scored):
     """`Scored`'s parameters."""
 
     name: ClassVar[str] = "keydiff"
+    agnostic: ClassVar[bool] = True
 
     def score(self, seen: Seen) -> torch.Tensor:
         import torch

@@ -38,6 +38,7 @@ class Policy(Scored):
     maps: Maps = field(default_factory=dict, init=False, repr=False, compare=False)
     """Layer to weight `[H_kv, width]` and bias `[H_kv]`, float32; empty until it is `bound` to a model."""
     name: ClassVar[str] = "kvzap"
+    agnostic: ClassVar[bool] = True
     notes: ClassVar[bool] = True
     by_head: ClassVar[bool] = True
 

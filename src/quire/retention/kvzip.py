@@ -34,6 +34,7 @@ class Policy(Scored):
     repeats: int = 2048
     uniform: bool = False
     name: ClassVar[str] = "kvzip"
+    agnostic: ClassVar[bool] = True
     over: ClassVar[Literal["sum", "max"]] = "max"
     fold: ClassVar[Literal["mean", "max"]] = "max"
     by_head: ClassVar[bool] = True

@@ -26,6 +26,7 @@ class Policy(Scored):
 
     lag: int = 128
     name: ClassVar[str] = "lagkv"
+    agnostic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,6 +23,7 @@ class Policy(Scored):
 
     seed: int = 0
     name: ClassVar[str] = "random"
+    agnostic: ClassVar[bool] = True
 
     def score(self, seen: Seen) -> torch.Tensor:
         import torch

@@ -79,6 +79,16 @@ class Keep:
         return bool(self.policy.name == "full")
 
     @property
+    def scores(self) -> bool:
+        """Whether tokens go by their scores, at fixed lengths."""
+        return not self.full and not self.spans and not self.reads
+
+    @property
+    def canonical(self) -> str:
+        """One text for all spellings of the same policy: every parameter by name, defaults too."""
+        return _canonical(self.policy)
+
+    @property
     def spans(self) -> bool:
         """Whether it narrows what queries read, rather than score tokens."""
         return isinstance(self.policy, SpanPolicy)
@@ -201,6 +211,13 @@ def load_policy(term: str, text: str = "") -> Any:
     if takes_more:
         values["options"] = tuple(options.items())
     return cls(**values)
+
+
+def _canonical(policy: Any) -> str:
+    inner = getattr(policy, "inner", None) if isinstance(policy, Wrapper) else None
+    own = (f for f in fields(policy) if f.init and f.name != "inner")
+    values = ",".join(f"{f.name}={getattr(policy, f.name)}" for f in own)
+    return f"{policy.name}({'' if inner is None else _canonical(inner)}):{values}"
 
 
 def _value(text: str) -> Any:

@@ -43,6 +43,8 @@ class CacheOptions(Form):
     Attributes:
         kv: the recipe that it relies on: the one that the server runs, or a refusal.
         keep: which of its tokens stay, as `"h2o:budget=0.2"`; default: what the server runs.
+        context_tokens: how many tokens of the prompt are a context that others ask about as well: tokens go at its end,
+            and what stays is found by later requests with the same context and `keep`, where that asks no question.
         yields: what it gives up when memory runs short, not before: older blocks, encoded, as `"kv=int4"`, or tokens,
             as `"keydiff:budget=0.5"`.
         share: "off": find nothing that others computed, and leave nothing.
@@ -53,6 +55,7 @@ class CacheOptions(Form):
 
     kv: str | None = None
     keep: str | None = None
+    context_tokens: Annotated[int, Field(ge=1)] | None = None
     yields: str | None = None
     share: Literal["off", "prefix"] | None = None
     priority: Annotated[int, Field(ge=-3, le=3)] | None = None

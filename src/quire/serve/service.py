@@ -185,6 +185,7 @@ class Service:
         self._note(namespace.salt, caller.name)
         return {
             "keep": options.keep,
+            "context": options.context_tokens or 0,
             "yields": options.yields,
             "share": options.share,
             "namespace": namespace,

@@ -209,8 +209,8 @@ class PrefixIndex:
     def clear(self) -> None:
         """Forgets everything: idle blocks become free, held ones private."""
         for pool in dict.fromkeys(self.pools):
-            for block in list(pool.idle()):
-                pool.evict(block)
+            while pool.cached:
+                pool.evict(next(pool.idle()))
         for at, (column, pool) in enumerate(zip(self._blocks, self.pools, strict=True)):
             for node in range(len(column)):
                 if column[node] >= 0:

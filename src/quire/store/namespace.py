@@ -39,14 +39,14 @@ class Namespace:
     shared: tuple[tuple[int, ...], ...] = ()
     group: str = ""
 
-    def public_chunks(self, tokens: Sequence[int], grain: int) -> int:
-        """How many chunks of these tokens lie within a declared prefix."""
+    def public_tokens(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens lie within a declared prefix."""
         longest = 0
         for declared in self.shared:
             n = len(declared)
             if n > longest and len(tokens) >= n and tuple(tokens[:n]) == declared:
                 longest = n
-        return longest // grain
+        return longest
 
     def root(self, base: bytes, *, public: bool) -> bytes:
         """The name of the empty prefix."""

@@ -30,7 +30,7 @@ class Path:
     __slots__ = (
         *("adapter", "done", "found", "hints", "known", "label", "limit", "marks", "miss"),
         *("moving", "names", "namespace", "nodes", "owner", "promised", "prompt", "public"),
-        *("salt", "seen", "shadow", "sharing", "tokens"),
+        *("public_tokens", "salt", "seen", "shadow", "sharing", "tokens", "whole"),
     )
 
     def __init__(
@@ -38,13 +38,16 @@ class Path:
     ) -> None:
         self.sharing = sharing
         self.tokens = tokens
-        self.public = namespace.public_chunks(tokens, sharing.grain) if namespace.shared else 0
+        self.public_tokens = namespace.public_tokens(tokens) if namespace.shared else 0
+        self.public = self.public_tokens // sharing.grain
         self.salt = namespace.salt
         self.names = [namespace.root(base, public=self.public > 0)]
         self.done = 0
         """Chunks that were found or published."""
         self.promised = 0
         """Chunks that whoever follows may wait for."""
+        self.whole = b""
+        """The name of a compaction that whoever follows may wait for, see `store.whole`."""
         self.owner: Any = None
         self.hints: Hints | None = None
         self.limit = 0
@@ -107,6 +110,7 @@ class Path:
         )
         twin.names, twin.done = self.names[: self.done + 1], self.done
         twin.promised, twin.owner, twin.hints = 0, None, self.hints
+        twin.public_tokens, twin.whole = self.public_tokens, b""
         twin.limit, twin.nodes, twin.found = self.limit, [], 0
         twin.label, twin.adapter, twin.namespace = self.label, self.adapter, self.namespace
         twin.seen, twin.miss, twin.shadow = [], None, None
@@ -141,6 +145,11 @@ class Path:
         for mark in self.marks:
             self._promise_state(mark)
 
+    def promise_whole(self, name: bytes) -> None:
+        """Says that the same owner will publish a compaction of that name, unless it is released before."""
+        if self.sharing.promised.setdefault(name, self) is self:
+            self.whole = name
+
     def withdraw(self) -> None:
         """Takes back what is promised and not published."""
         promised = self.sharing.promised
@@ -149,6 +158,13 @@ class Path:
                 if promised.get(key) is self:
                     del promised[key]
         self.promised = 0
+        self.withdraw_whole()
+
+    def withdraw_whole(self) -> None:
+        """Takes the promise of a compaction back."""
+        if self.whole:
+            self.sharing.promised.pop(self.whole, None)
+        self.whole = b""
 
     def _promise_state(self, mark: int) -> None:
         chunks = mark // self.sharing.grain

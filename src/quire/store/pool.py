@@ -78,6 +78,7 @@ class BlockPool:
         self._open_prev = array("i", [_NONE]) * s
         self._open = _NONE
         self._evictions = 0  # since other pools were last looked at
+        self._clearing = _NONE  # the slab that is being emptied
         arena.pools.append(self)
 
     # -- the four verbs ------------------------------------------------------------------------------------------
@@ -138,7 +139,11 @@ class BlockPool:
         if self._refs[block] or not self._named[block]:
             raise InvariantError(f"block {block} is not cached")
         self._forget(block)
-        self._push_free(block, self._slab(block))
+        slab = self._slab(block)
+        if slab == self._clearing:
+            self._used[slab] -= 1  # nothing may be taken from it
+        else:
+            self._push_free(block, slab)
 
     def found(self, block: int) -> None:
         """Somebody looked for the block and holds it now: it is worth more."""
@@ -254,19 +259,20 @@ class BlockPool:
         """Evicts the slab's cached blocks, moves its held ones, and gives it back to the arena."""
         if self._used[slab] < self.per_slab:
             self._close(slab)  # nothing may be taken from it while it is being emptied
+        self._clearing = slab
         base = slab * self.per_slab
         places = range(base, base + self._fresh[slab])
         for at in places:
             block = self._at[at]
             if self._named[block] and not self._refs[block]:
-                self._forget(block)
-                self._used[slab] -= 1
+                self.evict(block)  # whoever is told may give up more of them
         for at in places:
             block = self._at[at]
             if self._refs[block]:
                 if self._open == _NONE:
                     self.evict(self.victim())
                 self._move(block, slab)
+        self._clearing = _NONE
         self._return(slab)
 
     def _move(self, block: int, slab: int) -> None:

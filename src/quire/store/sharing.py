@@ -28,6 +28,7 @@ from quire.store.namespace import Hints, Namespace, Tenants
 from quire.store.path import Path
 from quire.store.store import BlockStore
 from quire.store.table import BlockTable
+from quire.store.whole import Wholes
 
 if TYPE_CHECKING:
     from quire.store.tiering import Tiering
@@ -53,6 +54,8 @@ class SharingStats:
         evicted_blocks: named ones given up.
         waits: times that a request waited for another to compute its prefix.
         stored_states: checkpoints of recurrent groups, one per group.
+        stored_wholes: compacted prefixes that got a name; hit_wholes: times that one was resumed from; evicted_wholes:
+            of those, given up.
     """
 
     lookups: int = 0
@@ -64,6 +67,9 @@ class SharingStats:
     evicted_blocks: int = 0
     waits: int = 0
     stored_states: int = 0
+    stored_wholes: int = 0
+    hit_wholes: int = 0
+    evicted_wholes: int = 0
 
     @property
     def hit_ratio(self) -> float:
@@ -135,6 +141,8 @@ class Sharing:
             if self.states is not None and group.recurrent:
                 saved = self.states.every
             store.pool_for(group).adopt(make_eviction(evict, saved, clock))
+        self.wholes = Wholes(self)
+        """Compactions that can be found, see `store.whole`."""
         far = 1 << 40
         full = [g for g, group in enumerate(store.spec) if group.span.needs(far) == ((0, far),)]
         self._full = [c for c, (g, _) in enumerate(self.index.columns) if g in full]
@@ -183,9 +191,9 @@ class Sharing:
         """
         if hints is not None:
             self.check_hints()
-        own = namespace or Namespace()
-        path = Path(self, own, self.base_of(len(tokens), adapter), tokens)
-        path.hints, path.label, path.adapter = hints, label, adapter
+        path = self.path(tokens, namespace, adapter)
+        own = path.namespace
+        path.hints, path.label = hints, label
         if not path.public:
             self._note_root(path.names[0], own.salt)
         path.limit = max(0, len(tokens) - 1 if limit is None else limit)
@@ -203,7 +211,14 @@ class Sharing:
             path.seen = path.names[path.found + 1 :]
             if self.sparse:
                 path.seen = path.names[path.found + 1 : path.known + 1]
-            path.namespace = own
+        return path
+
+    def path(
+        self, tokens: Sequence[int], namespace: Namespace | None = None, adapter: bytes = b""
+    ) -> Path:
+        """Where these tokens would stand, without looking for them."""
+        path = Path(self, namespace or Namespace(), self.base_of(len(tokens), adapter), tokens)
+        path.adapter = adapter
         return path
 
     def take(self, path: Path) -> BlockTable:
@@ -290,6 +305,11 @@ class Sharing:
         """Whether a chunk is only there behind all chunks before it: some group forgets nothing behind a window."""
         return bool(self._full)
 
+    def clear(self) -> None:
+        """Forgets everything: idle blocks become free, held ones private."""
+        self.wholes.clear()
+        self.index.clear()
+
     def check_hints(self) -> None:
         """Raises RequestError where the policy takes no hints."""
         if not self.index.pools[0].policy.hints:
@@ -301,7 +321,7 @@ class Sharing:
 
     def rebase(self, more: bytes) -> None:
         """Names depend on this as well. Nothing may be stored yet."""
-        if self.index.live:
+        if self.index.live or self.wholes:
             raise InvariantError("names cannot change while the index has some")
         self.base = sha256(self.base + more).digest()
 

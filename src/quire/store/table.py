@@ -60,6 +60,10 @@ class Keeper(Protocol):
         """Of a twin with the same tokens."""
         ...
 
+    def finish(self, table: BlockTable) -> None:
+        """The sequence has ended as it should: what is due now and others would find goes before it is released."""
+        ...
+
     def reset(self) -> None:
         """The sequence is empty again."""
         ...
@@ -240,6 +244,11 @@ class BlockTable:
         if self.path is not None:
             self.path.tokens = tokens
 
+    def finish(self) -> None:
+        """Before `release`, where the sequence has ended as it should and was not only broken off."""
+        if self.keeper is not None:
+            self.keeper.finish(self)
+
     def release(self) -> None:
         """Gives every reference back, later blocks of a chain before earlier ones. Idempotent."""
         if not self.closed:
@@ -388,6 +397,11 @@ class BlockTable:
             rows = c.held if c.group.recurrent else len(c.positions(self.length))
             used += rows * c.group.block_bytes // c.group.block_tokens
         return used
+
+    def own_tails(self) -> None:
+        """Makes the blocks that what follows is written into the table's own. Raises CapacityError; unchanged then."""
+        partial = [(c, c.count - 1) for c in self.chains if c.count and c.partial(self.length)]
+        self.store.copy_blocks(self._own(partial))
 
     def leave(self) -> None:
         """From here on its blocks depend on more than its tokens: they are private."""

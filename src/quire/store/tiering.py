@@ -318,6 +318,8 @@ class Tiering:
         deadline, index = monotonic() + timeout_s, self.sharing.index
         for pool in dict.fromkeys(index.pools):
             for block in list(pool.idle()):
+                if self.sharing.wholes.owns(pool, block):
+                    continue  # bytes of a compaction mean nothing without its keeper's books
                 node, column = index.place(pool, block)
                 while not self.stack.room(level, pool.block_bytes):
                     self.stack.kick()
