@@ -480,6 +480,19 @@ def test_copies_that_a_step_has_no_time_for_are_dropped(
     assert found["levels"][0]["stored"] <= sent
 
 
+def test_a_step_without_time_puts_off_and_fails_nobody(
+    opened: Make, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several whose prefixes lie in a tier, nobody who runs, and time for one look a step."""
+    runner = opened([HostTier(8 << 20)])
+    served(runner)
+    push_down(runner)
+    for name in ("STEP_S", "STEP_SHARE", "ALONE_S"):
+        monkeypatch.setattr(f"quire.store.pace.{name}", 0.0)
+    assert served(runner, each=False) == plain()
+    assert report(runner)["loaded_tokens"] > 0
+
+
 def test_a_queue_that_is_full_drops(opened: Make, plain: Any) -> None:
     runner = opened([FaultyTier(HostTier(8 << 20), bytes_per_s=1e5)], memory=SMALL)
     runner.tiering.stack.queue_bytes = 20_000

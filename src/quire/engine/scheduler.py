@@ -72,8 +72,8 @@ class Scheduler:
         self.seats = Seats(min(rows))
         self.chunks = Chunks(room, config.logits_tokens, cut, restart_tokens)
         self.growth = Growth(self.seats, self.chunks, self.ladder, self.counters)
-        opener = opener or (lambda _: room.open())
-        self.admission = Admission(room, self.growth, opener, config.watermark, clock)
+        self.opener = opener or (lambda _: room.open())
+        self.admission = Admission(room, self.growth, self.opener, config.watermark, clock)
 
     # ---- what callers ask -------------------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class Scheduler:
             finally:
                 seats.step_back()
         self.ladder.drain()
-        if not plan.samples and not self.moving:
+        if not plan.samples and not self.moving and not getattr(self.opener, "put_off", False):
             self._unstick(plan)
         return plan
 

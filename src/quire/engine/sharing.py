@@ -134,6 +134,8 @@ class Opener:
         """Whether somebody has looked in this step, of those that may be loaded for."""
         self.waiting: Callable[[int], Sequence[Sample]] = lambda _: ()
         """About the first so many of those that wait; set by who has a scheduler."""
+        self.put_off = False
+        """Whether somebody was not looked up in this step for want of time: then nothing planned is no dead end."""
 
     def __call__(self, sample: Sample) -> Table | None:
         """A table that may hold a beginning of the sample's tokens; None while somebody before it computes them."""
@@ -148,6 +150,7 @@ class Opener:
         if sample.awaits is not None and sharing.computing(sample.awaits, sample.seat):
             return None
         if self.tiering is not None and self._asked and self.tiering.pace.left_s <= 0:
+            self.put_off = True
             return None  # looking and asking have their time, too
         self._asked = True
         wanted = Wanted.of(sharing, sample, rules, self._adapter(request))
@@ -265,7 +268,7 @@ class Opener:
 
     def begin_step(self, *, alone: bool) -> None:
         """See `Tiering.begin_step`."""
-        self._asked = False
+        self._asked = self.put_off = False
         if self.tiering is not None:
             self.tiering.begin_step(alone=alone)
 
