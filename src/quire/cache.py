@@ -72,10 +72,4 @@ def attach(
             f"share={share!r}: an adapter of type {kind} adds more than weights, and generate() does not say what; "
             "LoRA and its like share, or use share='off'"
         )
-    if bridge.sharing is not None and bridge.rules(bridge.keep).scores:
-        bridge.close()
-        raise ConfigError(
-            f"share={share!r} and keep={keep!r}: generate() finds prefixes for whole batches, and a policy that scores "
-            "must see every prompt; quire.Engine does both, or use share='off'"
-        )
     return Attachment(bridge)

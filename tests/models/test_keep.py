@@ -15,6 +15,7 @@ from quire.engine.conversation import Conversation
 from quire.errors import CapacityError, ConfigError, RequestError
 from quire.models.open import open_runner
 from quire.models.turn import find_turner
+from quire.store.snapshot import read_snapshot
 
 KEEPS = [
     "h2o:budget=40,sinks=2,window=8,boundary=4,every=8",
@@ -141,17 +142,94 @@ def test_a_conversation_drops_at_the_end_of_each_turn(model: Any, keep: str) -> 
     runner.close()
 
 
+@pytest.mark.parametrize("keep", [*KEEPS, "kvzip:budget=0.5,sinks=1,window=4,boundary=2"])
+def test_generate_finds_as_much_as_leaves_the_queries(model: Any, keep: str) -> None:
+    """A padded batch, twice: all rows go on at one column, and keep what they keep when they find nothing."""
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
+    got, found = [], 0
+    for share in ("off", "prefix"):
+        options = {"keep": keep, "share": share, "memory": "8MiB", "block_tokens": 4}
+        with quire.attach(model, **options) as attached:
+            for _ in range(1 + (share == "prefix")):
+                more = {"attention_mask": mask, "max_new_tokens": NEW, "pad_token_id": 0}
+                got.append(model.generate(ids, **more).tolist())
+            if share == "prefix":
+                found = attached.bridge.sharing.stats.hit_tokens
+            assert attached.bridge.store.usage().held_bytes == 0
+    assert all(text == got[0] for text in got)
+    assert (found == 0) == ("h2o" in keep)
+
+
+SMALL = "sinks=2,window=8,boundary=4,every=8"
+SAVED = [
+    ("auto", KEEPS[0]),
+    ("auto", f"kvzip:budget=0.4,{SMALL}"),
+    ("auto", f"pyramid(ada(expected:budget=0.4,{SMALL}))"),
+    ("int8", f"ada(h2o:budget=0.4,{SMALL}):floor=0.0"),
+]
+
+
+@pytest.mark.parametrize(("kv", "keep"), SAVED)
+def test_a_saved_conversation_goes_on_as_if_it_had_not_stopped(
+    model: Any, kv: str, keep: str, tmp_path: Path
+) -> None:
+    options = {"keep": keep, "kv": kv, "memory": "8MiB", "block_tokens": 16}
+    texts = []
+    for saves in (False, True):
+        runner, tokens = open_runner(model, **options), []
+        talk = Conversation(runner)
+        for i, turn in enumerate(PROMPTS):
+            tokens += turn
+            for delta in talk.stream(tokens, SamplingParams(max_tokens=11, ignore_eos=True)):
+                tokens += delta.token_ids
+            if saves:
+                talk.save(tmp_path / f"{i}")
+                talk.close()
+                runner.close()
+                runner = open_runner(model, **options)
+                talk = Conversation(runner)
+                talk.restore(read_snapshot(tmp_path / f"{i}"))
+        talk.close()
+        assert runner.usage().held_bytes == 0
+        runner.close()
+        texts.append(tokens)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("keep", [keep for kv, keep in SAVED if kv == "auto"])
+def test_a_saved_cache_of_generate_goes_on(model: Any, keep: str, tmp_path: Path) -> None:
+    ids, options = torch.tensor([PROMPTS[0]]), {"keep": keep, "memory": "8MiB", "block_tokens": 4}
+    more = {"max_new_tokens": 11, "pad_token_id": 0, "min_new_tokens": 11}
+    texts = []
+    with quire.attach(model, **options) as attached:
+        cache = attached.cache()
+        first = model.generate(ids, past_key_values=cache, **more)
+        cache.save(tmp_path)
+        texts.append(model.generate(first, past_key_values=cache, **more).tolist())
+        del cache
+    with quire.attach(model, **options) as attached:
+        cache = attached.load(tmp_path)
+        texts.append(model.generate(first, past_key_values=cache, **more).tolist())
+        del cache
+    assert texts[0] == texts[1]
+
+
 def test_what_cannot_go_with_it_says_so(model: Any, tmp_path: Path) -> None:
     keep, ids = KEEPS[0], torch.tensor([PROMPTS[0]])
-    with pytest.raises(ConfigError, match=r"quire\.Engine does both"):
-        quire.attach(model, keep=keep, share="prefix", memory="8MiB", block_tokens=4)
     with quire.attach(model, keep=keep, memory="8MiB", block_tokens=4) as attached:
         cache = attached.cache()
         model.generate(ids, past_key_values=cache, max_new_tokens=NEW, pad_token_id=0)
-        with pytest.raises(ConfigError, match="cannot be saved"):
-            cache.save(tmp_path)
+        cache.save(tmp_path)
         with pytest.raises(RequestError, match="assisted decoding goes with keep='full'"):
             model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=4, pad_token_id=0)
+    with (
+        quire.attach(model, keep=KEEPS[1], memory="8MiB", block_tokens=4) as other,
+        pytest.raises(ConfigError, match=r"another (policy|model)"),
+    ):
+        other.load(tmp_path)
+    with quire.attach(model, keep=keep, memory="8MiB", block_tokens=4):
         out = model.generate(ids, num_beams=3, max_new_tokens=NEW, pad_token_id=0)
         assert out.shape[1] > ids.shape[1]
 

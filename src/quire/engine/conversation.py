@@ -170,7 +170,7 @@ class Conversation:
         Raises:
             ConfigError, TierError, CapacityError: see `quire.store.snapshot.load_table`; nothing has changed.
         """
-        table = load_table(snapshot, self.runner.bridge.store)
+        table = load_table(snapshot, self.runner.bridge.store, self.runner.revive)
         tokens = [int(t) for t in json.loads(snapshot.extra.get("tokens", "[]"))]
         if len(tokens) != table.length:
             table.release()

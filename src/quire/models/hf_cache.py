@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -22,6 +24,7 @@ from quire.attention.step import Step
 from quire.errors import CapacityError, ConfigError, InvariantError, RequestError
 from quire.models.forward import CURRENT, Forward
 from quire.models.repeat import repeat
+from quire.models.saved import revive
 from quire.store.snapshot import load_table, read_snapshot, save_table
 from quire.store.table import BlockTable
 
@@ -451,6 +454,8 @@ class KVCache(Cache):
             ) from e
         for i, table in enumerate(self.tables):
             about = {"row": str(i), "rows": str(len(self.tables)), "columns": str(self.columns)}
+            if self.heard:
+                about["tokens"] = json.dumps(self.heard[i])
             save_table(place / f"row{i}.safetensors", table, about)
 
     @classmethod
@@ -471,7 +476,9 @@ class KVCache(Cache):
             if about.get("row") != str(at) or (at and int(about["rows"]) != rows):
                 raise ConfigError(f"{path} is not row {at} of a saved cache")
             rows, cache.columns = int(about["rows"]), int(about["columns"])
-            cache.tables.append(load_table(snapshot, bridge.store))
+            cache.tables.append(load_table(snapshot, bridge.store, partial(revive, bridge)))
+            if "tokens" in about:
+                cache.heard.append([int(t) for t in json.loads(about["tokens"])])
             at += 1
         return cache
 

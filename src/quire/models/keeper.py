@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from quire.attention.read import Row
-from quire.errors import CapacityError, InvariantError
+from quire.errors import CapacityError, ConfigError, InvariantError
 from quire.models.choosing import by_block, inside, make_parts
 from quire.models.moving import read_field, read_raw, row_mover
 from quire.models.outside import Piece
@@ -27,13 +27,13 @@ from quire.store.table import BlockTable
 if TYPE_CHECKING:
     from quire.models.keep import Rules
 
-__all__ = ["Keeper"]
+__all__ = ["Keeper", "Line"]
 
 log = logging.getLogger("quire")
 
 
 @dataclass
-class _Line:
+class Line:
     """What is known of each slot of one chain: `[coordinates, capacity]` float32."""
 
     mass: torch.Tensor | None = None
@@ -54,7 +54,7 @@ class Keeper:
         """Told once, when tokens are due for the first time: of what was kept, or None where nothing went."""
         self.borrowed = False
         """Whether the table's last blocks are others' still (`resume`)."""
-        self.lines: dict[str, _Line] = {}
+        self.lines: dict[str, Line] = {}
         self.queries: dict[int, torch.Tensor] = {}
         """Layer to `[n, H_q, D]`: the last queries, at the positions before `seen`."""
         self.scales: dict[int, float] = {}
@@ -114,7 +114,7 @@ class Keeper:
         twin = Keeper(self.rules, self.first, self.context)
         twin.prompt_tokens, twin.due, twin.seen = self.prompt_tokens, self.due, self.seen
         twin.lines = {
-            name: _Line(*(None if x is None else x.clone() for x in (line.mass, line.notes)))
+            name: Line(*(None if x is None else x.clone() for x in (line.mass, line.notes)))
             for name, line in self.lines.items()
         }
         twin.queries, twin.scales = dict(self.queries), dict(self.scales)
@@ -141,6 +141,21 @@ class Keeper:
         self.seen, self.repeated = known.seen, known.repeated
         self.borrowed = True
         self._pass()
+
+    def record(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        if self.pieces:
+            raise ConfigError(
+                f"keep={self.rules.keep.text!r}: what its scorer looks at is not saved with a prompt of which nothing "
+                "went yet; save after the next token"
+            )
+        about = {n: getattr(self, n) for n in ("first", "context", "prompt_tokens", "due", "seen")}
+        about |= {"repeated": self.repeated, "keep": self.rules.keep.canonical}
+        about["scales"] = {str(layer): x for layer, x in self.scales.items()}
+        arrays = {f"queries:{layer}": q for layer, q in self.queries.items()}
+        for name, line in self.lines.items():
+            known = (("mass", line.mass), ("notes", line.notes))
+            arrays |= {f"{what}:{name}": x for what, x in known if x is not None}
+        return about, {name: x.cpu().numpy() for name, x in arrays.items()}
 
     def reset(self) -> None:
         self.prompt_tokens = self.due = self.context or self.first or 0
@@ -196,7 +211,7 @@ class Keeper:
         self.seen = stop
 
     def _line(self, chain: Chain, what: str, slots: torch.Tensor | slice) -> torch.Tensor:
-        line = self.lines.setdefault(chain.group.name, _Line())
+        line = self.lines.setdefault(chain.group.name, Line())
         end = slots.stop if isinstance(slots, slice) else int(slots.max()) + 1
         found: torch.Tensor | None = getattr(line, what)
         if found is None or found.shape[1] < end:
@@ -250,7 +265,7 @@ class Keeper:
         lows = {n: settled(table, c) for n, c in lines.items()}
         compact(table, wanted, row_mover(rules.layout))
         after = families(table)
-        fresh: dict[str, _Line] = {}
+        fresh: dict[str, Line] = {}
         for name, parts in wanted.items():
             for part, chain in zip(parts, after[name], strict=True):
                 fresh[chain.group.name] = self._carried(before[name], chain, part, lows, every)
@@ -277,16 +292,16 @@ class Keeper:
         part: Part,
         lows: Mapping[str, int],
         every: Mapping[str, int],
-    ) -> _Line:
+    ) -> Line:
         """The kept slots' figures, and those of all slots behind the ones that were chosen from."""
-        out = _Line()
+        out = Line()
         source = {coord: c for c in old for coord in c.group.coords}
         for what in ("mass", "notes"):
             rows = []
             for coord, slots in zip(part.coords, part.slots, strict=True):
                 chain = source[coord]
                 name = chain.group.name
-                have: torch.Tensor | None = getattr(self.lines.get(name, _Line()), what)
+                have: torch.Tensor | None = getattr(self.lines.get(name, Line()), what)
                 if have is None:
                     break
                 row = have[chain.group.coords.index(coord)]
@@ -360,7 +375,7 @@ class Keeper:
         low: int,
     ) -> Seen:
         rules, policy = self.rules, self.rules.policy
-        line = self.lines.get(chain.group.name, _Line())
+        line = self.lines.get(chain.group.name, Line())
         names = rules.bridge.field_names(layer)
 
         def read(name: str) -> torch.Tensor:

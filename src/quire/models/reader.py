@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quire.retention import Keep
 from quire.store.table import BlockTable
 
 __all__ = ["Reader"]
@@ -50,6 +51,11 @@ class Reader:
         twin = Reader(self.policy, self.first)
         twin.prompt_tokens = self.prompt_tokens
         return twin
+
+    def record(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Its bounds lie in the blocks; nothing else was seen."""
+        keep = Keep("", self.policy).canonical
+        return {"keep": keep, "first": self.first, "prompt_tokens": self.prompt_tokens}, {}
 
     def finish(self, table: BlockTable) -> None:
         """Nothing is due."""

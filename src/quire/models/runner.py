@@ -20,6 +20,7 @@ from quire.models.keep import Rules
 from quire.models.prepack import Prepacked
 from quire.models.repeat import repeat
 from quire.models.rope import Regimes
+from quire.models.saved import revive
 from quire.models.sharing import AdapterDigests, open_tiering
 from quire.models.yielding import Yield, parse_yield
 from quire.retention import Keep
@@ -101,6 +102,10 @@ class ModelRunner:
         if not (keep.full and self.keep.full):
             self.rules(keep).apply(table, prompt_tokens, context_tokens)
         return table
+
+    def revive(self, table: BlockTable, about: Any, arrays: Any) -> None:
+        """Gives a table that was read from a file its keeper, see `models.saved.revive`."""
+        revive(self.bridge, table, about, arrays)
 
     @property
     def keep(self) -> Keep:

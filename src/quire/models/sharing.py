@@ -134,27 +134,31 @@ def _open_alike(cache: KVCache, rows: list[list[int]], columns: int) -> int:
 
     row 0   ....|== found ==|           columns, with padding on the left
     row 1   |=== found =====|
+
+    A policy that scores computes the queries that it needs: of no row more is found than leaves them.
     """
     sharing = cache.bridge.sharing
     assert sharing is not None
+    rules = cache.bridge.rules(cache.bridge.keep)
     pads = [columns - len(row) for row in rows]
+    most = [rules.hit_limit(len(row)) for row in rows]
     found = columns - 1
     while True:
-        wanted = [max(0, found - pad) for pad in pads]
+        inside = [max(0, found - pad) for pad in pads]
+        wanted = [min(n, limit) for n, limit in zip(inside, most, strict=True)]
         tables = [
             sharing.open(row, limit=n, adapter=cache.adapters)
             for row, n in zip(rows, wanted, strict=True)
         ]
         ends = [
-            pad + t.length if n else found for pad, n, t in zip(pads, wanted, tables, strict=True)
+            pad + t.length if n else found for pad, n, t in zip(pads, inside, tables, strict=True)
         ]
         lengths = [t.length for t in tables]
         if sharing.states is not None and any(lengths) and not all(lengths):
             ends = [0]  # no forward is over rows with and without history
         if min(ends) == found:
             cache.tables = tables
-            if cache.bridge.keep.reads:
-                rules = cache.bridge.rules(cache.bridge.keep)
+            if rules.scores or cache.bridge.keep.reads:
                 for table, row in zip(tables, rows, strict=True):
                     rules.apply(table, len(row))
             return found

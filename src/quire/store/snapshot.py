@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Snapshot", "load_table", "read_snapshot", "save_table", "spec_digest"]
 
-FORMAT = 1
+FORMAT = 2
+KEEPER = "keeper:"
+"""Before the names of arrays that a policy has of a sequence."""
+
+Revive = Callable[["BlockTable", Mapping[str, Any], Mapping[str, np.ndarray]], None]
+"""revive(table, about, arrays): gives a table the keeper that it had."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Snapshot:
         length: logical tokens.
         chains: per chain: group name, coords, entries, which of them are held, and where it was cut.
         extra: what the caller put in, strings only.
+        keeper: what a policy knows of it; None: it keeps all that its spans need.
         checksum: SHA-256 over all of the above and the blocks.
     """
 
@@ -54,6 +60,7 @@ class Snapshot:
     length: int
     chains: tuple[Mapping[str, Any], ...]
     extra: Mapping[str, str]
+    keeper: Mapping[str, Any] | None
     checksum: str
 
 
@@ -80,7 +87,7 @@ def save_table(
         extra: kept beside them, for instance the tokens.
 
     Raises:
-        ConfigError: the file cannot be written, or a policy drops tokens of the sequence.
+        ConfigError: the file cannot be written, or a policy's scorer from outside is half way.
         InvariantError: the table has tokens that are not final.
 
     Cost: the held blocks once through host memory.
@@ -96,18 +103,19 @@ def save_table(
         raise ConfigError(
             f"a sequence of {table.length} tokens with blocks in a tier cannot be saved; give the cache more memory"
         )
-    if table.keeper is not None:
-        raise ConfigError(
-            "a sequence whose tokens are dropped by score, or read by choice, cannot be saved: what its policy has "
-            "seen of it would be lost; save one with keep='full' or a window"
-        )
     blocks = {f"chain{i}": _bytes_of(table, chain) for i, chain in enumerate(table.chains)}
+    blocks |= {f"own{i}": c.own for i, c in enumerate(table.chains) if c.own is not None}
+    keeper = None
+    if table.keeper is not None:
+        keeper, arrays = table.keeper.record()
+        blocks |= {KEEPER + name: x for name, x in arrays.items()}
     meta = {
         "format": FORMAT,
         "spec": spec_digest(table.store.spec),
         "length": table.length,
         "chains": [_record(chain) for chain in table.chains],
         "extra": dict(extra or {}),
+        "keeper": keeper,
     }
     document = json.dumps(meta | {"checksum": _checksum(meta, blocks)})
     target = Path(path)
@@ -180,11 +188,14 @@ def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
     return _open(Path(path), blocks=False)[0]
 
 
-def load_table(snapshot: Snapshot, store: BlockStore) -> BlockTable:
+def load_table(snapshot: Snapshot, store: BlockStore, revive: Revive | None = None) -> BlockTable:
     """A sequence as it was when it was saved, in blocks of `store`.
 
+    Args:
+        revive: for one whose tokens go by score.
+
     Raises:
-        ConfigError: the store's spec is another one.
+        ConfigError: the store's spec is another one, or the policy.
         TierError: the file is damaged, or was changed since its header was read.
         CapacityError: the store has no room for it; nothing was taken.
     """
@@ -199,6 +210,7 @@ def load_table(snapshot: Snapshot, store: BlockStore) -> BlockTable:
         "length": now.length,
         "chains": [dict(c) for c in now.chains],
         "extra": dict(now.extra),
+        "keeper": now.keeper,
     }
     if now.checksum != snapshot.checksum or _checksum(meta, blocks) != now.checksum:
         raise _damaged(snapshot.path)
@@ -206,14 +218,19 @@ def load_table(snapshot: Snapshot, store: BlockStore) -> BlockTable:
     table.chains = []
     try:
         for i, record in enumerate(now.chains):
-            _restore(table, record, blocks[f"chain{i}"])
+            _restore(table, record, blocks[f"chain{i}"], blocks.get(f"own{i}"))
+        table.length = table.accepted = table.committed = now.length
+        if now.keeper is not None:
+            if revive is None:
+                raise ConfigError(f"{snapshot.path} was saved under a policy that drops tokens")
+            arrays = {n.removeprefix(KEEPER): x for n, x in blocks.items() if n.startswith(KEEPER)}
+            revive(table, now.keeper, arrays)
+    except (ConfigError, CapacityError):
+        table.release()
+        raise
     except (KeyError, TypeError, ValueError) as e:
         table.release()
         raise _damaged(snapshot.path) from e
-    except CapacityError:
-        table.release()
-        raise
-    table.length = table.accepted = table.committed = now.length
     return table
 
 
@@ -246,6 +263,7 @@ def _open(path: Path, *, blocks: bool) -> tuple[Snapshot, dict[str, np.ndarray]]
             int(meta["length"]),
             tuple(dict(c) for c in meta["chains"]),
             {str(k): str(v) for k, v in meta["extra"].items()},
+            None if meta["keeper"] is None else dict(meta["keeper"]),
             str(meta["checksum"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -255,7 +273,9 @@ def _open(path: Path, *, blocks: bool) -> tuple[Snapshot, dict[str, np.ndarray]]
     return head, found
 
 
-def _restore(table: BlockTable, record: Mapping[str, Any], rows: np.ndarray) -> None:
+def _restore(
+    table: BlockTable, record: Mapping[str, Any], rows: np.ndarray, own: np.ndarray | None
+) -> None:
     """One more chain of the table, over blocks of its own, with the saved bytes."""
     import torch
 
@@ -281,6 +301,10 @@ def _restore(table: BlockTable, record: Mapping[str, Any], rows: np.ndarray) -> 
     chain.cursor, chain.sealed, chain.cut = (int(record[k]) for k in ("cursor", "sealed", "cut"))
     chain.encoded = int(record["encoded"])
     chain.kept = None if record["kept"] is None else np.asarray(record["kept"], np.int64)
+    if own is not None:
+        if chain.kept is None or own.shape != (len(group.coords), len(chain.kept)):
+            raise ValueError(f"positions {own.shape} for {group.name}")
+        chain.own = own.astype(np.int64)
 
 
 def _group(spec: CacheSpec, record: Mapping[str, Any]) -> CacheGroup:
@@ -288,8 +312,13 @@ def _group(spec: CacheSpec, record: Mapping[str, Any]) -> CacheGroup:
     name = record["group"]
     group = spec.group(name.partition("/")[0])
     coords = tuple((int(a), int(b)) for a, b in record["coords"])
-    same = group.name == name and group.coords == coords
-    return group if same else replace(group, name=name, coords=coords)
+    if group.name == name and group.coords == coords:
+        return group
+    tag = name.removeprefix(
+        group.name
+    )  # of a part with tokens of its own; so is its raw companion's
+    raw = None if group.raw is None else group.raw + tag
+    return replace(group, name=name, coords=coords, raw=raw)
 
 
 def _damaged(path: Path) -> TierError:

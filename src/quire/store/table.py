@@ -60,6 +60,10 @@ class Keeper(Protocol):
         """Of a twin with the same tokens."""
         ...
 
+    def record(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """All that it knows, as JSON and arrays by name, for a file. Raises ConfigError."""
+        ...
+
     def finish(self, table: BlockTable) -> None:
         """The sequence has ended as it should: what is due now and others would find goes before it is released."""
         ...
