@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +35,7 @@ from quire.store.tiers.faulty import FaultyTier
 from quire.store.tiers.fsck import fsck
 from quire.store.tiers.host import HostTier
 from quire.store.tiers.order import Order
+from quire.store.tiers.recipe import open_tiers, parse_tiers
 from quire.store.tiers.slots import slot_bytes_for
 
 SLOT = slot_bytes_for(BLOCK_BYTES)
@@ -114,6 +116,32 @@ class TestSomebodyElses(TierConformance):
     def damage(self, tier: Any, folder: Path) -> bool:
         tier.inner.there[NS, block(2).key][HEADER_BYTES + 3] ^= 1
         return True
+
+
+def test_another_package_s_tier_is_found_by_its_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = tmp_path / "shelves-1.0.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: shelves\nVersion: 1.0\n")
+    (meta / "entry_points.txt").write_text("[quire.tiers]\nshelf = shelves_for_quire:open_shelf\n")
+    (tmp_path / "shelves_for_quire.py").write_text(
+        "from quire.store.tiers.host import HostTier\n"
+        "asked = []\n"
+        "def open_shelf(capacity_bytes, place):\n"
+        "    asked.append((capacity_bytes, place))\n"
+        "    return HostTier(capacity_bytes)\n"
+    )
+    with pytest.raises(ConfigError, match="unknown tier 'shelf'"):
+        parse_tiers("shelf:1MiB@there")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tier,) = open_tiers(parse_tiers("shelf:1MiB@there"))
+    assert sys.modules["shelves_for_quire"].asked == [(1 << 20, "there")]
+    assert isinstance(tier, Checked), "what is not ours is verified"
+    assert asyncio.run(tier.lookup(NS, [block(1).key])) == 0
+    asyncio.run(tier.close())
+    with pytest.raises(ConfigError, match="known: host, disk, redis, shelf"):
+        parse_tiers("drawer:1MiB")
 
 
 class TestFaultlessFaulty(TierConformance):
