@@ -65,7 +65,7 @@ class Admission:
             found = self._try(sample, plan)
             if found is not False:
                 return found
-            if self.ladder.drain() or (not self.ladder.leaving and self.ladder.cool(running)):
+            if self.ladder.drain(sample) or (not self.ladder.leaving and self.ladder.cool(running)):
                 continue
             if self.ladder.leaving and self.ladder.leaving != [sample]:
                 return self._queue(sample)  # what others leave behind comes first

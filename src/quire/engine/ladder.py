@@ -226,15 +226,21 @@ class Ladder:
         self._leaves(sample)
         return True
 
-    def drain(self) -> bool:
-        """Those who leave go on leaving, as far as this step's time goes; whether there is more room now."""
+    def drain(self, without: Sample | None = None) -> bool:
+        """Those who leave go on leaving, as far as this step's time goes.
+
+        Returns:
+            Whether there is more room now; what `without` took and gave back is none.
+        """
         freed = 0
         while self.leaving and (least := self._may_move(0)) >= 0:
-            parked = self.leaving[0].parked
+            sample = self.leaving[0]
+            parked = sample.parked
             assert parked is not None
             assert self.below is not None
             began = self.clock()
-            freed += parked.out(self.below.pace.left_s, least)
+            n_bytes = parked.out(self.below.pace.left_s, least)
+            freed += 0 if sample is without else n_bytes
             self.below.pace.spent(self.clock() - began)
             if not parked.leaving:
                 self.leaving.pop(0)
