@@ -262,7 +262,8 @@ def test_keys_turned_to_wrong_positions_are_seen(
 def test_what_is_read_does_not_depend_on_chunks(
     made: dict[str, str], llama: Any, text: list[int], codec: str
 ) -> None:
-    runner = runner_for(zoo.build("llama"), kv=made[codec], block_tokens=16)
+    # in float64: rounding that differs with the chunk must not decide between two codes
+    runner = runner_for(zoo.build("llama").double(), kv=made[codec], block_tokens=16)
     logprobs = []
     for chunk in (7, 64):
         parts = Scorer(runner, chunk_tokens=chunk).score(text[:120])

@@ -203,17 +203,22 @@ def test_taking_and_releasing_allocate_nothing() -> None:
             pool.release(first)
 
     churn()
+    grown, peaks = [], []
     tracemalloc.start()
     try:
-        churn()
-        before, _ = tracemalloc.get_traced_memory()
-        tracemalloc.reset_peak()
-        churn()
-        after, peak = tracemalloc.get_traced_memory()
+        for _ in range(
+            4
+        ):  # all threads are counted, and the test runner's own may allocate meanwhile
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            churn()
+            after, peak = tracemalloc.get_traced_memory()
+            grown.append(after - before)
+            peaks.append(peak - before)
     finally:
         tracemalloc.stop()
-    assert after - before < 512
-    assert peak - before < 4096  # integers that come and go
+    assert min(grown) < 512
+    assert min(peaks) < 4096  # integers that come and go
 
 
 # -- random programs ---------------------------------------------------------------------------------------------
