@@ -32,8 +32,11 @@ CASES = [
     ("llama", KIVI, "keydiff"),
     ("gemma2", "auto", "ada(keydiff)"),
     ("deepseek_v3", "auto", "pyramid(keydiff)"),
+    ("falcon_h1", "auto", "ada(keydiff)"),  # the state at the context's end stays, too
 ]
 MORE = [
+    ("qwen3_next", "auto", "keydiff"),
+    ("lfm2", "auto", "keydiff"),
     ("llama", "auto", "lagkv"),
     ("llama", "auto", "random"),
     ("llama", "int8", "expected"),
@@ -101,6 +104,13 @@ def test_a_later_question_goes_on_from_what_stayed(
     columns = zip(index.pools, index._blocks, strict=True)
     chunks = {(id(pool), b) for pool, blocks in columns for b in blocks if b >= 0}
     assert not chunks & {(id(pool), b) for pool, b in whole.blocks}, "a block has one name"
+
+
+def test_a_model_that_takes_prompts_whole_has_no_context(opened: Any) -> None:
+    runner = opened("jamba", share="off")
+    with pytest.raises(RequestError, match="takes prompts whole"):
+        ask(runner, DOC + Q1, small("keydiff"), context=90)
+    assert len(ask(runner, DOC, small("keydiff"), context=90).token_ids) == 12
 
 
 def test_what_was_there_before_is_found_as_always(opened: Any) -> None:

@@ -220,6 +220,10 @@ class Intake:
                 )
             context = common(self._token_ids(context), ids)
         check_integer("context", context, 1, len(ids))
+        if context < len(ids) and not self.room.chunked_prefill:
+            raise RequestError(
+                "this model takes prompts whole, so no tokens go before a prompt's end; drop context"
+            )
         return context
 
     def _yields(self, yields: str | None, policy: Keep | None) -> Any:

@@ -33,6 +33,7 @@ from quire.models.worn import Worn
 from quire.plan.layout import Layout
 from quire.retention import Keep, parse_keep
 from quire.spec import CacheGroup
+from quire.store.chain import Chain
 from quire.store.sharing import Sharing
 from quire.store.store import BlockStore
 from quire.store.table import BlockTable
@@ -257,7 +258,7 @@ class Bridge:
                 yield layer, f.name, x[0], x[1]
 
     def _units(self, at: int, group: CacheGroup, tables: Sequence[BlockTable]) -> torch.Tensor:
-        blocks = np.array([t.chains[at].ids[0] for t in tables], np.int32)
+        blocks = np.array([_chain_of(t, at, group).ids[0] for t in tables], np.int32)
         return torch.from_numpy(self.store.units(group, blocks)).to(self.device)
 
     # -- dense fallback ------------------------------------------------------------------------------------------
@@ -310,3 +311,11 @@ class Bridge:
     def close(self) -> None:
         """Undoes what was changed in the model."""
         self.patches.undo()
+
+
+def _chain_of(table: BlockTable, at: int, group: CacheGroup) -> Chain:
+    """The chain of a group: the at-th, unless a policy has split one before it by heads."""
+    chains = table.chains
+    if at < len(chains) and chains[at].group is group:
+        return chains[at]
+    return next(c for c in chains if c.group is group)
