@@ -116,10 +116,10 @@ QUIRE_INLINE void tile(const uint8_t* const* weight, int64_t stride, const Pair*
     for (int i = 0; i < n; i++) {
         if (now.of == 1) {
 #pragma GCC unroll 16
-            for (int c = 0; c < C; c += APART) fetch(w[c] + (i + AHEAD) * stride);
+            for (int c = 0; c < C; c += APART) fetch_once(w[c] + (i + AHEAD) * stride);
         } else {
             for (; line * now.of < (now.turn * n + i + 1) * LINES; line++)
-                fetch(w[line % LINES * APART] + (line / LINES + STRETCH) * stride);
+                fetch_once(w[line % LINES * APART] + (line / LINES + STRETCH) * stride);
         }
         add_part<W, 0>(w, i * stride, x + i * R, sum);
         if constexpr (PARTS > 1) add_part<W, PARTS - 1>(w, i * stride, x + i * R, sum);

@@ -45,6 +45,8 @@ QUIRE_INLINE Floats all(float x) { return Floats{} + x; }
 QUIRE_INLINE Floats load(const float* p) { return *(const FloatsAt*)p; }
 QUIRE_INLINE void store(float* p, Floats v) { *(FloatsAt*)p = v; }
 QUIRE_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Of what is read once in a pass over memory that no cache holds: it need not displace what a cache does hold.
+QUIRE_INLINE void fetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 // ---- 16-bit floats -------------------------------------------------------------------------------------------------
 
