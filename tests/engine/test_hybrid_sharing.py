@@ -143,7 +143,7 @@ def test_preemption_and_samples(opened: Any, name: str, swap: bool) -> None:
 def test_states_come_back_from_a_tier(
     opened: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quire.store.tiering.STEP_S", 10.0)  # a step may copy all there is
+    monkeypatch.setattr("quire.store.pace.STEP_S", 10.0)  # a step may copy all there is
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     asked = prompts(70 if zoo.ZOO[name].chunked else 283)
     cold = rounds(opened(name), asked, params)
