@@ -314,8 +314,12 @@ class Bridge:
 
 
 def _chain_of(table: BlockTable, at: int, group: CacheGroup) -> Chain:
-    """The chain of a group: the at-th, unless a policy has split one before it by heads."""
+    """The chain of a recurrent group: the at-th, unless a policy has split one before it by heads."""
+
+    def holds(chain: Chain) -> bool:
+        return chain.group.recurrent and chain.group.layers == group.layers
+
     chains = table.chains
-    if at < len(chains) and chains[at].group is group:
+    if at < len(chains) and holds(chains[at]):
         return chains[at]
-    return next(c for c in chains if c.group is group)
+    return next(c for c in chains if holds(c))
