@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import openai
@@ -154,3 +154,12 @@ class Command:
         with self.process:
             _, rest = self.process.communicate(timeout=60)
         return self.process.returncode, rest
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever happened: no process and no pipe is left to the tests behind this one."""
+        if self.process.returncode is None:
+            self.process.kill()
+            self.end()

@@ -193,6 +193,29 @@ def test_the_second_time_it_is_found_a_block_is_written_back(opened: Make, tmp_p
         assert report(runner)["levels"][0]["stored"] == 0
 
 
+def test_what_a_step_has_no_time_to_write_back_is_owed(
+    opened: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look-up that makes a block worth it falls into a step without time; a later step writes, once."""
+    runner = opened([HostTier(8 << 20)])
+    prompt = prompts()[0]
+    monkeypatch.setattr("quire.store.pace.ALONE_S", 0.0)
+    monkeypatch.setattr("quire.store.pace.STEP_S", 0.0)
+    monkeypatch.setattr("quire.store.pace.STEP_SHARE", 0.0)
+    with Engine(runner) as engine:
+        for _ in range(5):
+            engine.generate([prompt], PARAMS)
+        owed = report(runner)["owed_blocks"]
+        assert owed > 2
+        assert report(runner)["written_back"] == 0
+        monkeypatch.undo()
+        engine.generate([prompts()[3]], PARAMS)
+        assert report(runner)["owed_blocks"] == 0
+        assert report(runner)["written_back"] == owed
+        engine.generate([prompt], PARAMS)
+        assert report(runner)["written_back"] == owed, "what was written is not written again"
+
+
 def test_a_tenant_finds_only_its_own(opened: Make, tmp_path: Path) -> None:
     tiers, prompt = f"disk:8MiB@{tmp_path}/tier", prompts()[0]
     for who, loads in ((b"a", False), (b"b", False), (b"a", True)):

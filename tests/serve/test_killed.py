@@ -75,55 +75,61 @@ def ask(client: openai.OpenAI, prompt: str) -> tuple[str, int]:
     return found.choices[0].text, details.cached_tokens or 0
 
 
-def written(command: Command) -> tuple[float, float]:
-    """(blocks that the disk holds, bytes on their way to it)."""
+def written(command: Command) -> tuple[float, ...]:
+    """(blocks that the disk holds, blocks owed to it, bytes on their way to it)."""
     said = httpx.get(f"{command.url}/metrics", headers={"Authorization": f"Bearer {API_KEY}"})
-    blocks, queued = (
-        re.search(rf"^quire_tier_{name}{{.*}} (\S+)$", said.text, re.MULTILINE)
-        for name in ("blocks", "queued_bytes")
-    )
-    assert blocks is not None
-    assert queued is not None
-    return float(blocks[1]), float(queued[1])
+    names = "blocks", "owed_blocks", "queued_bytes"
+    found = [re.search(rf"^quire_tier_{n}{{.*}} (\S+)$", said.text, re.MULTILINE) for n in names]
+    assert None not in found, said.text
+    return tuple(float(figure[1]) for figure in found if figure is not None)
 
 
 @pytest.mark.slow
 def test_a_server_killed_under_load(tmp_path: Path) -> None:
     plain = ["--name", "packaged", "--dtype", "float32"]
-    fresh = Command(*plain, "--memory", "64MiB")
-    with openai.OpenAI(base_url=f"{fresh.url}/v1", api_key=API_KEY) as client:
-        want = {p: ask(client, p)[0] for p in prompts()}
-    fresh.process.send_signal(signal.SIGTERM)
-    fresh.end()
-    tiers = ["--memory", "12MiB", "--tiers", f"disk:64MiB@{tmp_path / 'tier'}"]
+    with Command(*plain, "--memory", "64MiB") as fresh:
+        with openai.OpenAI(base_url=f"{fresh.url}/v1", api_key=API_KEY) as client:
+            want = {p: ask(client, p)[0] for p in prompts()}
+        fresh.process.send_signal(signal.SIGTERM)
+        fresh.end()
+    folder = tmp_path / "tier"
+    tiers = ["--memory", "12MiB", "--tiers", f"disk:64MiB@{folder};deadline=10"]
     for _ in range(TURNS):
-        command = Command(*plain, *tiers)
-        done: list[int] = []
-        clients = [Client(command, n, done) for n in range(CLIENTS)]
+        with Command(*plain, *tiers) as command:
+            kill_under_load(command, want)
+        with Command(*plain, *tiers) as again:
+            with openai.OpenAI(base_url=f"{again.url}/v1", api_key=API_KEY) as client:
+                found = {p: ask(client, p) for p in prompts()}
+                said = httpx.get(
+                    f"{again.url}/metrics", headers={"Authorization": f"Bearer {API_KEY}"}
+                )
+            assert {p: text for p, (text, _) in found.items()} == want
+            first = [found[prompts()[n]][1] for n in (0, 4)]
+            assert min(first) >= 128, f"each beginning comes back from the disk\n{said.text}"
+            again.process.send_signal(signal.SIGTERM)
+            assert again.end()[0] == 0
+
+
+def kill_under_load(command: Command, want: dict[str, str]) -> None:
+    """Ends it once the disk has both beginnings, and looks at what its clients were told."""
+    done: list[int] = []
+    clients = [Client(command, n, done) for n in range(CLIENTS)]
+    for c in clients:
+        c.start()
+    # Every beginning was found often enough to be written back; what is owed, and what is on its way, is there.
+    end = time.monotonic() + 120
+    while len(done) < 3 * CLIENTS or written(command)[0] < BEGINNINGS or any(written(command)[1:]):
         for c in clients:
-            c.start()
-        # Until every beginning has come twice and what was written back for that is on the disk.
-        end = time.monotonic() + 120
-        while len(done) < 3 * CLIENTS or written(command)[0] < BEGINNINGS or written(command)[1]:
-            for c in clients:
-                c.join(0.02)
-                assert c.error is None, "before it was killed"
-            assert time.monotonic() < end, "the disk is not written"
-        os.kill(command.process.pid, signal.SIGKILL)
-        for c in clients:
-            c.join(60)
-            assert not c.is_alive(), "it hangs"
-            assert isinstance(c.error, BROKEN)
-            assert len(c.answers) > 1
-            for prompt, text, ended in c.answers:
-                assert want[prompt].startswith(text)
-                assert not ended or text == want[prompt]
-        assert command.end()[0] == -signal.SIGKILL
-        again = Command(*plain, *tiers)
-        with openai.OpenAI(base_url=f"{again.url}/v1", api_key=API_KEY) as client:
-            found = {p: ask(client, p) for p in prompts()}
-        assert {p: text for p, (text, _) in found.items()} == want
-        first = (prompts()[0], prompts()[4])
-        assert min(found[p][1] for p in first) >= 128, "each beginning comes back from the disk"
-        again.process.send_signal(signal.SIGTERM)
-        assert again.end()[0] == 0
+            c.join(0.02)
+            assert c.error is None, "before it was killed"
+        assert time.monotonic() < end, "the disk is not written"
+    os.kill(command.process.pid, signal.SIGKILL)
+    for c in clients:
+        c.join(60)
+        assert not c.is_alive(), "it hangs"
+        assert isinstance(c.error, BROKEN)
+        assert len(c.answers) > 1
+        for prompt, text, ended in c.answers:
+            assert want[prompt].startswith(text)
+            assert not ended or text == want[prompt]
+    assert command.end()[0] == -signal.SIGKILL

@@ -142,7 +142,8 @@ def test_who_goes_away_is_cancelled(packaged: Any, stream: bool) -> None:
 
     async def leave() -> None:
         client = openai.AsyncOpenAI(base_url=f"{packaged.url}/v1", api_key="x", max_retries=0)
-        wanted = {"model": MODEL, "messages": QUESTION, "max_tokens": 4000}
+        wanted: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 4000}
+        wanted["extra_body"] = {"ignore_eos": True}
         if stream:
             answer = await client.chat.completions.create(stream=True, **wanted)
             async for chunk in answer:

@@ -81,6 +81,13 @@ def tier_metrics(report: dict[str, Any], model: str) -> Iterator[Metric]:
         total = CounterMetricFamily(name, what, labels=["model_name"])
         total.add_metric([model], report[key])
         yield total
+    owed = GaugeMetricFamily(
+        "quire_tier_owed_blocks",
+        "Blocks that were found again and are still to be written.",
+        labels=["model_name"],
+    )
+    owed.add_metric([model], report["owed_blocks"])
+    yield owed
     cut = CounterMetricFamily(
         "quire_tier_truncated", "Prefixes cut short and computed.", labels=["model_name", "reason"]
     )

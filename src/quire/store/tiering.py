@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ __all__ = ["Tiering", "TieringStats"]
 
 WRITE_BACK_USES = 3
 """Made, found, and found again: worth a disk's write."""
+MOST_A_STEP = 256
+"""Blocks written back in one step, whatever its time."""
 
 
 @dataclass(slots=True)
@@ -103,6 +106,9 @@ class Tiering:
         )
         self._coming: dict[bytes, Fetch] = {}  # by the first chunk that it brings
         self.pace = pace or Pace()
+        self._noted: dict[tuple[int, int], bytes] = {}
+        self._owed: dict[tuple[int, int], bytes] = {}
+        """(column, node) to the name: written back, or to be, and to be."""
         self._closed = False
         self._flushed = -1
         sharing.tiering = self
@@ -115,7 +121,9 @@ class Tiering:
         self.stats.worst_s = self.pace.worst_s
 
     def end_schedule(self) -> None:
-        """What this step has given up goes on its way."""
+        """What this step has given up goes on its way, and what is owed as far as there is time."""
+        if self._owed:
+            self.write_back()
         self.stack.kick()
 
     def wait(self, timeout_s: float) -> None:
@@ -282,6 +290,8 @@ class Tiering:
 
     def evicted(self, node: int, column: int) -> None:
         """A block is about to be given up: its bytes go down, if this step has the time."""
+        self._noted.pop((column, node), None)
+        self._owed.pop((column, node), None)
         if self._closed or not self.mover.there:
             return
         if self.pace.left_s <= 0 or not self.stack.room(0, self._bytes[column]):
@@ -295,15 +305,25 @@ class Tiering:
         self.stats.dropped_blocks += not sent
 
     def found(self, column: int, node: int, block: int) -> None:
-        """A block was found; the second time it is written to a tier that lasts."""
-        pool = self.sharing.index.pools[column]
-        if pool.uses[block] != WRITE_BACK_USES or self._closed or not self.mover.there:
+        """A block was found; from the second time on it is owed to a tier that lasts, once."""
+        index = self.sharing.index
+        if index.pools[column].uses[block] < WRITE_BACK_USES or self._closed:
             return
-        level = self.stack.lasting or 0
-        if self.pace.left_s <= 0 or not self.stack.room(level, self._bytes[column]):
-            return
+        at, name = (column, node), index.name(node)
+        if self._noted.get(at) != name and self.mover.there:
+            self._noted[at] = self._owed[at] = name
+
+    def write_back(self) -> None:
+        """What is owed goes on its way, as far as this step's time and the queue go; the rest waits for the next."""
+        index, level = self.sharing.index, self.stack.lasting or 0
         began = monotonic()
-        self.stats.written_back += self._send(node, column, level)
+        left_s = self.pace.left_s
+        for (column, node), name in list(islice(self._owed.items(), MOST_A_STEP)):
+            if monotonic() - began >= left_s or not self.stack.room(level, self._bytes[column]):
+                break
+            del self._owed[column, node]
+            if index.named(name) == node and index.block(column, node) >= 0:
+                self.stats.written_back += self._send(node, column, level)
         self.pace.spent(monotonic() - began)
 
     def flush(self, timeout_s: float = 30.0) -> None:
@@ -345,6 +365,7 @@ class Tiering:
         stats = self.stats
         found = {name: getattr(stats, name) for name in TieringStats.__slots__}
         found["truncated"] = dict(stats.truncated)
+        found["owed_blocks"] = len(self._owed)
         for name in ("bind_s", "demote_s", "worst_s"):
             found[name] = round(found[name], 6)
         return {**found, "levels": [level.report() for level in self.stack.levels]}
