@@ -14,8 +14,11 @@ import pytest
 import torch
 
 import zoo
+from quire.attention.read import Read
+from quire.attention.step import Step
 from quire.engine import Engine, SamplingParams, SchedulerConfig
 from quire.errors import CapacityError, ConfigError, TierError
+from quire.kernels import native
 from quire.models.open import open_runner
 from quire.store.cold import Staging, Stream
 from tiny_model import chaotic_model
@@ -147,6 +150,39 @@ def test_the_next_run_is_staged_while_one_is_read(
     ahead = sum(name.startswith("quire-frames") for name in filled)
     assert ahead > 0.8 * len(filled) > 20
     assert not any(t.name.startswith("quire-frames") for t in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("kv", "below"),
+    [
+        ("auto", "host"),
+        ("auto", "both"),
+        pytest.param("int8", "host", marks=pytest.mark.slow),
+        pytest.param("kivi:bits=4,group=16,residual=16", "host", marks=pytest.mark.slow),
+    ],
+)
+def test_what_lies_in_host_memory_is_read_where_it_lies(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv: str, below: str
+) -> None:
+    """By the compiled kernel, query by query: only for a prompt's chunks, and from a disk, shares are staged."""
+    if native.load() is None:
+        pytest.skip("the CPU kernels are not built")
+    seen: list[tuple[int, bool]] = []
+    staged = Step.staged
+
+    def note(self: Step, layer: int, *, far: bool = False) -> Iterator[Read]:
+        for read in staged(self, layer, far=far):
+            seen.append((self.n_tokens, far))
+            yield read
+
+    monkeypatch.setattr(Step, "staged", note)
+    memory, size = RECIPES[kv]
+    options = {"kv": kv, "attention": "auto", "block_tokens": size, "memory": memory}
+    (got,), stats, _ = serve(model, [prompt()], tiers=where(below, tmp_path), **options)
+    assert got == unlimited(kv, "auto", size)
+    assert stats.ladder.offloaded_bytes > 0
+    assert {far for n, far in seen if n == 1} == (set() if below == "host" else {True})
+    assert any(n > 1 and not far for n, far in seen)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from quire.engine import Engine, SamplingParams, SchedulerConfig
 from quire.engine.ladder import Rates
 from quire.errors import ConfigError
 from quire.models.open import open_runner
+from quire.store.tiering import Tiering
 from tiny_model import chaotic_model
 
 LENGTHS = (20, 35, 40, 26, 31)
@@ -33,6 +34,7 @@ MODELS = {"mistral": "300KiB", "qwen3_next": "240KiB", "deepseek_v2": "200KiB"}
 def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """How many are admitted at once is not a matter of how busy the machine is."""
     monkeypatch.setattr("quire.store.pace.STEP_S", 10.0)
+    monkeypatch.setattr(Tiering, "ready", lambda _, fetch: fetch.done.wait(10.0))
 
 
 @pytest.fixture(autouse=True)

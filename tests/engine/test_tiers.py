@@ -194,10 +194,10 @@ def test_the_second_time_it_is_found_a_block_is_written_back(opened: Make, tmp_p
 
 
 def test_what_a_step_has_no_time_to_write_back_is_owed(
-    opened: Make, monkeypatch: pytest.MonkeyPatch
+    opened: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The look-up that makes a block worth it falls into a step without time; a later step writes, once."""
-    runner = opened([HostTier(8 << 20)])
+    """The look-up that makes a block worth it falls into a step without time; later steps write, once."""
+    runner = opened([DiskTier(tmp_path / "t", 8 << 20)])
     prompt = prompts()[0]
     monkeypatch.setattr("quire.store.pace.ALONE_S", 0.0)
     monkeypatch.setattr("quire.store.pace.STEP_S", 0.0)

@@ -22,7 +22,7 @@ from quire.attention.observe import Attended
 from quire.attention.read import Read, Seal, Write
 from quire.attention.reference import ALL, TorchBackend
 from quire.attention.segments import Segments, Tiles, each_head, lay_out, plan_segments
-from quire.attention.sparse import Picks, few_segments, picked
+from quire.attention.sparse import Picks, few_segments, indexed, picked
 from quire.attention.step import Step
 from quire.errors import ConfigError, InvariantError
 from quire.kernels import native
@@ -152,16 +152,18 @@ class CpuBackend(TorchBackend):
         window: int | None = None,
         attended: Attended | None = None,
     ) -> torch.Tensor:
+        reads = step.of_layer(layer)[2]
         if step.away:
-            return self._streamed(step, layer, q, scale, keys, value, softcap, sinks, window)
+            reads, whole, near = self._near(step, layer, q, keys, value, window, attended)
+            if not whole:
+                rest = scale, keys, value, softcap, sinks, window
+                return self._streamed(step, layer, q, *rest, near=near)
         plain = window is None and softcap is None and sinks is None and attended is None
         if plain and len(keys) == 2 and keys[0] == value:
-            answer = self._absorbed(step, layer, q, keys, scale)
+            answer = self._absorbed(step, layer, q, keys, scale, reads)
             if answer is not None:
                 return answer
-        plan = tiles = None
-        if window is None:
-            plan, tiles = self._served(step, layer, q, keys, value)
+        plan, tiles = self._served(step, layer, q, keys, value, reads, window)
         picks = picked(step, layer, plan.single) if plan is not None and plan.indexed else []
         if plan is None or tiles is None or _unfit(plan, picks, attended, sinks):
             return super().run(
@@ -222,6 +224,25 @@ class CpuBackend(TorchBackend):
         paid.answer(layer, tiles.kv_heads, flat, attended)
         return out
 
+    def _near(
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        keys: tuple[str, ...],
+        value: str,
+        window: int | None,
+        attended: Attended | None,
+    ) -> tuple[list[Read], bool, bool]:
+        """What `Step.near` gives; whether one call reads all of it, or else `_partials`, and the rest is staged."""
+        reads, everything = step.near(layer)
+        if attended is not None or any(r.queries > 1 or indexed(r.source) for r in reads):
+            return reads, False, False
+        if everything:
+            return reads, True, True
+        plan, tiles = self._served(step, layer, q, keys, value, reads, window)
+        return reads, False, plan is not None and tiles is not None
+
     def _partials(
         self,
         step: Step,
@@ -278,12 +299,20 @@ class CpuBackend(TorchBackend):
         return known[at]
 
     def _served(
-        self, step: Step, layer: int, q: torch.Tensor, keys: tuple[str, ...], value: str
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        keys: tuple[str, ...],
+        value: str,
+        reads: list[Read],
+        window: int | None,
     ) -> tuple[Segments | None, Tiles | None]:
         """What the kernel reads, and how it lies; one of them None where it does not serve these queries."""
-        if q.dtype not in _DTYPES or len(keys) != 1 or step.device.type != "cpu":
+        fits = q.dtype in _DTYPES and len(keys) == 1 and window is None
+        if not fits or step.device.type != "cpu":
             return None, None
-        plan = self._segments(step, step.of_layer(layer)[2])
+        plan = self._segments(step, reads)
         if plan is None:
             return None, None
         tiles = plan.tiles.get((layer, keys[0], value), _UNKNOWN)
@@ -353,12 +382,18 @@ class CpuBackend(TorchBackend):
         self.library.decode(args)
 
     def _absorbed(
-        self, step: Step, layer: int, q: torch.Tensor, keys: tuple[str, ...], scale: float
+        self,
+        step: Step,
+        layer: int,
+        q: torch.Tensor,
+        keys: tuple[str, ...],
+        scale: float,
+        reads: list[Read],
     ) -> torch.Tensor | None:
         """`run` over latents; None where the kernel does not serve them, or there is nothing for it to do."""
         if q.dtype not in _DTYPES or step.device.type != "cpu":
             return None
-        plan = self._segments(step, step.of_layer(layer)[2])
+        plan = self._segments(step, reads)
         if plan is None:
             return None
         tiles = plan.latents.get(layer, _UNKNOWN)

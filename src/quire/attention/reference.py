@@ -184,13 +184,18 @@ class ReferenceBackend:
         softcap: float | None,
         sinks: torch.Tensor | None,
         window: int | None,
+        *,
+        near: bool = False,
     ) -> torch.Tensor:
-        """What is here, then what is away, run by run as it is staged: the same sum in more parts."""
-        reads = step.of_layer(layer)[2]
+        """What is here, then what is away, run by run as it is staged: the same sum in more parts.
+
+        `near`: `Step.near` at once, for `_partials` that reads it.
+        """
+        reads = step.near(layer)[0] if near else step.of_layer(layer)[2]
         share = q.shape[1] // max(1, kv_heads_of(reads, layer))
         rest = share, scale, keys, value, softcap, window
         total = self._partials(step, layer, q, reads, None, *rest)
-        for r in step.staged(layer):
+        for r in step.staged(layer, far=near):
             total = self._partials(step, layer, q, [r], total, *rest)
         return self._total(total, q, sinks)
 

@@ -23,11 +23,34 @@ class Step(Plan):
 
     _stream: Stream | None = None
 
-    def staged(self, layer: int) -> Iterator[Read]:
-        """What the layer reads of blocks that are away: run after run, each good until the next is asked for."""
+    def near(self, layer: int) -> tuple[list[Read], bool]:
+        """What a layer reads in the arena and of blocks away in host memory beside it; whether that is everything.
+
+        For a backend that goes by addresses: those blocks are no part of the arena, see `store.cold`.
+        """
+        here = self.of_layer(layer)[2]
+        key = "near", id(here)
+        if key not in self.prepared:
+            away = [(cold, run, r) for cold, run, r in self.away if run.group.holds(layer)]
+            beside = [
+                r.placed(cold.below.mover.units(run.rows)[None])
+                for cold, run, r in away
+                if run.rows is not None
+            ]
+            self.prepared[key] = [*here, *beside], len(beside) == len(away)
+        found: tuple[list[Read], bool] = self.prepared[key]
+        return found
+
+    def staged(self, layer: int, *, far: bool = False) -> Iterator[Read]:
+        """What the layer reads of blocks that are away: run after run, each good until the next is asked for.
+
+        Args:
+            far: without those that `near` gives.
+        """
+        wanted = [x for x in self.away if not far or x[1].rows is None]
         if self._stream is None:
-            self._stream = Stream([(cold, run) for cold, run, _ in self.away])
-        for cold, run, read in self.away:
+            self._stream = Stream([(cold, run) for cold, run, _ in wanted])
+        for cold, run, read in wanted:
             if run.group.holds(layer):
                 units = self._stream.units(cold, run, layer)
                 if units is not None:

@@ -9,6 +9,9 @@ fits a frame; a step copies each share into a frame, reads it there and forgets 
 long the sequence is. Runs that host memory has no room for lie in the first tier behind it, a share by itself under a
 random name, verified when it comes back; the next ones are on their way while one is read, and the very next is put
 into the other frame by a thread of its own.
+
+Where the arena lies in host memory itself, a run there keeps its blocks whole, as they lay in the arena, and a kernel
+that goes by addresses reads them where they are: nothing is staged for it.
 """
 
 from __future__ import annotations
@@ -54,13 +57,15 @@ class Run:
     """Entries [first, first + count) of one chain, away.
 
     Args:
-        shares: by layer: `[count, heads * tile_bytes] uint8`; empty where they lie in a tier.
-        names: by layer: under which they lie there.
+        rows: `[count, block_bytes] uint8`: its blocks, in host memory beside an arena that lies there, too.
+        shares: by layer: `[count, heads * tile_bytes] uint8`: in host memory otherwise.
+        names: by layer: under which they lie in a tier.
     """
 
     group: CacheGroup
     first: int
     count: int
+    rows: np.ndarray | None = None
     shares: list[np.ndarray] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
 
@@ -68,6 +73,18 @@ class Run:
     def n_bytes(self) -> int:
         """Of all layers."""
         return self.count * self.group.block_bytes
+
+    def share(self, layer: int) -> np.ndarray | None:
+        """`[count, heads * tile_bytes]`, of one layer; None where it lies in a tier."""
+        if self.rows is not None:
+            return _part(self.group, layer, self.rows)
+        return self.shares[self.group.layers.index(layer)] if self.shares else None
+
+
+def _part(group: CacheGroup, layer: int, rows: np.ndarray) -> np.ndarray:
+    """One layer's share of whole blocks."""
+    first = group.tile_index(layer) * group.tile_bytes
+    return rows[:, first : first + share_bytes(group, layer)]
 
 
 def share_bytes(group: CacheGroup, layer: int) -> int:
@@ -186,11 +203,9 @@ class Staging:
 
         assert self.pool is not None
         start = self.pool.byte_offset(self.frames[at])
-        buffer = self.store.arena.buffer
+        frame = self.store.arena.buffer[start : start + share.nbytes].view(share.shape)
         with torch.inference_mode():
-            buffer[start : start + share.nbytes].copy_(
-                torch.from_numpy(share.reshape(-1)), non_blocking=True
-            )
+            frame.copy_(torch.from_numpy(share), non_blocking=True)
         before = group.tile_index(layer) * group.tile_bytes
         step = share_bytes(group, layer) // ALIGN_BYTES
         units: np.ndarray = (start - before) // ALIGN_BYTES + np.arange(len(share)) * step
@@ -269,12 +284,13 @@ class Cold:
         rows = mover.space(count, group.block_bytes)
         for row, block in zip(rows, blocks, strict=True):
             mover.read_into(chain.pool, int(block), row)
-        for layer in group.layers:
-            first = group.tile_index(layer) * group.tile_bytes
-            part = rows[:, first : first + share_bytes(group, layer)]
-            share = mover.space(*part.shape)
-            np.copyto(share, part)
-            run.shares.append(share)
+        if on_host and mover.in_place:
+            run.rows = rows
+        else:
+            for layer in group.layers:
+                part = _part(group, layer, rows)
+                run.shares.append(mover.space(*part.shape))
+                np.copyto(run.shares[-1], part)
         if on_host:
             self.host_bytes += run.n_bytes
         else:
@@ -325,9 +341,9 @@ class Stream:
 
     def share(self, cold: Cold, run: Run, layer: int) -> np.ndarray | None:
         """`[count, heads * tile_bytes]`: in host memory; None where it is lost."""
-        at = run.group.layers.index(layer)
-        if run.shares:
-            return run.shares[at]
+        here, at = run.share(layer), run.group.layers.index(layer)
+        if here is not None:
+            return here
         self._ask(cold, run, at)
         while len(self._coming) < AHEAD and self._todo:
             self._ask(*self._todo.popleft())

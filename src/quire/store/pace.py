@@ -27,7 +27,7 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self.clock = clock
-        self.left_s = STEP_S
+        self.left_s = self._share = STEP_S
         self.spent_s = self.worst_s = 0.0
         """In this step, and most of one step."""
         self._began = clock()
@@ -38,8 +38,12 @@ class Pace:
         self.worst_s = max(self.worst_s, self.spent_s)
         self.spent_s = 0.0
         share = max(STEP_S, STEP_SHARE * min(now - self._began, 1.0))
-        self.left_s = max(share, ALONE_S) if alone else share
+        self.left_s = self._share = max(share, ALONE_S) if alone else share
         self._began = now
+
+    def spare_s(self) -> float:
+        """What is left for what nobody waits for: everything since the step began counts, the tables' books as well."""
+        return min(self.left_s, self._share - (self.clock() - self._began))
 
     def spent(self, seconds: float) -> None:
         """So much of it is gone."""

@@ -307,6 +307,8 @@ class Tiering:
     def found(self, column: int, node: int, block: int) -> None:
         """A block was found; from the second time on it is owed to a tier that lasts, once."""
         index = self.sharing.index
+        if self.stack.lasting is None:
+            return
         if index.pools[column].uses[block] < WRITE_BACK_USES or self._closed:
             return
         at, name = (column, node), index.name(node)
@@ -314,16 +316,22 @@ class Tiering:
             self._noted[at] = self._owed[at] = name
 
     def write_back(self) -> None:
-        """What is owed goes on its way, as far as this step's time and the queue go; the rest waits for the next."""
-        index, level = self.sharing.index, self.stack.lasting or 0
+        """What is owed goes on its way, as far as this step's time and the queue go; the rest waits for the next.
+
+        One block in every step that has time at all, so that this ends under any load.
+        """
+        index, level = self.sharing.index, self.stack.lasting
+        if level is None or self.pace.left_s <= 0:
+            return
         began = monotonic()
-        left_s = self.pace.left_s
         for (column, node), name in list(islice(self._owed.items(), MOST_A_STEP)):
-            if monotonic() - began >= left_s or not self.stack.room(level, self._bytes[column]):
+            if not self.stack.room(level, self._bytes[column]):
                 break
             del self._owed[column, node]
             if index.named(name) == node and index.block(column, node) >= 0:
                 self.stats.written_back += self._send(node, column, level)
+            if self.pace.spare_s() <= 0:
+                break
         self.pace.spent(monotonic() - began)
 
     def flush(self, timeout_s: float = 30.0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quire.spec import CacheGroup
+from quire.spec import ALIGN_BYTES, CacheGroup
 from quire.store.arena import Arena
 from quire.store.pool import BlockPool
 from quire.store.tiers.slots import buffer_of
@@ -63,6 +63,22 @@ class Mover:
                 tiles[:, hole] = 0
         return out
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the arena lies in host memory itself, so that what is beside it is read as well as what is in it."""
+        return self.there and self.arena.buffer.device.type == "cpu"
+
+    def units(self, rows: np.ndarray) -> np.ndarray:
+        """`[n]` int64: where `rows: [n, n_bytes]` of `space` begin, in units of 64 bytes from the arena's begin.
+
+        Only for who reads memory by its address: they lie outside of the arena.
+        """
+        first = rows.ctypes.data - self.arena.buffer.data_ptr()
+        units: np.ndarray = first // ALIGN_BYTES + np.arange(len(rows)) * (
+            rows.strides[0] // ALIGN_BYTES
+        )
+        return units
+
     def space(self, n: int, n_bytes: int) -> np.ndarray:
         """`[n, n_bytes] uint8` of host memory, pinned where the arena lies on a GPU."""
         if self.arena.device is not None and self.arena.buffer.device.type == "cuda":
@@ -70,7 +86,7 @@ class Mover:
 
             pinned: np.ndarray = torch.empty(n, n_bytes, dtype=torch.uint8, pin_memory=True).numpy()
             return pinned
-        return np.empty((n, n_bytes), np.uint8)
+        return buffer_of(n * n_bytes).reshape(n, n_bytes)
 
     def read_into(self, pool: BlockPool, block: int, out: np.ndarray) -> None:
         """Copies a block as it is, all of its bytes."""
