@@ -284,6 +284,9 @@ class Scheduler:
                 admitted = not blocked and self.admission.admit(head, plan)
                 if admitted is None:
                     seats.step_aside()
+                    admitting = not getattr(
+                        self.opener, "put_off", False
+                    )  # who comes behind is, too
                 else:
                     admitting = admitted
             elif sample is not None:

@@ -171,6 +171,8 @@ class Opener:
         if wanted is not None and keeper is not None:
             wanted.promise(path)
             keeper.publish = wanted.publish
+        if self.tiering is not None:
+            self.tiering.pace.joined()
         if self.auditor is not None:
             self.auditor.found(sample, table.length)
         return table
@@ -246,8 +248,9 @@ class Opener:
         """Brings prefixes up while others compute, and lets go down what they pushed out."""
         if self.sharing is None or self.tiering is None:
             return
-        self.tiering.end_schedule()
         for sample in samples:
+            if self.tiering.pace.left_s <= 0:
+                break
             request = sample.request
             if sample.fetch is not None or sample.fetched >= 0 or not request.share:
                 continue
@@ -265,6 +268,7 @@ class Opener:
             if self.sharing.awaited(path, sample.seat) is None:
                 sample.fetched = path.found
                 sample.fetch = self.tiering.want(path)
+        self.tiering.end_schedule()
 
     def begin_step(self, *, alone: bool) -> None:
         """See `Tiering.begin_step`."""

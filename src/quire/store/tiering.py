@@ -125,6 +125,7 @@ class Tiering:
         if self._owed:
             self.write_back()
         self.stack.kick()
+        self.pace.end_schedule()
 
     def wait(self, timeout_s: float) -> None:
         """Until some fetch has ended; for when there is nothing else to do."""
@@ -330,7 +331,7 @@ class Tiering:
             del self._owed[column, node]
             if index.named(name) == node and index.block(column, node) >= 0:
                 self.stats.written_back += self._send(node, column, level)
-            if self.pace.spare_s() <= 0:
+            if self.pace.left_s <= 0:
                 break
         self.pace.spent(monotonic() - began)
 
