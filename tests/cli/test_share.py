@@ -82,3 +82,59 @@ def test_a_line_cannot_ask_for_what_is_off(
     done = quire("run", "--model", tiny, "--prompts", file)
     assert done.code == 2
     assert "--share prefix" in done.err
+
+
+KVZIP = ("--keep", "kvzip:budget=0.5,sinks=1,window=4,boundary=2")
+
+
+def test_prompts_that_go_on_from_what_stayed_of_a_context(
+    quire: Callable[..., Any], tiny: Any, tmp_path: Path
+) -> None:
+    """As text, in tokens, by line: the same context, the same tokens, found by all but the first."""
+    context = "the log of a cache is a context, " * 3
+    words = ("--model", tiny, "--memory", "8MiB", "--max-tokens", 3, "--json", *KVZIP)
+    asks = [context + q for q in ("why?", "how?", "who?")]
+    alone = quire("run", *asks, *words, "--context", context)
+    assert alone.code == 0, alone.err
+    found = quire("run", *asks, *words, "--context", context, "--share", "prefix")
+    n = found.json["sharing"]["stored_wholes"], found.json["sharing"]["hit_wholes"]
+    assert n == (1, 2)
+    tokens = found.json["requests"][1]["cached_tokens"]
+    assert tokens > 50
+    file = tmp_path / "p.jsonl"
+    lines = [
+        {"prompt": a, "context": c} for a, c in zip(asks, (tokens, context, tokens), strict=True)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    lined = quire("run", "--prompts", file, *words, "--share", "prefix")
+    config = tmp_path / "c.toml"
+    config.write_text(f"[run]\ncontext = {tokens}\n")
+    told = quire("run", *asks, *words, "--share", "prefix", "--config", config)
+    texts = [[r["token_ids"] for r in out.json["requests"]] for out in (alone, found, lined, told)]
+    assert all(t == texts[0] for t in texts)
+    assert lined.json["sharing"]["hit_wholes"] == told.json["sharing"]["hit_wholes"] == 2
+    plain = quire("run", *asks, *words)
+    assert [r["token_ids"] for r in plain.json["requests"]] != texts[0], "tokens went elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--context", 5), "keep by score, as --keep kvzip"),
+        (("--context", 5, "--kv", "none"), "keep by score"),
+        (("--context", 5, "--keep", "window:64"), "lets none go there"),
+        (("--context", 0, *KVZIP), "from 1 on"),
+        (("--context", -3, *KVZIP), "from 1 on"),
+        (("--context", "", *KVZIP), "from 1 on"),
+        (("--context", "y", *KVZIP), "the text that the prompt begins with"),
+        (("--context", 1000, *KVZIP), "longer than the prompt"),
+        (("--context", 1, *KVZIP, "--compare", "none"), "drop --context"),
+    ],
+)
+def test_contexts_that_are_refused(
+    quire: Callable[..., Any], tiny: Any, words: tuple[Any, ...], part: str
+) -> None:
+    done = quire("run", "xyz", "--model", tiny, *words)
+    assert (done.code, done.out) == (2, "")
+    assert part in done.err
+    assert done.err.count("\n") == 1

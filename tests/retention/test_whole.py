@@ -7,10 +7,12 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 import zoo
 from quire.engine import Engine, SamplingParams
 from quire.engine.schedule import SchedulerConfig
+from quire.engine.sharing import sharing_report
 from quire.errors import RequestError
 from quire.models.open import open_runner
 from quire.retention import available, parse_keep
@@ -250,6 +252,57 @@ def test_a_prompt_leaves_it_as_well(opened: Any) -> None:
     assert (stats.stored_wholes, stats.hit_wholes) == (2, 2), (
         "what asked a question is nobody else's"
     )
+
+
+def spoil(runner: Any, whole: Any, what: str) -> None:
+    """Bytes of a block become another's; or other tokens are said to have stayed."""
+    if what == "kept":
+        chain = next(c for c in whole.chains if c.own is not None)
+        chain.own = chain.own // 2
+        return
+    chain = next(c for c in whole.chains if c.kept is not None and c.count > 1)
+    with torch.inference_mode():
+        buffer, n = runner.bridge.store.arena.buffer, chain.pool.block_bytes
+        start, source = (chain.pool.byte_offset(int(b)) for b in chain.ids[:2])
+        buffer[start : start + n] = buffer[source : source + n]
+
+
+@pytest.mark.parametrize(
+    ("name", "kv", "policy"),
+    [
+        CASES[0],
+        ("llama", "int4", "ada(kvzip)"),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[4:]),
+    ],
+)
+@pytest.mark.parametrize("what", ["bytes", "kept"])
+def test_the_audit_compresses_it_again(
+    opened: Any, name: str, kv: str, policy: str, what: str
+) -> None:
+    keep, size = small(policy), 8 if kv == "auto" else 16
+    runner = opened(name, kv=kv, block_tokens=size, share="prefix:audit=1")
+    with Engine(runner, config=SchedulerConfig(step_tokens=48)) as engine:
+
+        def audit(question: list[int]) -> Any:
+            asked = engine.add_request(DOC + question, PARAMS, keep=keep, context=90)
+            drain(engine)
+            report = sharing_report(engine)
+            assert report is not None
+            return asked, report["audit"]
+
+        audit(Q1)
+        _, found = audit(Q2)
+        assert (found["audited"], found["diverged"], found["skipped"]) == (1, 0, 0)
+        assert found["tokens"] == 90
+        [whole] = runner.sharing.wholes
+        spoil(runner, whole, what)
+        asked, found = audit(Q3)
+    assert (found["audited"], found["diverged"]) == (2, 1)
+    [divergence] = found["divergences"]
+    assert divergence["request_id"] == asked
+    assert divergence["found_tokens"] == 90
+    assert (divergence["name"] == "kept") == (what == "kept")
+    assert runner.usage().held_bytes == 0
 
 
 def test_kvzip_reads_once_more_after_the_longest_hit(opened: Any) -> None:

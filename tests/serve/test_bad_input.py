@@ -178,13 +178,13 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
         TEXT,
         text(cache={"context_tokens": 1}),
         400,
-        "keep by score",
+        "keep by score, as keep='kvzip:budget=0.5'cache.context_tokens",
     ),
     "a context longer than the prompt": (
         TEXT,
         text(cache={"context_tokens": 1 << 20, "keep": "keydiff:budget=0.5"}),
         400,
-        "context",
+        "counts themcache.context_tokens",
     ),
     "an unknown codec to yield to": (TEXT, text(cache={"yields": "kv=int9"}), 400, "int9"),
     "yielding twice": (

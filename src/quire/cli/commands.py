@@ -221,6 +221,16 @@ def run(
     weights: Weights = None,
     share: Share = None,
     tiers: Tiers = None,
+    about: Annotated[
+        str | None,
+        _option(
+            _CACHE,
+            "--context",
+            "N|TEXT",
+            "What prompts begin with, in tokens or as text: --keep lets tokens go at its end, and with --share prefix "
+            "the next prompt goes on from what stayed.",
+        ),
+    ] = None,
     compile: Compile = False,  # noqa: A002 - the option's name
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -262,7 +272,10 @@ def run(
     from quire.cli.options import RunOptions
     from quire.cli.run import main
 
-    options = RunOptions.resolve("run", context.params)
+    asked = {**context.params, "context": context.params["about"]}
+    if (asked["context"] or "").removeprefix("-").isdecimal():
+        asked["context"] = int(asked["context"])
+    options = RunOptions.resolve("run", asked)
     raise typer.Exit(interruptible(lambda: main(prompt or [], options)))
 
 

@@ -21,12 +21,22 @@ from typing import TYPE_CHECKING, Any, Self
 from quire.engine.params import SamplingParams
 from quire.errors import ConfigError, RequestError
 from quire.plan.choices import beside
+from quire.retention import parse_keep
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from quire.store.tiers.recipe import TiersConfig
 
-__all__ = ["ChatOptions", "Options", "RunOptions", "TourOptions", "check_tiers", "flag", "tiers_of"]
+__all__ = [
+    "ChatOptions",
+    "Options",
+    "RunOptions",
+    "TourOptions",
+    "check_context",
+    "check_tiers",
+    "flag",
+    "tiers_of",
+]
 
 AUTO = "auto"
 """--share auto: prefixes are shared where the model allows it."""
@@ -171,6 +181,20 @@ def check_tiers(tiers: str, share: str, kv: str) -> None:
         )
 
 
+def check_context(context: object, keep: str, who: str) -> None:
+    """Raises ConfigError where a context is neither text nor a number of tokens, or nothing goes at its end."""
+    text = isinstance(context, str) and bool(context)
+    if not text and not (type(context) is int and context > 0):
+        raise ConfigError(
+            f"{who} must be a number of tokens from 1 on, or the text that the prompt begins with, not {context!r}"
+        )
+    if not parse_keep(keep).scores:
+        raise ConfigError(
+            f"{who} says after what tokens go, and --keep {keep} lets none go there; drop it, or keep by score, as "
+            "--keep kvzip:budget=0.5"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Options):
     """What `quire run` does."""
@@ -178,6 +202,7 @@ class RunOptions(Options):
     prompts: str | None = None
     share: str = "off"
     tiers: str = ""
+    context: str | int | None = None
     ignore_eos: bool = False
     json: bool = False
     compare: str | None = None
@@ -189,6 +214,12 @@ class RunOptions(Options):
         check_tiers(self.tiers, self.share, self.kv)
         if self.tiers and self.compare is not None:
             raise ConfigError("--compare runs one prompt once; drop --tiers")
+        if self.context is not None:
+            check_context(self.context, self.keep, "--context")
+            if self.compare is not None:
+                raise ConfigError(
+                    "--context is what several prompts begin with, and --compare runs one; drop --context"
+                )
         if self.share != "off" and self.kv == NO_CACHE:
             raise ConfigError(
                 "--share finds cached prefixes and --kv none caches nothing; drop one of them"
@@ -255,6 +286,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "bool": (bool,),
     "tuple": (list, str),
     "memory": (str, int, float),
+    "context": (str, int),
 }
 
 
@@ -285,7 +317,7 @@ def _checked(name: str, value: Any, cls: type[Options], where: str) -> Any:
     kinds = {f.name: str(f.type) for f in fields(cls) if f.name != "given"}
     if name not in kinds:
         raise ConfigError(f"{where} is unknown; known: {', '.join(sorted(kinds))}")
-    kind = "memory" if name == "memory" else kinds[name].partition("[")[0].partition(" ")[0]
+    kind = name if name in _TYPES else kinds[name].partition("[")[0].partition(" ")[0]
     wanted = _TYPES[kind]
     wrong = not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool")
     if wrong or (

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quire.cli.options import RunOptions
-from quire.engine.intake import check_text
+from quire.cli.options import RunOptions, check_context
+from quire.engine.intake import check_text, common
 from quire.engine.params import SamplingParams
 from quire.errors import ConfigError, RequestError
 
@@ -34,19 +34,26 @@ KEYS = (
     "stop_token_ids",
     "ignore_eos",
     "share",
+    "context",
 )
 """What a JSON line may hold."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One prompt: a text, or token ids. `where` names it in messages: "" for the only one of the command line."""
+    """One prompt: a text, or token ids.
+
+    Args:
+        where: names it in messages: "" for the only one of the command line.
+        context: a text that it begins with, or its number of tokens, after which tokens go already; 0: at its end only.
+    """
 
     prompt: str | Sequence[int]
     params: SamplingParams
     where: str = ""
     token_ids: tuple[int, ...] = ()
     share: str | None = None
+    context: str | int = 0
 
 
 def read_prompts(arguments: Sequence[str], options: RunOptions) -> list[Ask]:
@@ -64,6 +71,8 @@ def read_prompts(arguments: Sequence[str], options: RunOptions) -> list[Ask]:
         asks.append(_ask(_stdin() if text == STDIN else text, params, where))
     if options.prompts is not None:
         asks += _read_file(options.prompts, options)
+    if options.context is not None:
+        asks = [a if a.context else replace(a, context=options.context) for a in asks]
     if not asks:
         raise ConfigError("no prompt: give one as an argument, --prompts FILE, or - to read stdin")
     return asks
@@ -120,7 +129,9 @@ def _json_line(line: str, where: str, options: RunOptions) -> Ask:
     unknown = sorted(set(found) - set(KEYS))
     if unknown:
         raise ConfigError(f"{where}unknown key {unknown[0]!r}; known: {', '.join(KEYS)}")
-    prompt, share = found.pop("prompt"), found.pop("share", None)
+    prompt, share, about = (found.pop(n, None) for n in ("prompt", "share", "context"))
+    if about is not None:
+        check_context(about, options.keep, f"{where}context")
     if share not in (None, "off", "prefix") or (share == "prefix" and options.share == "off"):
         raise ConfigError(
             f"{where}share must be off, or prefix where --share prefix is given, not {share!r}"
@@ -132,7 +143,8 @@ def _json_line(line: str, where: str, options: RunOptions) -> Ask:
     if found.get("max_tokens", 1) == 0:
         raise ConfigError(f"{where}max_tokens must be at least 1, not 0")
     try:
-        return replace(_ask(prompt, options.sampling(**found), where), share=share)
+        ask = _ask(prompt, options.sampling(**found), where)
+        return replace(ask, share=share, context=about or 0)
     except ConfigError as e:
         message = str(e)
         raise ConfigError(message if message.startswith(where) else where + message) from e
@@ -171,5 +183,21 @@ def encode(asks: Sequence[Ask], tokenizer: Any, *, context: int | None, vocab: i
                 f"{ask.where}the prompt has {len(ids)} tokens and the context {context}; "
                 f"at most {context - 1} leave room for output"
             )
-        out.append(replace(ask, token_ids=ids))
+        out.append(replace(ask, token_ids=ids, context=_context_tokens(ask, ids, tokenizer)))
     return out
+
+
+def _context_tokens(ask: Ask, ids: Sequence[int], tokenizer: Any) -> int:
+    """How many tokens of a prompt its context has. Raises RequestError."""
+    context = ask.context
+    if isinstance(context, str):
+        if not isinstance(ask.prompt, str) or not ask.prompt.startswith(context):
+            raise RequestError(
+                f"{ask.where}the context must be the text that the prompt begins with, or a number of tokens"
+            )
+        return common(tokenizer.encode(context), ids)
+    if context > len(ids):
+        raise RequestError(
+            f"{ask.where}the context of {context} tokens is longer than the prompt of {len(ids)}"
+        )
+    return context

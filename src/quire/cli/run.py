@@ -136,7 +136,7 @@ def generate(
     engine = Engine(cast("Any", runner), loaded.tokenizer, eos_token_ids=loaded.eos_token_ids)
     began = time.monotonic()
     places = {
-        engine.add_request(list(a.token_ids), a.params, share=a.share): at
+        engine.add_request(list(a.token_ids), a.params, share=a.share, context=a.context): at
         for at, a in enumerate(asks)
     }
     done: dict[int, RequestOutput] = {}

@@ -155,7 +155,10 @@ class Opener:
         self._asked = True
         wanted = Wanted.of(sharing, sample, rules, self._adapter(request))
         if wanted is not None and (whole := wanted.find()) is not None:
-            return wanted.open(whole)
+            table = wanted.open(whole)
+            if self.auditor is not None:
+                self.auditor.found(sample, whole.length, rules)
+            return table
         if wanted is not None and wanted.awaited():
             return None
         path = self._found(sharing, sample, rules)

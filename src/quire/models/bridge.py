@@ -283,9 +283,11 @@ class Bridge:
                     if layer in g.layers and g.raw is None
                 )
                 out = x.new_zeros(heads, row.stop, x.shape[2])
-            at = r.kpos[0, keep]
+            low, high = r.slots
+            dropped = r.extents[0].positions is not None  # each head has positions of its own then
+            at = r.pos_in(layer)[0].flatten(1)[:, low:high] if dropped else r.kpos
             for i, h in enumerate(r.group.heads(layer)):
-                out[h, at] = x[i, keep]
+                out[h, at[i if len(at) > 1 else 0, keep]] = x[i, keep]
         assert out is not None
         return out
 
@@ -296,7 +298,7 @@ class Bridge:
     def read_prefix(self, table: BlockTable, n_tokens: int, layer: int, name: str) -> torch.Tensor:
         """`[heads, n_tokens, D]`: what the query behind the first `n_tokens` reads of one field; zeros where nothing.
 
-        The table has room for that query's token.
+        Tokens stand at their true positions, also where others were dropped. The table has room for that query's token.
         """
         return self.read_all(Row(table, n_tokens, n_tokens + 1), layer, name)[:, :n_tokens]
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from quire.engine import Delta, Engine, RequestOutput, SamplingParams
 from quire.engine.stream import Stream
-from quire.errors import CapacityError
+from quire.errors import CapacityError, ConfigError
+from quire.retention import parse_keep
 from quire.serve.admission import Gate, Pass
 from quire.serve.config import ServeConfig
 from quire.serve.errors import ApiError, as_api_error
@@ -161,6 +162,14 @@ class Service:
             )
         if options.share == "prefix" and not self.shares:
             raise ApiError(400, "this server shares no prefixes", param="cache.share")
+        keep = options.keep or self.keep
+        if options.context_tokens is not None and not _scores(keep):
+            raise ApiError(
+                400,
+                f"cache.context_tokens says after what tokens go, and cache.keep={keep!r} lets none go there; leave it "
+                "out, or keep by score, as keep='kvzip:budget=0.5'",
+                param="cache.context_tokens",
+            )
         hints = None
         if options.priority is not None or options.keep_for_s is not None:
             most = self.config.max_cache_priority
@@ -247,6 +256,14 @@ class Service:
             )
         wishes = self.cache_wishes(caller, cache)
         limits = [self.output_tokens(len(p), params.max_tokens) for p in prompts]
+        shortest = min(map(len, prompts), default=0)
+        if wishes["context"] > shortest:
+            raise ApiError(
+                400,
+                f"cache.context_tokens={wishes['context']} is more than the prompt's {shortest} tokens; "
+                "/tokenize counts them",
+                param="cache.context_tokens",
+            )
         room = self.prompts.context_tokens
         most = sum(
             len(p) + params.n * (room - len(p) if m is None else min(m, room - len(p)))
@@ -468,6 +485,14 @@ class Run:
             meters.tokens(tenant, "computed", figures.prompt_tokens - figures.cached_tokens)
         if delta.output is not None:
             self.outputs[at] = delta.output
+
+
+def _scores(keep: str) -> bool:
+    """Whether tokens go by score; also where the engine will say what is wrong with it."""
+    try:
+        return parse_keep(keep).scores
+    except ConfigError:
+        return True
 
 
 def _with_limit(params: SamplingParams, limit: int | None) -> SamplingParams:
