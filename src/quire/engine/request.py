@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from quire.engine.runner import Item, Table
     from quire.store.fetching import Fetch
     from quire.store.park import Parked
+    from quire.store.whole_tiers import Rising
 
 __all__ = [
     "Completion",
@@ -139,6 +140,7 @@ class Sample:
         need_bytes: what it held when it was preempted: less than that free, and admitting it would only repeat it.
         awaits: the name of a chunk of its prompt that a request before it is computing.
         fetch: what is being brought up from the tiers for it.
+        rising: the compaction that it goes on from, on its way up; `sought`: the tiers were asked for it.
         fetched: chunks that were there when the tiers were last asked; they are asked again for more only.
         parked: its table in host memory, where it was preempted and swapped out.
         queued: it waits because there was no room when it was its turn.
@@ -160,6 +162,8 @@ class Sample:
     held_bytes: int = 0
     awaits: bytes | None = None
     fetch: Fetch | None = None
+    rising: Rising | None = None
+    sought: bool = False
     fetched: int = -1
     parked: Parked | None = None
     queued: bool = False

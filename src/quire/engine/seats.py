@@ -121,7 +121,7 @@ class Seats:
     def step_aside(self) -> None:
         """The head follows somebody before it, or its prefix is on the way: those behind it may pass."""
         sample = heappop(self._waiting)[1]
-        if sample.fetch is None:
+        if sample.fetch is None and sample.rising is None:
             self._aside.append(sample)
         else:
             sample.state = State.LOADING

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.errors import RequestError
 from quire.store.checkpoints import common_tokens
+from quire.store.index import packed
 from quire.store.sharing import Sharing
 from quire.store.whole import Whole, whole_name
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from quire.engine.runner import Room, Table
     from quire.store.path import Path
     from quire.store.tiering import Tiering
+    from quire.store.whole_tiers import Rising
 
 SHORT_S = 0.0005
 """A tier that has nothing says so within this, and the request need not sit out a step."""
@@ -70,7 +72,7 @@ class Wanted:
             return None
         n = sample.request.context or sample.prompt_tokens
         path = sharing.path(sample.tokens, sample.request.namespace, adapter)
-        name = whole_name(path, n, rules.keep.canonical)
+        name = whole_name(path, n, rules.said)
         return cls(sharing, sample, rules, name, n)
 
     def find(self) -> Whole | None:
@@ -78,7 +80,7 @@ class Wanted:
         if self.n_tokens > _limit(self.sample):
             return None
         tokens = self.sample.tokens[: self.n_tokens]
-        return self.sharing.wholes.find(self.name, tokens, self.rules.keep.canonical)
+        return self.sharing.wholes.find(self.name, tokens, self.rules.said)
 
     def open(self, whole: Whole) -> Table:
         """A table over it."""
@@ -87,6 +89,15 @@ class Wanted:
         keeper = self.rules.apply(table, self.sample.prompt_tokens, request.context)
         keeper.resume(whole.state)
         return table
+
+    def seek(self, tiering: Tiering) -> Rising | None:
+        """Asks the tiers, once; what the sample has to wait for now."""
+        if self.sample.sought or self.n_tokens > _limit(self.sample):
+            return None
+        self.sample.sought = True
+        tokens = packed(self.sample.tokens[: self.n_tokens])
+        self.sample.rising = tiering.wholes.want(self.name, tokens, self.rules.said)
+        return self.sample.rising
 
     def awaited(self) -> bool:
         """Whether somebody before the sample computes it; noted, so that the sample waits."""
@@ -103,7 +114,7 @@ class Wanted:
     def publish(self, table: Any, kept: Any) -> None:
         """Told by the sample's keeper when tokens were due: of itself, or None where all of them stay."""
         if kept is not None:
-            tokens, policy = self.sample.tokens[: self.n_tokens], self.rules.keep.canonical
+            tokens, policy = self.sample.tokens[: self.n_tokens], self.rules.said
             hints = self.sample.request.hints
             self.sharing.wholes.publish(self.name, tokens, policy, table, kept.fork(), hints)
         elif table.path is not None:
@@ -154,13 +165,10 @@ class Opener:
             return None  # looking and asking have their time, too
         self._asked = True
         wanted = Wanted.of(sharing, sample, rules, self._adapter(request))
-        if wanted is not None and (whole := wanted.find()) is not None:
-            table = wanted.open(whole)
-            if self.auditor is not None:
-                self.auditor.found(sample, whole.length, rules)
-            return table
-        if wanted is not None and wanted.awaited():
-            return None
+        if wanted is not None:
+            table = self._resumed(wanted)
+            if table is not None or sample.rising is not None or wanted.awaited():
+                return table
         path = self._found(sharing, sample, rules)
         if path is None:
             return None
@@ -243,9 +251,44 @@ class Opener:
             sample.request.figures.loaded_tokens += loaded
             path = self._look(path.sharing, sample, rules)
 
+    def _resumed(self, wanted: Wanted) -> Table | None:
+        """A table over a published compaction, if there is one; the sample may have it to wait for (`rising`)."""
+        whole = wanted.find() if self._rose(wanted) else None
+        if whole is None:
+            return None
+        table = wanted.open(whole)
+        if self.auditor is not None:
+            self.auditor.found(wanted.sample, whole.length, wanted.rules)
+        return table
+
+    def _rose(self, wanted: Wanted) -> bool:
+        """Whether all that the tiers have of a compaction is bound; False where the sample has it to wait for."""
+        tiering, sample = self.tiering, wanted.sample
+        if tiering is None:
+            return True
+        rising, wholes = sample.rising, tiering.wholes
+        if rising is None and wanted.find() is None:
+            began = perf_counter()
+            rising = wanted.seek(tiering)
+            if rising is not None:
+                rising.done.wait(SHORT_S)
+            tiering.pace.spent(perf_counter() - began)
+        if rising is None:
+            return True
+        if not wholes.ready(rising) or not wholes.bind(rising, wanted.rules.revived):
+            return False
+        sample.rising = None
+        if wanted.find() is not None:
+            sample.request.figures.loaded_tokens += wanted.n_tokens
+        return True
+
     def arrived(self, sample: Sample) -> bool:
         """Whether a sample that loads may ask again for its table."""
-        return sample.fetch is None or self.tiering is None or self.tiering.ready(sample.fetch)
+        if self.tiering is None:
+            return True
+        if sample.rising is not None:
+            return self.tiering.wholes.ready(sample.rising)
+        return sample.fetch is None or self.tiering.ready(sample.fetch)
 
     def prefetch(self, samples: Sequence[Sample]) -> None:
         """Brings prefixes up while others compute, and lets go down what they pushed out."""
@@ -257,7 +300,7 @@ class Opener:
             request = sample.request
             if sample.fetch is not None or sample.fetched >= 0 or not request.share:
                 continue
-            if sample.parked is not None:
+            if sample.parked is not None or sample.rising is not None:
                 continue
             rules = None
             if request.keep is not None:
@@ -265,7 +308,7 @@ class Opener:
                 if not rules.shares:
                     continue
             wanted = Wanted.of(self.sharing, sample, rules, self._adapter(request))
-            if wanted is not None and wanted.find() is not None:
+            if wanted is not None and (wanted.find() or wanted.seek(self.tiering)):
                 continue
             path = self._look(self.sharing, sample, rules)
             if self.sharing.awaited(path, sample.seat) is None:
@@ -286,6 +329,9 @@ class Opener:
 
     def forget(self, sample: Sample) -> None:
         """A sample is over."""
+        if sample.rising is not None and self.tiering is not None:
+            self.tiering.wholes.abandon(sample.rising)
+            sample.rising = None
         if sample.fetch is not None and self.tiering is not None:
             self.tiering.abandon(sample.fetch)
             sample.fetch = None

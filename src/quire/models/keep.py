@@ -11,8 +11,9 @@ Chunks end there, so whoever is preempted and computed anew sees the same histor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from quire.models.keeper import Keeper
 from quire.models.outside import Outside
 from quire.models.reader import Reader
 from quire.models.rope import Regimes
+from quire.models.saved import keeper_of
 from quire.plan.kept import Kept, refuse_nothing_to_drop, retained
 from quire.plan.layout import Layout
 from quire.retention import Keep, parse_keep
@@ -174,6 +176,22 @@ class Rules:
     def kept_tokens(self, length: int) -> int:
         """How many tokens of a sequence stay per layer and head on average, protected ones at least."""
         return self.kept.tokens(length)
+
+    @cached_property
+    def said(self) -> str:
+        """The policy's canonical text, and a digest of what it has learned of the model, where it has."""
+        maps = getattr(self.policy, "maps", None)
+        if not self.scores or not maps:
+            return self.keep.canonical
+        found = sha256()
+        for layer in sorted(maps):
+            for x in maps[layer]:
+                found.update(x.cpu().numpy().tobytes())
+        return f"{self.keep.canonical} {found.hexdigest()[:16]}"
+
+    def revived(self, chains: Sequence[Chain], about: Any, arrays: Any) -> Keeper:
+        """A keeper from its record, see `models.saved.keeper_of`."""
+        return keeper_of(self, chains, about, arrays)
 
     @property
     def published(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +14,11 @@ from quire.models.reader import Reader
 
 if TYPE_CHECKING:
     from quire.models.bridge import Bridge
+    from quire.models.keep import Rules
+    from quire.store.chain import Chain
     from quire.store.table import BlockTable
 
-__all__ = ["revive"]
+__all__ = ["keeper_of", "revive"]
 
 
 def revive(
@@ -44,14 +46,32 @@ def revive(
         reader.prompt_tokens = int(about["prompt_tokens"])
         return
 
+    table.keeper = keeper_of(rules, table.chains, about, arrays)
+
+
+def keeper_of(
+    rules: Rules,
+    chains: Sequence[Chain],
+    about: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+) -> Keeper:
+    """A keeper from its record, over chains that are as they were.
+
+    Raises:
+        ConfigError: another policy's.
+        KeyError, ValueError: no such record.
+    """
+    if about["keep"] != rules.keep.canonical:
+        raise ConfigError(f"recorded under another policy ({about['keep']})")
+
     def tensor(x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(x)).to(bridge.device)
+        return torch.from_numpy(np.array(x)).to(rules.bridge.device)
 
     keeper = Keeper(rules, about["first"], int(about["context"]))
     for name in ("prompt_tokens", "due", "seen", "repeated"):
         setattr(keeper, name, int(about[name]))
     keeper.scales = {int(layer): float(x) for layer, x in about["scales"].items()}
-    groups = {c.group.name: c.group for c in table.chains}
+    groups = {c.group.name: c.group for c in chains}
     for name, x in arrays.items():
         kind, _, of = name.partition(":")
         if kind == "queries":
@@ -60,4 +80,4 @@ def revive(
             setattr(keeper.lines.setdefault(of, Line()), kind, tensor(x))
         else:
             raise ValueError(name)
-    table.keeper = keeper
+    return keeper

@@ -28,10 +28,21 @@ from quire.spec import CacheGroup, CacheSpec
 from quire.store.chain import GONE, Chain
 
 if TYPE_CHECKING:
+    from quire.store.arena import Arena
     from quire.store.store import BlockStore
     from quire.store.table import BlockTable
 
-__all__ = ["Snapshot", "load_table", "read_snapshot", "save_table", "spec_digest"]
+__all__ = [
+    "KEEPER",
+    "Snapshot",
+    "chain_bytes",
+    "chain_record",
+    "load_table",
+    "read_snapshot",
+    "restore_chain",
+    "save_table",
+    "spec_digest",
+]
 
 FORMAT = 2
 KEEPER = "keeper:"
@@ -103,7 +114,8 @@ def save_table(
         raise ConfigError(
             f"a sequence of {table.length} tokens with blocks in a tier cannot be saved; give the cache more memory"
         )
-    blocks = {f"chain{i}": _bytes_of(table, chain) for i, chain in enumerate(table.chains)}
+    arena = table.store.arena
+    blocks = {f"chain{i}": chain_bytes(arena, c, table.length) for i, c in enumerate(table.chains)}
     blocks |= {f"own{i}": c.own for i, c in enumerate(table.chains) if c.own is not None}
     keeper = None
     if table.keeper is not None:
@@ -113,7 +125,7 @@ def save_table(
         "format": FORMAT,
         "spec": spec_digest(table.store.spec),
         "length": table.length,
-        "chains": [_record(chain) for chain in table.chains],
+        "chains": [chain_record(chain) for chain in table.chains],
         "extra": dict(extra or {}),
         "keeper": keeper,
     }
@@ -128,7 +140,8 @@ def save_table(
         raise ConfigError(f"{target} cannot be written ({e}); choose another place") from e
 
 
-def _record(chain: Chain) -> dict[str, Any]:
+def chain_record(chain: Chain) -> dict[str, Any]:
+    """What a chain is, but for the bytes of its blocks and the positions of its own."""
     ids = chain.ids[: chain.count]
     return {
         "group": chain.group.name,
@@ -142,17 +155,17 @@ def _record(chain: Chain) -> dict[str, Any]:
     }
 
 
-def _bytes_of(table: BlockTable, chain: Chain) -> np.ndarray:
-    """`[held, block_bytes] uint8`: the chain's blocks, zeros where no token is."""
-    group, pool, buffer = chain.group, chain.pool, table.store.arena.buffer
+def chain_bytes(arena: Arena, chain: Chain, length: int) -> np.ndarray:
+    """`[held, block_bytes] uint8`: the chain's blocks of a sequence of `length` tokens, zeros where no token is."""
+    group, pool, buffer = chain.group, chain.pool, arena.buffer
     size, live = group.block_bytes, chain.live()
     out = np.zeros((len(live), size), np.uint8)
     for row, block in enumerate(live):
         at = pool.byte_offset(int(block))
         out[row] = buffer[at : at + size].cpu().numpy()
     out[:, ~_meant(group, group.block_tokens)] = 0
-    if chain.partial(table.length) and chain.count and chain.ids[chain.count - 1] != GONE:
-        out[-1, ~_meant(group, chain.slot(table.length) % group.block_tokens or 1)] = 0
+    if chain.partial(length) and chain.count and chain.ids[chain.count - 1] != GONE:
+        out[-1, ~_meant(group, chain.slot(length) % group.block_tokens or 1)] = 0
     return out
 
 
@@ -218,7 +231,9 @@ def load_table(snapshot: Snapshot, store: BlockStore, revive: Revive | None = No
     table.chains = []
     try:
         for i, record in enumerate(now.chains):
-            _restore(table, record, blocks[f"chain{i}"], blocks.get(f"own{i}"))
+            rows = blocks[f"chain{i}"]
+            chain = restore_chain(store, record, rows, blocks.get(f"own{i}"), table.chains)
+            _write(store, chain, rows)
         table.length = table.accepted = table.committed = now.length
         if now.keeper is not None:
             if revive is None:
@@ -273,28 +288,34 @@ def _open(path: Path, *, blocks: bool) -> tuple[Snapshot, dict[str, np.ndarray]]
     return head, found
 
 
-def _restore(
-    table: BlockTable, record: Mapping[str, Any], rows: np.ndarray, own: np.ndarray | None
-) -> None:
-    """One more chain of the table, over blocks of its own, with the saved bytes."""
-    import torch
+def restore_chain(
+    store: BlockStore,
+    record: Mapping[str, Any],
+    rows: np.ndarray,
+    own: np.ndarray | None,
+    chains: list[Chain],
+) -> Chain:
+    """One more of a sequence's chains, over blocks of its own, whose bytes are still to be written.
 
-    store = table.store
+    Args:
+        record: as `chain_record` made it.
+        rows: the bytes, of which the shape is checked.
+        own: positions of the chain's own.
+        chains: it is appended to them at once, so that who began with them can give blocks back.
+
+    Raises:
+        CapacityError: no block is left.
+        KeyError, TypeError, ValueError: no such record.
+    """
     group = _group(store.spec, record)
     if rows.dtype != np.uint8 or rows.shape != (record["held"].count("1"), group.block_bytes):
         raise ValueError(f"{rows.dtype} {rows.shape} for {group.name}")
     pool = store.pool_for(group)
     chain = Chain(group, pool)
-    table.chains.append(chain)
-    buffer, at = store.arena.buffer, 0
+    chains.append(chain)
     for held in record["held"]:
         if held == "1":
-            block = pool.take()
-            chain.push(block)
-            start = pool.byte_offset(block)
-            with torch.inference_mode():  # where the arena may have been made
-                buffer[start : start + group.block_bytes] = torch.from_numpy(rows[at])
-            at += 1
+            chain.push(pool.take())
         else:
             chain.push(GONE)
             chain.held -= 1
@@ -305,6 +326,17 @@ def _restore(
         if chain.kept is None or own.shape != (len(group.coords), len(chain.kept)):
             raise ValueError(f"positions {own.shape} for {group.name}")
         chain.own = own.astype(np.int64)
+    return chain
+
+
+def _write(store: BlockStore, chain: Chain, rows: np.ndarray) -> None:
+    import torch
+
+    buffer, size = store.arena.buffer, chain.group.block_bytes
+    with torch.inference_mode():  # where the arena may have been made
+        for block, row in zip(chain.live(), rows, strict=True):
+            start = chain.pool.byte_offset(int(block))
+            buffer[start : start + size] = torch.from_numpy(row)
 
 
 def _group(spec: CacheSpec, record: Mapping[str, Any]) -> CacheGroup:

@@ -20,6 +20,7 @@ from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from quire import __version__
 from quire.errors import CapacityError
 from quire.store.fetching import Fetch, Fetcher, block_key
 from quire.store.index import TOKEN_BYTES, chunk_name, packed
@@ -27,6 +28,7 @@ from quire.store.pace import Pace
 from quire.store.tiers.contract import Block
 from quire.store.tiers.moving import Mover
 from quire.store.tiers.stack import TierStack
+from quire.store.whole_tiers import WholeTiers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,6 +113,7 @@ class Tiering:
         """(column, node) to the name: written back, or to be, and to be."""
         self._closed = False
         self._flushed = -1
+        self.wholes = WholeTiers(self, __version__)
         sharing.tiering = self
 
     # -- a step --------------------------------------------------------------------------------------------------
@@ -348,7 +351,7 @@ class Tiering:
         for pool in dict.fromkeys(index.pools):
             for block in list(pool.idle()):
                 if self.sharing.wholes.owns(pool, block):
-                    continue  # bytes of a compaction mean nothing without its keeper's books
+                    continue  # it goes as a whole
                 node, column = index.place(pool, block)
                 while not self.stack.room(level, pool.block_bytes):
                     self.stack.kick()
@@ -356,7 +359,13 @@ class Tiering:
                         return
                     threading.Event().wait(0.002)
                 self._send(node, column, level)
+        self.wholes.flush(level, deadline)
         self.stack.drain(deadline)
+
+    @property
+    def usable(self) -> bool:
+        """Whether there are bytes to move, and tiers to move them to."""
+        return not self._closed and self.mover.there
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Flushes, writes and closes. Idempotent."""
@@ -377,7 +386,8 @@ class Tiering:
         found["owed_blocks"] = len(self._owed)
         for name in ("bind_s", "demote_s", "worst_s"):
             found[name] = round(found[name], 6)
-        return {**found, "levels": [level.report() for level in self.stack.levels]}
+        levels = [level.report() for level in self.stack.levels]
+        return {**found, "wholes": self.wholes.report(), "levels": levels}
 
     def _send(self, node: int, column: int, level: int) -> bool:
         index = self.sharing.index

@@ -8,6 +8,7 @@
 The name chains every token of the prefix, those that went included. What stays depends on all of them, so a part of it
 means nothing: a whole is found by who asks for exactly that prefix under exactly that policy, and goes as a whole when
 the first of its blocks is evicted. It holds no reference: its blocks are idle ones with a name, as all that is cached.
+How it goes down to tiers, and comes up again: `store.whole_tiers`.
 """
 
 from __future__ import annotations
@@ -175,19 +176,23 @@ class Wholes:
         arena = self.sharing.store.arena
         for pool, source, target in copies:
             arena.copy(pool.byte_offset(source), pool.byte_offset(target), pool.block_bytes)
-        whole = Whole(name, packed(tokens), policy, table.length, chains, state, mine)
-        self._wholes[name] = whole
-        for chain in chains:
-            self._watch(chain.pool, chain.group.block_tokens)
-        for pool, block in mine:
-            self._owner[id(pool), block] = whole
-            pool.name(block)
-            if hints is not None:
-                pool.policy.hint(block, hints.priority, hints.keep_for_s)
-        for pool, block in reversed(mine):
-            pool.release(block)
+        self.adopt(Whole(name, packed(tokens), policy, table.length, chains, state, mine), hints)
         self.sharing.stats.stored_wholes += 1
         return True
+
+    def adopt(self, whole: Whole, hints: Hints | None = None) -> None:
+        """Names the blocks of one, and gives the reference back that each of them had."""
+        if whole.name not in self._wholes:  # else somebody computed it meanwhile
+            self._wholes[whole.name] = whole
+            for chain in whole.chains:
+                self._watch(chain.pool, chain.group.block_tokens)
+            for pool, block in whole.blocks:
+                self._owner[id(pool), block] = whole
+                pool.name(block)
+                if hints is not None:
+                    pool.policy.hint(block, hints.priority, hints.keep_for_s)
+        for pool, block in reversed(whole.blocks):
+            pool.release(block)
 
     def clear(self) -> None:
         """Forgets all of them: idle blocks become free, held ones private."""
@@ -217,6 +222,8 @@ class Wholes:
             sharing.stats.evicted_wholes += 1
             if sharing.explainer is not None:
                 sharing.explainer.evicted(whole.name, sharing.actor)
+            if sharing.tiering is not None:
+                sharing.tiering.wholes.evicted(whole)
             self._drop(whole)
 
     def _drop(self, whole: Whole) -> None:
