@@ -3,7 +3,8 @@
     python tools/policies_table.py --text book.txt --runs out/policies.jsonl --write docs/retention-quality.md
 
 One line per policy, share, task and order is written to --runs as soon as it is measured, and what stands there already
-is not measured again: a run that was stopped goes on, and one more policy costs only itself. The page is made of them.
+is not measured again: a run that was stopped goes on, and one more policy costs only itself. The page is made of them;
+tables of a page that is there stay where --runs has no row of theirs, if they are of the same texts and weights.
 """
 
 from __future__ import annotations
@@ -186,32 +187,49 @@ came since tokens last went count. **Bold**: better than both baselines that cho
 """
 
 
-def page(rows: Sequence[dict[str, Any]], text: str) -> str:
-    """The tables, one per task and order, of those policies and shares that were measured."""
-    first = rows[0]
-    out = [
-        HEAD.format(
+MARK = "\n## "
+
+
+def page(rows: Sequence[dict[str, Any]], text: str, old: str = "") -> str:
+    """The tables, one per task and order, of those policies and shares that were measured.
+
+    Args:
+        old: a page, whose other tables stay. Raises SystemExit where it is of other texts or weights.
+    """
+    head, *kept = old.split(MARK)
+    tables = {part.partition("\n")[0]: part.strip() for part in kept}
+    if rows:
+        first = rows[0]
+        now = HEAD.format(
             examples=first["examples"],
             length=first["length"],
             text=text,
             digest=first["digest"][:16],
         )
-    ]
+        if old and head.strip() != now.strip():
+            raise SystemExit("the page is of other texts or weights; name another for --write")
+        head = now
+        for title, *lines in _tables(rows):
+            tables[title] = "\n".join([title, *lines]).strip()
+    return MARK.join([head.rstrip() + "\n", *(t + "\n" for t in tables.values())])
+
+
+def _tables(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """A title and lines for each task and order."""
     for ask, task in dict.fromkeys((r["ask"], r["task"]) for r in rows):
         here = [r for r in rows if (r["ask"], r["task"]) == (ask, task)]
         found = {(r["policy"], r["share"]): r for r in here}
         shares = sorted({s for p, s in found if p != FULL}, reverse=True)
         full = found.get((FULL, 1.0))
         n = here[0]["answers"]
-        out += [f"## `{task}`, asked {ask}", ""]
+        out = [f"`{task}`, asked {ask}", ""]
         out += [f"{n} answers" + (f"; full cache {full['recall']:.1%}." if full else "."), ""]
         out += ["| policy | " + " | ".join(f"{s:.0%} kept" for s in shares) + " |"]
         out += ["| --- |" + " ---: |" * len(shares)]
         names = dict.fromkeys(p for p, _ in found if p != FULL)
         for name in sorted(names, key=lambda p: -mean(found, p, shares)):
             out.append(f"| `{name}` | " + " | ".join(_cell(found, name, s) for s in shares) + " |")
-        out.append("")
-    return "\n".join(out)
+        yield out
 
 
 def mean(found: dict[tuple[str, float], dict[str, Any]], policy: str, shares: list[float]) -> float:
@@ -252,7 +270,8 @@ def main() -> int:
     measure(options)
     if options.write:
         name = f"`{options.text.name}`" if options.text else "built-in filler"
-        options.write.write_text(page(measured(options.runs), name), encoding="utf-8")
+        old = options.write.read_text(encoding="utf-8") if options.write.exists() else ""
+        options.write.write_text(page(measured(options.runs), name, old), encoding="utf-8")
     return 0
 
 

@@ -114,7 +114,15 @@ def test_bold_is_above_both_baselines_and_cursive_below_random(tool: ModuleType)
         row("middle", 0.45, 0.55),
         row("worst", 0.1, 0.2),
     ]
-    page = tool.page([json.loads(json.dumps(r)) for r in rows], "x")
+    rows = [json.loads(json.dumps(r)) for r in rows]
+    page = tool.page(rows, "x")
+    assert tool.page([], "x", page) == tool.page(rows, "x", page) == page
+    other = [r | {"task": "needle"} for r in rows]
+    both = tool.page(other, "x", page)
+    assert both == tool.page([*rows, *other], "x")
+    assert both.startswith(page)
+    with pytest.raises(SystemExit, match="other texts or weights"):
+        tool.page(other, "y", page)
     assert "| `best` | **75.0%** (0.50) |" in page
     assert "| `middle` | 50.0% (0.50) |" in page
     assert "| `worst` | *15.0%* (0.50) |" in page

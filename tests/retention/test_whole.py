@@ -132,6 +132,7 @@ def test_what_is_held_beside_it_is_its_last_block(opened: Any) -> None:
     kept = parse_keep(keep).policy.budget.tokens_of(90, 1)
     block = runner.bridge.layout.spec.groups[0].block_bytes
     assert whole.block_bytes == -(-kept // 8) * block
+    assert whole.state_bytes == 0, "keydiff remembers nothing"
     with Engine(runner) as engine:
         for q in (Q2, Q3):
             engine.add_request(DOC + q, PARAMS, keep=keep, context=90)
@@ -143,6 +144,24 @@ def test_what_is_held_beside_it_is_its_last_block(opened: Any) -> None:
         drain(engine)
     assert runner.usage().held_bytes == 0
     assert all(pool.named(b) and not pool.refs(b) for pool, b in whole.blocks)
+
+
+def test_books_beside_the_arena_are_counted(opened: Any) -> None:
+    runner = opened()
+    with Engine(runner, config=SchedulerConfig(step_tokens=48)) as engine:
+        engine.add_request(DOC + Q1, PARAMS, keep=small("kvzip"), context=90)
+        drain(engine)
+        report = sharing_report(engine)
+    assert report is not None
+    [whole] = runner.sharing.wholes
+    lines = [x for line in whole.state.lines.values() for x in (line.mass, line.notes)]
+    books = sum(4 * x.numel() for x in lines if x is not None)
+    assert books > 0
+    assert report["wholes"] == {
+        "count": 1,
+        "block_bytes": whole.block_bytes,
+        "state_bytes": books,
+    }
 
 
 def test_what_has_a_name_is_never_written_to(opened: Any) -> None:

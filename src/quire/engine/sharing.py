@@ -349,6 +349,12 @@ def sharing_report(engine: Engine) -> dict[str, Any] | None:
         return None
     stats = opener.sharing.stats
     found: dict[str, Any] = {**asdict(stats), "hit_ratio": round(stats.hit_ratio, 6)}
+    wholes = list(opener.sharing.wholes)
+    found["wholes"] = {
+        "count": len(wholes),
+        "block_bytes": sum(w.block_bytes for w in wholes),
+        "state_bytes": sum(w.state_bytes for w in wholes),
+    }
     if opener.sharing.ghost is not None:
         found["ghost"] = [
             {**asdict(g), "hit_ratio": round(g.hit_ratio, 6)}

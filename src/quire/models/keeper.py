@@ -122,6 +122,12 @@ class Keeper:
         twin.repeated = self.repeated
         return twin
 
+    @property
+    def state_bytes(self) -> int:
+        """What it knows of its sequence, beside the arena."""
+        lines = [x for line in self.lines.values() for x in (line.mass, line.notes)]
+        return sum(x.nbytes for x in [*lines, *self.queries.values()] if x is not None)
+
     def finish(self, table: BlockTable) -> None:
         if self.publish is not None and table.length == table.committed == self.due == self.context:
             try:

@@ -79,6 +79,11 @@ class Whole:
         """Bytes of its blocks in the arena."""
         return sum(pool.block_bytes for pool, _ in self.blocks)
 
+    @property
+    def state_bytes(self) -> int:
+        """Of `state`, beside the arena: no pool counts them, and they go with the blocks."""
+        return int(self.state.state_bytes)
+
 
 class Wholes:
     """The published compactions of one store.
