@@ -166,3 +166,16 @@ def test_a_recipe_is_learned_once_and_names_its_file(
 
     assert tool().learned(recipe) == settings
     assert tool().with_file(recipe, Path("x.st")) == named
+
+
+def test_wide_products_round_once_and_leave_other_numbers_alone() -> None:
+    wide = load_tool("wide_products")._widened(torch.nn.functional.linear)
+    x, w = torch.randn(3, 64).bfloat16(), torch.randn(5, 64).bfloat16()
+    found = wide(x, w, bias=w[:, 0])
+    want = torch.nn.functional.linear(x.float(), w.float(), w[:, 0].float()).bfloat16()
+    assert torch.equal(found, want)
+    assert wide(x.double(), w.double()).dtype == torch.float64
+    before = torch.nn.functional.linear
+    with load_tool("wide_products").wide_products():
+        assert torch.nn.functional.linear(x, w).dtype == torch.bfloat16
+    assert torch.nn.functional.linear is before

@@ -28,6 +28,7 @@ from methods_page import BARS, CQ, KQ, KVARN_2, Rows, growth, page, read_recall 
 from oscar_trial import registered  # noqa: E402
 from quire.codecs.calibrated import Calibrated  # noqa: E402 - found by the line above
 from quire.codecs.recipe import load_codec  # noqa: E402
+from wide_products import wide_products  # noqa: E402
 
 FAR_TEXT_AT = 1
 """The second text is another domain."""
@@ -242,7 +243,7 @@ def main() -> None:
             )
         args.work.mkdir(parents=True, exist_ok=True)
         options = (args.max_tokens, args.length, args.seconds, args.batch)
-        with registered():
+        with registered(), wide_products():
             whole = run(args.work, args.learn, args.texts, *options)
         print("all is known" if whole else "more is to be done: call again")
     if args.write:

@@ -95,6 +95,26 @@ def test_a_lossy_codec_shows_and_again_to_the_last_digit(llama: Any, text: list[
     assert row(run(llama, [kv], text, seed=1), kv, "kl").low != row(first, kv, "kl").low
 
 
+def test_weights_are_packed_while_caches_are_scored_and_given_back(
+    llama: Any, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    class Packed:
+        def restore(self) -> None:
+            log.append("restored")
+
+    def pack(model: Any) -> Packed:
+        assert model is llama
+        log.append("packed")
+        return Packed()
+
+    monkeypatch.setattr("quire.evaluate.cells.prepack", pack)
+    with pytest.raises(ConfigError, match="unknown codec"):
+        run(llama, ["nowhere"], text)
+    assert log == ["packed", "restored"]
+
+
 RIGHT = "k=grouped,v=auto"
 SWAPPED = "k=grouped:along=channels,v=auto"
 

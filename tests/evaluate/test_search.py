@@ -87,6 +87,7 @@ def test_options_stand_only_where_something_rounds() -> None:
 def test_what_is_tried_serves_the_model_and_saves() -> None:
     found, refused = codecs_to_try(LAYERS, "bfloat16", 32)
     assert {"int8", "fp8", "int4", "kivi:bits=2", "kvarn"} <= set(found)
+    assert "kivi:bits=4,residual=32" in found, "what a codec has searched beside what it shows"
     assert not {"bf16", "fp16", "fp32"} & set(found)
     for recipe in found:
         build_layout(LAYERS, KVConfig(recipe), dtype="bfloat16")

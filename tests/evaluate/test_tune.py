@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from quire.evaluate import evaluate
 from quire.evaluate.choice import Candidate, Goal, Tuned
 from quire.evaluate.decode import twin
 from quire.evaluate.journal import Journal
+from quire.evaluate.metrics import Estimate
 from quire.evaluate.trial import Trial
 from quire.evaluate.tune import _policy, tune
 from quire.evaluate.tuned import summary, tuned_page, tuned_toml
@@ -118,6 +120,39 @@ def test_a_floor_that_nothing_meets_is_said(found: Tuned) -> None:
     assert not strict.meets
     assert "nothing that was measured meets the floor of 1" in summary(strict)[-1]
     assert "floor" not in summary(replace(found, goal=replace(found.goal, quality=1e-9)))[-1]
+
+
+def test_a_model_of_16_bits_is_judged_in_float32_in_the_bytes_of_16(
+    found: Tuned, llama: Any, text: list[int], tmp_path: Path
+) -> None:
+    half = copy.deepcopy(llama).bfloat16()
+    trial = Trial(half, None, GOAL, tmp_path, False, 16, 32 << 20, 0, None, None)
+    assert trial.judge is not half
+    assert (trial.judge_dtype, half.dtype) == ("float32", torch.bfloat16)
+    assert trial.bytes("auto") * 2 == found.exact_bytes, "of the model as it is served"
+    assert weights_digest(trial.judge) == weights_digest(half), "maps and calibrations fit both"
+    texts = trial.parts(text)[0]
+    (agreement, judged), (_, served) = trial.floor(texts), trial.floor(texts, served=True)
+    assert agreement == 1.0
+    assert judged < 1e-9, "nothing rounds beside the cache"
+    assert served > 1e-8
+    exact = Trial(llama, None, GOAL, tmp_path, False, 16, 32 << 20, 0, None, None)
+    assert exact.judge is llama
+
+
+def test_what_is_served_stands_beside_what_judges(found: Tuned) -> None:
+    assert found.served is None
+    assert found.judged_in == "float32"
+    noisy = Estimate(0.75, 0.7, 0.8), Estimate(0.002, 0.001, 0.003)
+    both = replace(found, served=noisy, goal=replace(found.goal, quality=0.76))
+    assert both.meets == (found.chosen.agreement.value >= 0.76)  # type: ignore[union-attr]
+    assert "the model's own rounding included: agreement 0.7500 (0.7000 to 0.8000)" in "\n".join(
+        summary(both)
+    )
+    facts = tomllib.loads(tuned_toml(both, "x.toml", {}))["tune"]
+    assert facts["served_agreement"] == [0.75, 0.7, 0.8]
+    assert facts["served_kl"] == [0.002, 0.001, 0.003]
+    assert facts["judged_in"] == "float32"
 
 
 def test_a_stopped_search_goes_on_and_finds_the_same(

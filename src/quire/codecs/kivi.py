@@ -41,6 +41,10 @@ class Codec(Coded):
     group: int = 32
     name: ClassVar[str] = "kivi"
     shown: ClassVar[tuple[str, ...]] = ("kivi:bits=4", "kivi:bits=2")
+    searched: ClassVar[tuple[str, ...]] = (
+        *shown,
+        *("kivi:bits=4,residual=32", "kivi:bits=2,residual=32"),
+    )
 
     def __post_init__(self) -> None:
         choose(self.name, "bits", self.bits, (2, 4))

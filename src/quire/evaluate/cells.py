@@ -17,6 +17,7 @@ from quire.evaluate.metrics import Estimate
 from quire.evaluate.report import Row
 from quire.models.memory import arena_bytes
 from quire.models.open import open_runner
+from quire.models.prepack import prepack
 
 __all__ = ["Cell", "Config", "Progress", "check_read", "open_cells"]
 
@@ -102,8 +103,14 @@ def open_cells(
     attention: str,
     chunk_tokens: int | None,
 ) -> Iterator[list[Cell]]:
-    """Cells of all configurations, which share `memory` evenly. Raises ConfigError, CapacityError."""
+    """Cells of all configurations, which share `memory` evenly. Raises ConfigError, CapacityError.
+
+    The model's weights are packed meanwhile where that pays (`prepack`), as they are when it is served.
+    """
     with ExitStack() as stack:
+        packed = prepack(model)
+        if packed is not None:
+            stack.callback(packed.restore)
         share = arena_bytes(memory, model.device) // len(configs)
         options = {"memory": share, "block_tokens": block_tokens, "attention": attention}
         yield [

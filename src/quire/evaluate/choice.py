@@ -91,8 +91,11 @@ class Tuned:
         chosen: with its figures on held-out text.
         uniform: the best uniform recipe within the budget, on the same text; None where none fits.
         gain: KL of the uniform recipe less the choice's, paired by token.
-        floor: agreement and KL of the exact cache with itself in another order of sums: what no codec can beat.
+        floor: agreement and KL of the exact cache with itself in another order of sums, as the model is served: there
+            no codec can beat it.
         held_tokens: predicted tokens of the held-out text.
+        judged_in: the dtype that all but `floor` and `served` is computed in.
+        served: agreement and KL of the choice as the model is served, on the same text; None where that is `judged_in`.
         step_bytes: the choice's peak where prompts find room for large steps; None for a policy's.
     """
 
@@ -111,10 +114,12 @@ class Tuned:
     injected: bool
     seed: int
     step_bytes: int | None = None
+    judged_in: str = ""
+    served: tuple[Estimate, Estimate] | None = None
 
     @property
     def meets(self) -> bool:
-        """Whether the choice has the quality that was asked for, on held-out text."""
+        """Whether the choice has the quality that was asked for, on held-out text, as it was judged."""
         return (
             self.chosen.agreement is not None and self.chosen.agreement.value >= self.goal.quality
         )

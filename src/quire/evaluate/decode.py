@@ -25,8 +25,10 @@ from quire.attention import Row, Step
 from quire.engine.runner import Item
 from quire.errors import ConfigError, InvariantError, RequestError
 from quire.evaluate.metrics import log_probs
+from quire.models.memory import free_bytes
 
 CHUNK_TOKENS = 256
+_CASTS = (torch.bfloat16, torch.float16, torch.float32)
 LOGITS_ELEMENTS = 1 << 24
 """Most logits of one chunk, so that a large vocabulary does not need gigabytes."""
 
@@ -330,3 +332,17 @@ def twin(model: Any) -> Any:
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     return copy.deepcopy(model, memo)
+
+
+def in_float32(model: Any) -> Any:
+    """The same weights computed with in float32, beside which only a cache rounds.
+
+    The model itself where it computes in that or more, holds weights that are no plain 16-bit numbers, or finds no room
+    for the copy, which takes four bytes a weight.
+    """
+    weights = list(model.parameters())
+    plain = all(type(p) is torch.nn.Parameter and p.dtype in _CASTS for p in weights)
+    needed = 4 * sum(p.numel() for p in weights)
+    if model.dtype not in _CASTS[:2] or not plain or needed > free_bytes(model.device) // 2:
+        return model
+    return copy.deepcopy(model).float()

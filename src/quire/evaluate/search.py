@@ -63,7 +63,7 @@ T = TypeVar("T", Form, Mix)
 def codecs_to_try(
     layers: Sequence[KVLayer | StateLayer], dtype: str, block_tokens: int
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """The recipes that serve a model in fewer bytes: what every codec shows of itself.
+    """The recipes that serve a model in fewer bytes: what every codec shows of itself, or has searched.
 
     Returns:
         Recipes, and those that do not serve it with the reason.
@@ -71,7 +71,8 @@ def codecs_to_try(
     found, refused = [], []
     exact = bytes_of(layers, "auto", dtype=dtype, block_tokens=block_tokens, context=1 << 16)
     for name in available():
-        for recipe in getattr(codec_class(name), "shown", (name,)):
+        codec = codec_class(name)
+        for recipe in getattr(codec, "searched", getattr(codec, "shown", (name,))):
             try:
                 size = bytes_of(
                     layers, recipe, dtype=dtype, block_tokens=block_tokens, context=1 << 16

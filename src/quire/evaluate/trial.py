@@ -11,7 +11,7 @@ from typing import Any
 from quire.errors import RequestError
 from quire.evaluate.cells import Config, Progress, open_cells
 from quire.evaluate.choice import Goal
-from quire.evaluate.decode import twin
+from quire.evaluate.decode import in_float32, twin
 from quire.evaluate.inject import inject
 from quire.evaluate.journal import Journal, digest_of
 from quire.evaluate.report import Layer, Row
@@ -57,6 +57,10 @@ class Trial:
         self.window_s = 0.0
         """Longest that a cache took for a window, on average over a part."""
         self.dtype = str(model.dtype).removeprefix("torch.")
+        """What the model is served in, and its exact cache kept in."""
+        self.judge = in_float32(model)
+        """What measures: the model, or a copy whose own sums round next to nothing."""
+        self.judge_dtype = str(self.judge.dtype).removeprefix("torch.")
         self.digest = weights_digest(model)
         runner = open_runner(twin(model), memory=1 << 26, weights="plain")
         self.layers = list(runner.bridge.shape.layers)  # type: ignore[union-attr]
@@ -147,7 +151,7 @@ class Trial:
         return bytes_of(
             self.layers,
             "auto",
-            dtype=self.dtype,
+            dtype=self.judge_dtype,
             block_tokens=self.block_tokens,
             context=self.goal.length,
         )
@@ -160,20 +164,25 @@ class Trial:
         texts: list[Any],
         part: str,
         attention: Sequence[str] = ("auto",),
+        *,
+        served: bool = False,
     ) -> tuple[list[Row], list[Any]]:
-        """Rows of configurations, and per-token values of each: nll, kl, agreement."""
-        tag = digest_of([part, [list(c) for c in configs], list(attention)])
+        """Rows of configurations, and per-token values of each: nll, kl, agreement.
+
+        Args:
+            served: computed in the dtype that the model is served in, not as it is judged.
+        """
+        model = self.model if served else self.judge
+        tag = digest_of([part, [list(c) for c in configs], list(attention), str(model.dtype)])
         with ExitStack() as stack:
-            outliers = (
-                stack.enter_context(inject(self.model, seed=self.seed)) if self.injected else None
-            )
+            outliers = stack.enter_context(inject(model, seed=self.seed)) if self.injected else None
             cells = []
             for some, backend in zip(
                 ([("auto", "full")], configs), (attention[0], attention[-1]), strict=True
             ):
                 cells += stack.enter_context(
                     open_cells(
-                        self.model,
+                        model,
                         list(some),
                         outliers,
                         memory=self.arena(len(some)),
@@ -195,9 +204,10 @@ class Trial:
                 {n: c.all(n) for n in ("kl", "agreement", "nll") if n in c.values} for c in cells
             ]
 
-    def floor(self, texts: list[Any]) -> tuple[float, float]:
+    def floor(self, texts: list[Any], *, served: bool = False) -> tuple[float, float]:
         """Agreement and KL of the exact cache with itself where another backend adds up in another order."""
-        rows, _ = self.rows([("auto", "full")], texts, "rounding", ("auto", "reference"))
+        order = ("auto", "reference")
+        rows, _ = self.rows([("auto", "full")], texts, "rounding", order, served=served)
         by = {r.metric: r.value for r in rows}
         return by["agreement"], by["kl"]
 
@@ -205,7 +215,7 @@ class Trial:
         """Every layer's keys and values alone, under every recipe, as far as a half of the time goes."""
         ids = [int(t) for e in texts for t in e.tokens]
         return sensitivity(
-            self.model,
+            self.judge,
             None,
             recipes,
             ids,

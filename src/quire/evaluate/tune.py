@@ -6,7 +6,8 @@
             alone
 
 Losses of layers add up well enough to rank mixes and not to promise anything: what is promised is measured, as a whole,
-through the cache, on text that had no part in the choice.
+through the cache, on text that had no part in the choice. A 16-bit model is judged on a copy in float32, whose own
+rounding moves no likely token: bytes are those of the model as it is served, and so is one more figure of the choice.
 """
 
 from __future__ import annotations
@@ -79,10 +80,11 @@ def tune(
     if codecs:
         recipes, refused = list(codecs), []
     rejected = [(name, why) for name, why in refused]
-    floor = trial.floor(parts[0])
+    floor = trial.floor(parts[0], served=True)
+    rounding = floor if trial.judge is model else trial.floor(parts[0])
     layers = trial.sensitivity(recipes, parts[0])
-    heads = heads_alone(trial, recipes, layers, floor[1], budget, parts[0])
-    found = candidates(trial, recipes, layers, floor[1], budget, rejected, heads)
+    heads = heads_alone(trial, recipes, layers, rounding[1], budget, parts[0])
+    found = candidates(trial, recipes, layers, rounding[1], budget, rejected, heads)
     if not found:
         least = min(trial.bytes(r) for r in ["auto", *recipes])
         raise CapacityError(
@@ -232,7 +234,8 @@ def _finish(
             c.why = f"KL {c.kl.value:.2e} where the choice has {chosen.loss:.2e}"
     pair = [chosen] if uniform is None or uniform is chosen else [chosen, uniform]
     front = tuple(replace(c) for c in measured)  # with their figures on the text that chose
-    fit = trial.left() * 60 * trial.goal.minutes / max(1e-9, trial.window_s * (1 + len(pair)))
+    passes = 1 + len(pair) + (0 if trial.judge is trial.model else 2)
+    fit = trial.left() * 60 * trial.goal.minutes / max(1e-9, trial.window_s * passes)
     texts = texts[: max(2, int(fit))]
     rows, values = trial.rows([c.config for c in pair], texts, "held out")
     _note(pair, rows)
@@ -245,6 +248,11 @@ def _finish(
         if uniform is not None and gain.high is not None and gain.high < 0:
             rejected.append((chosen.label, "worse than the best uniform recipe on held-out text"))
             chosen, gain = uniform, None
+    served = None
+    if trial.judge is not trial.model:
+        own, _ = trial.rows([chosen.config], texts, "as served", served=True)
+        by = {r.metric: Estimate(r.value, r.low, r.high) for r in own}
+        served = by["agreement"], by["kl"]
     return Tuned(
         trial.goal,
         *sizes,
@@ -260,6 +268,8 @@ def _finish(
         trial.injected,
         trial.seed,
         trial.step_bytes(chosen.kv) if chosen.keep == "full" else None,
+        trial.judge_dtype,
+        served,
     )
 
 

@@ -25,10 +25,18 @@ def summary(found: Tuned) -> list[str]:
     lines = [
         f"{c.label}: {c.n_bytes:,} bytes for {goal.users:,} x {goal.context:,} tokens, {c.peak_bytes:,} at the peak",
         f"{share:.1%} of the exact cache's {found.exact_bytes:,}; budget {found.budget:,}",
-        f"held out, {found.held_tokens:,} tokens: top-1 agreement {_interval(c.agreement, '.4f')}",
+        f"held out, {found.held_tokens:,} tokens in {found.judged_in}: top-1 agreement {_interval(c.agreement, '.4f')}",
         f"    KL {_interval(c.kl, '.2e')}",
-        f"the exact cache with its sums in another order: agreement {found.floor[0]:.4f}, KL {found.floor[1]:.2e}",
     ]
+    if found.served is not None:
+        lines.append(
+            f"as it is served, the model's own rounding included: agreement {_interval(found.served[0], '.4f')}, "
+            f"KL {_interval(found.served[1], '.2e')}"
+        )
+    lines.append(
+        f"the exact cache there with its sums in another order: agreement {found.floor[0]:.4f}, "
+        f"KL {found.floor[1]:.2e}"
+    )
     if found.gain is not None and found.uniform is not None:
         lines.append(
             f"KL less than the best uniform recipe's ({found.uniform.label}): {_interval(found.gain, '+.2e')}, paired"
@@ -72,12 +80,15 @@ def tuned_toml(found: Tuned, name: str, choices: Mapping[str, Any]) -> str:
         "held_out_tokens": found.held_tokens,
         "agreement": _list(c.agreement),
         "kl": _list(c.kl),
+        "judged_in": found.judged_in,
         "rounding_agreement": found.floor[0],
         "rounding_kl": found.floor[1],
         "weights": found.digest,
         "injected": found.injected,
         "seed": found.seed,
     }
+    if found.served is not None:
+        facts |= {"served_agreement": _list(found.served[0]), "served_kl": _list(found.served[1])}
     if found.step_bytes is not None:
         facts["peak_bytes_in_large_steps"] = found.step_bytes
     if found.uniform is not None:
