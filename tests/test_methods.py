@@ -67,6 +67,7 @@ def test_bars_are_met_or_missed_and_signs_are_judged_by_loss_and_divergence() ->
             row("a.txt", "kvquant:bits=2,qnorm=false", 9.5, 0.03, tokens=4092),
             row("a.txt", "kvquant:bits=2", 11.0, 0.04, tokens=4092),
             row("b.txt", "kvquant:bits=2", 11.0, 0.04, tokens=4092),
+            row("a.txt", "kvquant:bits=3", 7.0, 0.04, tokens=99_999) | {"length": 4096},
         ],
         made().read_recall(RECALL),
     )
@@ -75,6 +76,8 @@ def test_bars_are_met_or_missed_and_signs_are_judged_by_loss_and_divergence() ->
         if line[:1] == "|":
             lines.setdefault(line.split("|")[1].strip(), line)
     assert "+1.50 % (+0.49 to +2.52) | 2 % | met | +2.50 % | +4.50 %" in lines["`kvquant:bits=3`"]
+    assert "## Windows of 4,096 tokens\n" in page, "longer windows stand by themselves"
+    assert "| `kvquant:bits=3` | 960 | +7.00 % (+5.94 to +8.08) | 0.0400 | 99,999 |" in page
     assert "| 50 % | **missed** |" in lines["`cq:form=8c8b`"]
     signs = {
         "keys before RoPE, not after": "| as published |",

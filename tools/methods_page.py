@@ -205,24 +205,27 @@ def page(rows: Rows, recall: Recall) -> str:
     texts = list(dict.fromkeys(r["text"] for r in rows))
     first = texts[0]
     other = next((t for t in texts[1:]), "")
+    every, length = rows, rows[0]["length"]
+    rows = [r for r in every if r["length"] == length]
     most = max(r["tokens"] for r in rows)
     there = max((r["tokens"] for r in rows if r["text"] == other), default=0)
     lines = [
         HEAD
         + f"Here: the packaged model (5 M parameters), {most:,} tokens of `{first}` in windows of "
-        f"{rows[0]['length']:,} unless a figure says fewer; the other domain is {there:,} tokens of `{other}`. Learned "
+        f"{length:,} unless a figure says fewer; the other domain is {there:,} tokens of `{other}`. Learned "
         "from another part of the first text. A first token in 16 bits takes a raw block of 64, which at this length "
         "is 192 of kvquant's bytes a token.",
         *_claims(rows, first),
         *_bars(rows, first, other),
         *_signs(rows, first),
+        *_generated([r for r in every if r["length"] > length]),
         *_policies(recall),
         "",
         "## Every figure",
         "",
-        "| Text | Tokens | Outliers | Codec | Bytes a token | Loss, nats | KL | Same top token |",
-        "| --- | --: | --- | --- | --: | --: | --: | --: |",
-        *map(_figure, rows),
+        "| Text | Tokens | Window | Outliers | Codec | Bytes a token | Loss, nats | KL | Same top token |",
+        "| --- | --: | --: | --- | --- | --: | --: | --: | --: |",
+        *map(_figure, every),
     ]
     return "\n".join([*lines, ""])
 
@@ -269,6 +272,27 @@ def _signs(rows: Rows, first: str) -> Iterator[str]:
         sides = " | ".join(f"`{r['kv']}` | {r['dnll']:+.4f} | {r['kl']:.4f}" for r in both)
         what = f"{sign.what}{', injected' if injected else ''}"
         yield f"| {what} | {sides} | {both[0]['tokens']:,} | {_sign(*both)} |"
+
+
+def _generated(rows: Rows) -> Iterator[str]:
+    """What longer windows say, in which more tokens stand behind one prompt."""
+    for (text, length, injected), some in itertools.groupby(
+        sorted(rows, key=lambda r: (r["text"], r["length"], r["injected"], -r["tokens"])),
+        key=lambda r: (r["text"], r["length"], r["injected"]),
+    ):
+        found = list(some)
+        yield from ("", f"## Windows of {length:,} tokens{', injected' if injected else ''}", "")
+        yield (
+            f"`{text}`; every query reads the cache as it is when that token is decoded, so that the last one of a window "
+            f"has {length - 2:,} cached tokens before it."
+        )
+        yield from ("", "| Codec | Bytes a token | Growth of perplexity | KL | Tokens |")
+        yield "| --- | --: | --: | --: | --: |"
+        for r in found:
+            yield (
+                f"| `{r['kv']}` | {r['bytes_per_token']:,.0f} | {growth(r):+.2f} % ({growth(r, 'dnll_low'):+.2f} to "
+                f"{growth(r, 'dnll_high'):+.2f}) | {r['kl']:.4f} | {r['tokens']:,} |"
+            )
 
 
 def _policies(recall: Recall) -> Iterator[str]:
@@ -319,7 +343,8 @@ def _policy_sign(known: Iterable[tuple[float, float]]) -> str:
 
 def _figure(row: Row) -> str:
     return (
-        f"| {row['text']} | {row['tokens']:,} | {'injected' if row['injected'] else ''} | `{row['kv']}` | "
+        f"| {row['text']} | {row['tokens']:,} | {row['length']:,} | {'injected' if row['injected'] else ''} | "
+        f"`{row['kv']}` | "
         f"{row['bytes_per_token']:,.0f} | {row['dnll']:+.4f} "
         f"({row['dnll_low']:+.4f} to {row['dnll_high']:+.4f}) | {row['kl']:.4f} | "
         f"{100 * row['agreement']:.1f} % |"

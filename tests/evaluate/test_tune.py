@@ -7,8 +7,10 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +22,9 @@ from quire.evaluate.choice import Candidate, Goal, Tuned
 from quire.evaluate.decode import twin
 from quire.evaluate.journal import Journal
 from quire.evaluate.metrics import Estimate
+from quire.evaluate.report import Row
 from quire.evaluate.trial import Trial
-from quire.evaluate.tune import _policy, tune
+from quire.evaluate.tune import _finish, _policy, tune
 from quire.evaluate.tuned import summary, tuned_page, tuned_toml
 from quire.models.load import weights_digest
 from quire.models.open import open_runner
@@ -153,6 +156,36 @@ def test_what_is_served_stands_beside_what_judges(found: Tuned) -> None:
     assert facts["served_agreement"] == [0.75, 0.7, 0.8]
     assert facts["served_kl"] == [0.002, 0.001, 0.003]
     assert facts["judged_in"] == "float32"
+
+
+@pytest.mark.parametrize(("held_out", "label"), [((0.3, 0.1), "int4"), ((0.1, 0.3), "map 1")])
+def test_a_choice_that_is_worse_than_the_uniform_recipe_on_held_out_text_is_given_up(
+    held_out: tuple[float, float], label: str
+) -> None:
+    """By the paired interval, whatever the text that chose has said."""
+    mapped = Candidate("map:x", "full", "map", 9, 9, "[map]", number=1, kl=Estimate(0.1, 0.1, 0.1))
+    uniform = Candidate("int4", "full", "uniform", 9, 9, kl=Estimate(0.2, 0.2, 0.2))
+    spread = np.linspace(-0.01, 0.01, 128)
+
+    def rows(configs: list[Any], texts: list[Any], part: str) -> Any:
+        assert [kv for kv, _ in configs] == ["map:x", "int4"]
+        figures = [
+            Row(kv, keep, "ppl", metric, value, None, None, 1.0, 128, 65)
+            for (kv, keep), value in zip(configs, held_out, strict=True)
+            for metric in ("kl", "agreement")
+        ]
+        return figures, [{}, *({"kl": value + spread} for value in held_out)]
+
+    model = torch.nn.Linear(1, 1)
+    trial: Any = SimpleNamespace(
+        model=model, judge=model, judge_dtype="float32", tokenizer=None, goal=GOAL, seed=0,
+        injected=False, window_s=1.0, left=lambda: 1.0, rows=rows, step_bytes=lambda kv: 9,
+    )  # fmt: skip
+    rejected: list[tuple[str, str]] = []
+    found = _finish(trial, [mapped, uniform], (), (1.0, 0.0), [0, 1], (10, 20), rejected)
+    assert found.chosen.label == label
+    given_up = ("map 1", "worse than the best uniform recipe on held-out text")
+    assert (given_up in rejected) == (found.gain is None) == (label == "int4")
 
 
 def test_a_stopped_search_goes_on_and_finds_the_same(
