@@ -283,15 +283,14 @@ def _generated(rows: Rows) -> Iterator[str]:
         found = list(some)
         yield from ("", f"## Windows of {length:,} tokens{', injected' if injected else ''}", "")
         yield (
-            f"`{text}`; every query reads the cache as it is when that token is decoded, so that the last one of a window "
-            f"has {length - 2:,} cached tokens before it."
+            f"`{text}`; every query reads the cache as it is when that token is decoded, so that the last one of a "
+            f"window has {length - 2:,} tokens before it."
         )
         yield from ("", "| Codec | Bytes a token | Growth of perplexity | KL | Tokens |")
         yield "| --- | --: | --: | --: | --: |"
         for r in found:
             yield (
-                f"| `{r['kv']}` | {r['bytes_per_token']:,.0f} | {growth(r):+.2f} % ({growth(r, 'dnll_low'):+.2f} to "
-                f"{growth(r, 'dnll_high'):+.2f}) | {r['kl']:.4f} | {r['tokens']:,} |"
+                f"| `{r['kv']}` | {r['bytes_per_token']:,.0f} | {_spread(r)} | {r['kl']:.4f} | {r['tokens']:,} |"
             )
 
 
@@ -358,12 +357,15 @@ def _two(row: Row | None) -> str:
 def _grown(row: Row | None, *, interval: bool = False) -> str:
     if row is None:
         return ""
-    text = f"{growth(row):+.2f} %"
-    if interval:
-        text += f" ({growth(row, 'dnll_low'):+.2f} to {growth(row, 'dnll_high'):+.2f})"
+    text = _spread(row) if interval else f"{growth(row):+.2f} %"
     if row["tokens"] < FEW:
         text += f" of {row['tokens']:,}"
     return text
+
+
+def _spread(row: Row) -> str:
+    low, high = growth(row, "dnll_low"), growth(row, "dnll_high")
+    return f"{growth(row):+.2f} % ({low:+.2f} to {high:+.2f})"
 
 
 def _sign(better: Row, worse: Row) -> str:

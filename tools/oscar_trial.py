@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
 
 from quire.codecs import kivi, recipe  # noqa: E402 - found by the line above
+from quire.codecs.coded import Turned  # noqa: E402
 from quire.spec import Field, Site  # noqa: E402
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ LEAST = 2.0**-14
 
 
 @dataclass(frozen=True)
-class Codec(kivi.Codec):
+class Codec(Turned, kivi.Codec):
     """Parameters of `kivi`, and `rotate` and `norm`: true or false."""
 
     rotate: bool = True
@@ -55,7 +56,7 @@ class Codec(kivi.Codec):
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         from quire.ops.quantise import half
 
-        y = self._turned(x.float())
+        y = self.turned(x.float())
         if not self._lengths(site):
             return super().encode(site, y, pos)
         norm = half(y.norm(dim=-1, keepdim=True).clamp_min(LEAST))
@@ -75,23 +76,11 @@ class Codec(kivi.Codec):
         y = super().decode(site, stored, pos, torch.float32)
         if self._lengths(site):
             y = y * stored["norm"].float().unsqueeze(-1)
-        return (y if own_basis else self._turned(y)).to(dtype)
-
-    def query_map(self, site: Site, q: torch.Tensor) -> torch.Tensor:
-        return self._turned(q)
-
-    def output_map(self, site: Site, out: torch.Tensor) -> torch.Tensor:
-        return self._turned(out)
+        return (y if own_basis else self.turned(y)).to(dtype)
 
     def _lengths(self, site: Site) -> bool:
         """Whether tokens are divided by their lengths."""
         return self.norm and not site.values
-
-    def _turned(self, x: torch.Tensor) -> torch.Tensor:
-        """Into the codec's basis and out of it."""
-        from quire.ops.rotate import hadamard
-
-        return hadamard(x) if self.rotate else x
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from quire.errors import ConfigError
-from quire.spec import Field, Packing, Site
+from quire.spec import Field, Packing, Site, hadamard_width
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,34 @@ class Coded:
         from quire.ops.pack import unpack_keys, unpack_values
 
         return (unpack_values if site.values else unpack_keys)(packed, bits).float()
+
+
+class Turned(Coded):
+    """A codec that works on rotated keys and values, or with `rotate=false` on those of the model."""
+
+    rotate: bool
+
+    def query_map(self, site: Site, q: torch.Tensor) -> torch.Tensor:
+        return self.turned(q)
+
+    def output_map(self, site: Site, out: torch.Tensor) -> torch.Tensor:
+        return self.turned(out)
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """Into the codec's basis and out of it."""
+        from quire.ops.rotate import hadamard
+
+        return hadamard(x) if self.rotate else x
+
+    def turned_bound(self, site: Site, x: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+        """The error of x where that of the rotated x is at most `bound`: a rotation's row is a vector of length one."""
+        if not self.rotate:
+            return bound
+        blocks = (-1, hadamard_width(site.width))
+        size = x.double().unflatten(-1, blocks).norm(dim=-1, keepdim=True)
+        turned = bound.unflatten(-1, blocks).norm(dim=-1, keepdim=True) + 2.0**-19 * size
+        every: torch.Tensor = turned.expand(*turned.shape[:-1], blocks[1]).flatten(-2)
+        return every
 
 
 def choose(codec: str, parameter: str, value: object, choices: tuple[object, ...]) -> None:

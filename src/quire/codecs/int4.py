@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from quire.codecs.coded import Coded, affine_fields, choose
+from quire.codecs.coded import Turned, affine_fields, choose
 from quire.errors import ConfigError
 from quire.spec import Field, Packing, Site, hadamard_width
 
@@ -33,7 +33,7 @@ LEVELS = 15
 
 
 @dataclass(frozen=True)
-class Codec(Coded):
+class Codec(Turned):
     """Parameters `group`: channels that share a scale, `head` for all of a head's; `rotate`: true or false."""
 
     group: int | str = "head"
@@ -59,7 +59,7 @@ class Codec(Coded):
     def encode(self, site: Site, x: torch.Tensor, pos: torch.Tensor) -> dict[str, torch.Tensor]:
         from quire.ops.quantise import affine
 
-        codes, scale, low = affine(self._groups(site, self._turned(x.float())), -1, LEVELS)
+        codes, scale, low = affine(self._groups(site, self.turned(x.float())), -1, LEVELS)
         return {
             "codes": self.pack(site, codes.flatten(-2), 4),
             "scale": scale.squeeze(-1).transpose(-1, -2),
@@ -77,33 +77,15 @@ class Codec(Coded):
     ) -> torch.Tensor:
         scale, low = (stored[n].float().transpose(-1, -2).unsqueeze(-1) for n in ("scale", "min"))
         x = (self._groups(site, self.unpack(site, stored["codes"], 4)) * scale + low).flatten(-2)
-        return (x if own_basis else self._turned(x)).to(dtype)
-
-    def query_map(self, site: Site, q: torch.Tensor) -> torch.Tensor:
-        return self._turned(q)
-
-    def output_map(self, site: Site, out: torch.Tensor) -> torch.Tensor:
-        return self._turned(out)
+        return (x if own_basis else self.turned(x)).to(dtype)
 
     def error_bound(self, site: Site, x: torch.Tensor) -> torch.Tensor:
         from quire.ops.quantise import affine_bound
 
         bound: torch.Tensor = affine_bound(
-            self._groups(site, self._turned(x.float())), -1, LEVELS
+            self._groups(site, self.turned(x.float())), -1, LEVELS
         ).flatten(-2)
-        if not self.rotate:
-            return bound
-        blocks = (-1, hadamard_width(site.width))  # a rotation's row is a vector of length one
-        size = x.double().unflatten(-1, blocks).norm(dim=-1, keepdim=True)
-        turned = bound.unflatten(-1, blocks).norm(dim=-1, keepdim=True) + 2.0**-19 * size
-        every: torch.Tensor = turned.expand(*turned.shape[:-1], blocks[1]).flatten(-2)
-        return every
-
-    def _turned(self, x: torch.Tensor) -> torch.Tensor:
-        """Into the codec's basis and out of it."""
-        from quire.ops.rotate import hadamard
-
-        return hadamard(x) if self.rotate else x
+        return self.turned_bound(site, x, bound)
 
     def _group(self, site: Site) -> int:
         group = site.width if self.group == "head" else int(self.group)

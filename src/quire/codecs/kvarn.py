@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from quire.codecs.coded import Coded, affine_fields, choose
+from quire.codecs.coded import Turned, affine_fields, choose
 from quire.errors import ConfigError
 from quire.spec import Field, Site
 
@@ -38,7 +38,7 @@ _LEAST = 2.0**-14
 
 
 @dataclass(frozen=True)
-class Codec(Coded):
+class Codec(Turned):
     """Parameters `key_bits`, `value_bits`: 2 or 4; `tile`: tokens, 16, 32, 64 or 128; `rotate`: true or false."""
 
     key_bits: int = 4
@@ -95,35 +95,21 @@ class Codec(Coded):
         norm = stored["norm"].float().unsqueeze(self._other(site))
         codes = self._tiles(self.unpack(site, stored["codes"], self._bits(site)))
         x = ((codes * scale + low) * norm).flatten(-3, -2)
-        return (x if own_basis else self._turned(x)).to(dtype)
-
-    def query_map(self, site: Site, q: torch.Tensor) -> torch.Tensor:
-        return self._turned(q)
-
-    def output_map(self, site: Site, out: torch.Tensor) -> torch.Tensor:
-        return self._turned(out)
+        return (x if own_basis else self.turned(x)).to(dtype)
 
     def error_bound(self, site: Site, x: torch.Tensor) -> torch.Tensor:
         from quire.ops.quantise import affine_bound
-        from quire.ops.rotate import hadamard_width
 
-        tiles = self._tiles(self._turned(x.float()))
+        tiles = self._tiles(self.turned(x.float()))
         norm = self._norm(site, tiles).double()
         bound = affine_bound((tiles / norm).float(), self._dim(site), self._levels(site)) * norm
         bound = bound.flatten(-3, -2) + 2.0**-20 * x.double().abs()
-        if not self.rotate:
-            return bound
-        blocks = (-1, hadamard_width(site.width))  # a rotation's row is a vector of length one
-        size = x.double().unflatten(-1, blocks).norm(dim=-1, keepdim=True)
-        turned = bound.unflatten(-1, blocks).norm(dim=-1, keepdim=True)
-        turned = turned + 2.0**-19 * size
-        every: torch.Tensor = turned.expand(*turned.shape[:-1], blocks[1]).flatten(-2)
-        return every
+        return self.turned_bound(site, x, bound)
 
     def _coded(self, site: Site, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         from quire.ops.quantise import affine
 
-        tiles = self._tiles(self._turned(x.float()))
+        tiles = self._tiles(self.turned(x.float()))
         norm = self._norm(site, tiles)
         return *affine(tiles / norm.float(), self._dim(site), self._levels(site)), norm
 
@@ -156,9 +142,3 @@ class Codec(Coded):
         """`[..., B, D]` to `[..., B / T, T, D]`."""
         tiles: torch.Tensor = x.unflatten(-2, (-1, self.tile))
         return tiles
-
-    def _turned(self, x: torch.Tensor) -> torch.Tensor:
-        """Into the codec's basis and out of it."""
-        from quire.ops.rotate import hadamard
-
-        return hadamard(x) if self.rotate else x
