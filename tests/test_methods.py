@@ -122,6 +122,24 @@ def test_new_figures_join_the_old_ones(tmp_path: Path, monkeypatch: pytest.Monke
     assert "nll" not in found[0]
 
 
+def test_what_the_repository_knows_need_not_be_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many tokens in as long windows: fewer are no answer, and other windows another question."""
+    methods = tool()
+    monkeypatch.setattr(methods, "BATCHES", (("first", False, ("int4", "int8")),))
+    rows = [row("a", "int4", 1.0, 0.1), row("a", "int8", 1.0, 0.1, tokens=4092)]
+    assert methods.known_to(rows, 1024, 51_200) == rows[:1]
+    assert methods.known_to(rows, 1024, 4096) == rows[1:]
+    assert methods.known_to(rows, 2048, 51_200) == []
+    args = (tmp_path, tmp_path / "no", [tmp_path / "a"], 51_200, 1024, 0.0, None)
+    assert methods.run(*args, rows), (
+        "nothing is missing, so that no model is loaded and no text read"
+    )
+    with pytest.raises(FileNotFoundError):
+        methods.run(*args, rows[:1])
+
+
 def test_the_trial_of_oscar_is_kivi_of_rotated_and_evened_keys() -> None:
     """By hand; and it is gone from the registry afterwards."""
     trial = load_tool("oscar_trial")

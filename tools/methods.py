@@ -3,6 +3,7 @@
     python tools/methods.py --learn wikitext2-tail.txt --texts wikitext2-valid.txt moby_dick.txt --work DIR
     python tools/methods.py --work DIR --write docs/methods.md      what is in DIR to docs/methods.jsonl, and the page
     python tools/methods.py --write docs/methods.md                 the page alone
+    python tools/methods.py --missing --learn … --texts … --work DIR        what the repository has no figure of
 
 Calibrates every variant that a claim needs, scores all of them in decode mode, plain and with injected outliers, and
 keeps each figure in DIR/rows.jsonl: what is there is not computed again, and a run that was killed goes on. One capture
@@ -193,6 +194,11 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[k] for k in KEPT[:5])
 
 
+def known_to(rows: Rows, length: int, max_tokens: int) -> Rows:
+    """Those of about as many tokens in windows as long."""
+    return [r for r in rows if r["length"] == length and abs(r["tokens"] - max_tokens) < 2 * length]
+
+
 def run(
     work: Path,
     learn: Path,
@@ -201,15 +207,17 @@ def run(
     length: int,
     seconds: float,
     batch: int | None = None,
+    elsewhere: Rows = [],  # noqa: B006 - read alone
 ) -> bool:
-    """What is not known yet, until the time is up; whether all is known now."""
+    """What is not known yet, in the folder or elsewhere, until the time is up; whether all is known now."""
     bench: Bench | None = None
     began = time.monotonic()
     for i, (which, injected, recipes) in enumerate(BATCHES):
         if (which == "second" and len(texts) < 2) or (batch is not None and i != batch):
             continue
         text = texts[FAR_TEXT_AT if which == "second" else 0]
-        known = {(r["text"], r["injected"], r["kv"]) for r in read_rows(work / "rows.jsonl")}
+        rows = [*elsewhere, *read_rows(work / "rows.jsonl")]
+        known = {(r["text"], r["injected"], r["kv"]) for r in rows}
         missing = [r for r in recipes if (text.name, injected, r) not in known]
         if not missing:
             continue
@@ -233,6 +241,7 @@ def main() -> None:
     p.add_argument("--max-tokens", type=int, default=51_200, help="of each text")
     p.add_argument("--length", type=int, default=1024, help="tokens of a window")
     p.add_argument("--batch", type=int, help=f"only this of BATCHES, 0 to {len(BATCHES) - 1}")
+    p.add_argument("--missing", action="store_true", help=f"nothing that {FIGURES.name} has")
     p.add_argument("--write", type=Path, help="the page")
     p.add_argument("--seconds", type=float, default=math.inf, help="ends soon after so many")
     args = p.parse_args()
@@ -242,7 +251,9 @@ def main() -> None:
                 "figures are made in a folder, from a text to learn from: give --work and --learn"
             )
         args.work.mkdir(parents=True, exist_ok=True)
-        options = (args.max_tokens, args.length, args.seconds, args.batch)
+        there = read_rows(FIGURES) if args.missing else []
+        elsewhere = known_to(there, args.length, args.max_tokens)
+        options = (args.max_tokens, args.length, args.seconds, args.batch, elsewhere)
         with registered(), wide_products():
             whole = run(args.work, args.learn, args.texts, *options)
         print("all is known" if whole else "more is to be done: call again")
