@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +13,8 @@ from torch import nn
 from quire.errors import InvariantError
 from quire.kernels import native
 from quire.models.panels import (
+    Laid,
     PanelWeight,
-    args_for,
     blocks_of,
     from_panels,
     multiplier,
@@ -40,6 +42,22 @@ def near(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor
     assert ((got.double() - want).abs() <= room).all()
 
 
+def laid(
+    panels: torch.Tensor,
+    n: int,
+    k: int,
+    scales: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> Laid:
+    words, panel = panels.shape[1:3]
+    return Laid(panels.data_ptr(), panels, n, k, words, panel, scales, bias)
+
+
+def alone(layer: Laid, isa: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    multiply = multiplier(layer, isa=isa)
+    return lambda x: multiply(x)[0]
+
+
 @needs_kernels
 @given(
     rows=st.one_of(st.integers(1, 40), st.integers(90, 200)),
@@ -61,8 +79,7 @@ def test_the_kernel_is_the_product(
     b = torch.randn(n, generator=random).bfloat16() if bias else None
     panels = to_panels(w, panel, (k + 1) // 2 + more_words)
     assert torch.equal(from_panels(panels, n, k), w)
-    args = args_for(panels.data_ptr(), n, k, panel, panels.shape[1], b)
-    multiply = multiplier(args, b, isa)
+    multiply = alone(laid(panels, n, k, bias=b), isa)
     got = multiply(x)
     near(got, x, w, b)
     for row in {0, rows // 2, rows - 1}:
@@ -93,12 +110,46 @@ def test_eight_bits_are_multiplied_as_they_decode(
     decoded = codes.double() * scales.double()[:, None]
     assert ((decoded - w.double()).abs() <= 0.501 * scales[:, None]).all()
     panels = to_panels(codes)
-    args = args_for(panels.data_ptr(), n, k, 16, panels.shape[1], b)
-    args.scales = scales.data_ptr()
-    multiply = multiplier(args, b, isa)
+    multiply = alone(laid(panels, n, k, scales, b), isa)
     got = multiply(x)
     near(got, x, decoded, b)
     assert torch.equal(multiply(x[:1]), got[:1])
+
+
+@needs_kernels
+@given(
+    rows=st.one_of(st.integers(1, 17), st.integers(90, 110)),
+    widths=st.lists(sizes, min_size=2, max_size=4),
+    k=sizes,
+    panels=st.lists(st.sampled_from([16, 32, 64]), min_size=4, max_size=4),
+    eight=st.lists(st.booleans(), min_size=4, max_size=4),
+    isa=st.sampled_from(LEVELS or [0]),
+    seed=st.integers(0, 99),
+)
+def test_layers_of_one_input_are_each_the_layer_alone(
+    rows: int,
+    widths: list[int],
+    k: int,
+    panels: list[int],
+    eight: list[bool],
+    isa: int,
+    seed: int,
+) -> None:
+    """Bit for bit, with and without a bias, 16 and 8 bits side by side."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, k, generator=random).bfloat16()
+    layers = []
+    for i, n in enumerate(widths):
+        w, scales = torch.randn(n, k, generator=random).bfloat16(), None
+        bias = torch.randn(n, generator=random).bfloat16() if i % 2 else None
+        if eight[i]:
+            w, scales = to_int8(w)
+        layers.append(laid(to_panels(w, panels[i]), n, k, scales, bias))
+    got = multiplier(*layers, isa=isa)(x)
+    for layer, out in zip(layers, got, strict=True):
+        assert torch.equal(out, alone(layer, isa)(x))
+    with pytest.raises(InvariantError, match="not the kernel's"):
+        multiplier(layers[0], laid(to_panels(torch.randn(5, k + 2).bfloat16()), 5, k + 2))
 
 
 @needs_kernels
@@ -106,7 +157,7 @@ def test_eight_bits_are_multiplied_as_they_decode(
 def test_threads_share_the_work_and_change_nothing(threads: int) -> None:
     w, x = torch.randn(300, 520).bfloat16(), torch.randn(200, 520).bfloat16()
     panels = to_panels(w)
-    multiply = multiplier(args_for(panels.data_ptr(), 300, 520, 16, 260, None), None)
+    multiply = alone(laid(panels, 300, 520))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -147,7 +198,7 @@ def test_a_bias_of_another_kind_is_refused() -> None:
     panels = to_panels(torch.randn(20, 33).bfloat16())
     bias = torch.randn(20)
     with pytest.raises(InvariantError, match="not the kernel's"):
-        multiplier(args_for(panels.data_ptr(), 20, 33, 16, 17, bias), bias)
+        multiplier(laid(panels, 20, 33, bias=bias))
 
 
 @pytest.mark.parametrize("panel", [64, 48, 32, 16])

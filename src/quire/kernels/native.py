@@ -19,7 +19,7 @@ from quire.kernels.build import LIBRARY
 
 log = logging.getLogger("quire")
 
-ABI = 6
+ABI = 7
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 ROWS = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 """Kinds of fields that are rows, by the dtype of their elements."""
@@ -134,13 +134,23 @@ class EncodeArgs(Structure):
     )
 
 
+class LinearLayer(Structure):
+    """One of the layers of `linear`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "scales", "bias", "out")),
+        ("out_row", c_int64),
+        *((name, c_int32) for name in ("n", "panel")),
+    )
+
+
 class LinearArgs(Structure):
     """Arguments of `linear`."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("weight", "scales", "bias", "x", "out")),
-        *((name, c_int64) for name in ("x_row", "out_row")),
-        *((name, c_int32) for name in ("rows", "n", "k", "k_words", "panel", "threads", "isa")),
+        *((name, c_void_p) for name in ("layers", "x")),
+        ("x_row", c_int64),
+        *((name, c_int32) for name in ("n_layers", "rows", "k", "k_words", "threads", "isa")),
     )
 
 
@@ -172,7 +182,7 @@ class Library:
             raise InvariantError("the gathering kernel was given what it does not serve")
 
     def linear(self, args: LinearArgs) -> None:
-        """A linear layer over packed weights."""
+        """Linear layers of one input, over packed weights."""
         if self._linear(byref(args)):
             raise InvariantError("the linear kernel was given what it does not serve")
 

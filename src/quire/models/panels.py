@@ -11,6 +11,8 @@ oneDNN's own blocks are found to be panels (of 64 outputs, say), the same kernel
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import addressof
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -20,13 +22,14 @@ from torch.utils import _pytree as pytree
 
 from quire.errors import InvariantError
 from quire.kernels import native
-from quire.kernels.native import LinearArgs
+from quire.kernels.native import LinearArgs, LinearLayer
 
 __all__ = [
     "PANEL",
+    "Laid",
     "PanelWeight",
-    "args_for",
     "blocks_of",
+    "laid_out",
     "multiplier",
     "panel_forward",
     "to_panels",
@@ -133,52 +136,84 @@ def blocks_of(address: int, n_bytes: int, plain: Tensor) -> tuple[int, int] | No
     return None
 
 
-def args_for(
-    weight: int, n: int, k: int, panel: int, words: int, bias: Tensor | None
-) -> LinearArgs:
-    """What every call of a layer has in common; weight is the address of its panels."""
-    args = LinearArgs(n=n, k=k, panel=panel, k_words=words)
-    args.weight, args.bias = weight, None if bias is None else bias.data_ptr()
-    return args
+@dataclass(frozen=True)
+class Laid:
+    """A layer as the kernel finds it.
+
+    Args:
+        weight: the address of its panels.
+        held: what they live in.
+        n, k: its outputs and inputs.
+        words: of k, in a panel.
+        panel: outputs of a panel.
+        scales: `[n] float32`, where the panels hold 8 bits.
+        bias: `[n] bfloat16`.
+    """
+
+    weight: int
+    held: Tensor
+    n: int
+    k: int
+    words: int
+    panel: int = PANEL
+    scales: Tensor | None = None
+    bias: Tensor | None = None
+
+    def for_kernel(self) -> LinearLayer:
+        """As the kernel is told."""
+        scales, bias = (None if x is None else x.data_ptr() for x in (self.scales, self.bias))
+        return LinearLayer(self.weight, scales, bias, None, self.n, self.n, self.panel)
 
 
-def multiplier(args: LinearArgs, bias: Tensor | None, isa: int = 0) -> Callable[[Tensor], Tensor]:
-    """`x: [..., k] bfloat16` to `[..., n] bfloat16`, by the kernel; what `args` points at has to stay alive.
+def laid_out(weight: PanelWeight, bias: Tensor | None) -> Laid:
+    """Of a layer with a packed weight."""
+    panels, (n, k) = weight.panels, weight.shape
+    _, words, panel, _ = panels.shape
+    return Laid(panels.data_ptr(), panels, n, k, words, panel, weight.scales, bias)
+
+
+def multiplier(*layers: Laid, isa: int = 0) -> Callable[[Tensor], list[Tensor]]:
+    """`x: [..., k] bfloat16` to `[..., n] bfloat16` of every layer, by one call of the kernel.
 
     Raises:
-        InvariantError: there is no library, or the bias is not a row of bfloat16.
+        InvariantError: there is no library, a bias is not a row of bfloat16, or the layers' inputs differ.
     """
     library = native.load()
-    if library is None or (bias is not None and not (_served(bias) and bias.is_contiguous())):
+    k, words = layers[0].k, layers[0].words
+    biases = [x.bias for x in layers if x.bias is not None]
+    alike = all((x.k, x.words) == (k, words) for x in layers)
+    if library is None or not alike or not all(_served(b) and b.is_contiguous() for b in biases):
         raise InvariantError("these layers are not the kernel's")
-    run, n, k = library.linear, args.n, args.k
-    copy, common = LinearArgs.from_buffer_copy, bytes(args)
+    run, widths, count = library.linear, [x.n for x in layers], len(layers)
+    array = LinearLayer * count
+    copy, common = array.from_buffer_copy, bytes(array(*(x.for_kernel() for x in layers)))
     threads_now = torch.get_num_threads
 
-    def multiply(x: Tensor) -> Tensor:
+    def multiply(x: Tensor) -> list[Tensor]:
         *lead, width = x.shape
         if width != k:
             raise RuntimeError(f"a layer of {k} inputs is given {width}")
         if not x.is_contiguous():
             x = x.contiguous()
-        out = x.new_empty(*lead, n)
+        outs = [x.new_empty(*lead, n) for n in widths]
         rows = x.numel() // k
         if rows:
-            call = copy(common)
-            call.x, call.out, call.x_row, call.out_row = x.data_ptr(), out.data_ptr(), k, n
-            call.rows, call.threads, call.isa = rows, threads_now(), isa
-            run(call)
-        return out
+            here = copy(common)
+            for i in range(len(layers)):  # whose weights live as long as this function
+                here[i].out = outs[i].data_ptr()
+            run(
+                LinearArgs(
+                    addressof(here), x.data_ptr(), k, count, rows, k, words, threads_now(), isa
+                )
+            )
+        return outs
 
     return multiply
 
 
 def panel_forward(weight: PanelWeight, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """`F.linear` over panels; over a plain copy where gradients are wanted or the input is of another kind."""
-    panels, (n, k) = weight.panels, weight.shape
-    args = args_for(panels.data_ptr(), n, k, panels.shape[2], panels.shape[1], bias)
-    args.scales = None if weight.scales is None else weight.scales.data_ptr()
-    multiply = multiplier(args, bias)
+    multiply = multiplier(laid_out(weight, bias))
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
         if not _served(input) or (
@@ -186,10 +221,10 @@ def panel_forward(weight: PanelWeight, bias: Tensor | None) -> Callable[[Tensor]
             and (input.requires_grad or (bias is not None and bias.requires_grad))
         ):
             return linear(input, weight.plain(), bias)
-        return multiply(input)
+        return multiply(input)[0]
 
     return forward
 
 
 def _served(x: Tensor) -> bool:
-    return x.dtype is torch.bfloat16 and x.device.type == "cpu"
+    return x.dtype is torch.bfloat16 and x.is_cpu

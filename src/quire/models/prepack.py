@@ -5,7 +5,7 @@ Where the processor has oneDNN's bfloat16 (AVX-512), oneDNN reorders the weights
 the same bits, faster up to some 32 rows and no slower beyond; with bfloat16 dot products our kernel reads the same
 blocks in place for up to 16 rows, with a matrix unit (AMX) for up to 32. Everywhere else torch has no fast product in
 bfloat16 for any number of rows, and our kernel (see `panels`) takes all of them: the same weights, sums in float32 in
-another order.
+another order. Where our kernel multiplies, layers that share an input are one call of it (see `siblings`).
 
 The packed weight takes the plain one's place, layer by layer, so memory does not double; `Prepacked.restore` puts back
 the same bits, or, where they were rounded to 8, what they were rounded to. A weight that something else holds too (an
@@ -28,14 +28,16 @@ from torch.nn.functional import linear
 from quire.errors import ConfigError
 from quire.kernels import native
 from quire.models.panels import (
+    Laid,
     PanelWeight,
-    args_for,
     blocks_of,
+    laid_out,
     multiplier,
     panel_forward,
     to_int8,
     to_panels,
 )
+from quire.models.siblings import join, siblings, watched
 
 __all__ = ["WEIGHTS", "Prepacked", "check_weights", "is_packed", "prepack"]
 
@@ -54,7 +56,8 @@ TOLERANCE = {torch.bfloat16: 0.2, torch.float32: 2e-3}
 _OUR_ROWS = {5: range(1, 17), 6: range(1, 33)}
 """Where oneDNN falls below the memory's speed, by the level of the kernels: with bfloat16 dot products, with AMX."""
 
-Multiply = Callable[[Tensor], Tensor]
+TOGETHER_ROWS = range(1, 65)
+"""Where layers that share an input are multiplied in one call; beyond, a call costs nothing beside its product."""
 
 
 def check_weights(weights: str) -> None:
@@ -140,6 +143,10 @@ class Prepacked:
         self.model = model
         self._layers = _packable(model)
         self._packed: list[tuple[nn.Linear, bool]] = []
+        self._laid: dict[nn.Linear, Laid] = {}
+        """Those that our kernel multiplies."""
+        self._siblings: list[list[nn.Linear]] = []
+        self._joined: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = []
         self.form = "prepacked"
         """What the layers hold: "prepacked" or "int8"."""
 
@@ -169,9 +176,13 @@ class Prepacked:
         """
         if not self._layers:
             return "none of this model's layers is a plain linear layer with a weight of its own"
-        before = _logits(self.model)
+        with watched(self._layers) as calls:
+            before = _logits(self.model)
+        self._siblings = siblings(self.model, calls)
+        del calls
         try:
             self.pack_layers(int8=int8)
+            self.join()
             worst = float((_logits(self.model) - before).abs().max() / before.std().clamp_min(1e-9))
         except Exception as e:  # noqa: BLE001 - a model whose code reads the weight itself may raise anything
             self.restore()
@@ -187,19 +198,40 @@ class Prepacked:
         for layer in self._layers:
             self._pack(layer)
 
+    def join(self) -> None:
+        """Lets layers that share an input be multiplied in one call, where our kernel takes them. Idempotent."""
+        self.part()
+        onednn = next((m for m, _ in self._packed if m.weight.is_mkldnn), None)
+        rows = TOGETHER_ROWS if onednn is None else _our_rows()
+        for group in self._siblings:
+            laid = [self._laid[m] for m in group if m in self._laid]
+            if len(laid) == len(group) and len({x.words for x in laid}) == 1:
+                self._joined += join(group, multiplier(*laid), rows)
+
+    def part(self) -> None:
+        """Gives every layer a call of its own. Idempotent."""
+        while self._joined:
+            layer, own = self._joined.pop()
+            object.__setattr__(layer, "forward", own)
+
     @torch.inference_mode(mode=False)
     def _pack(self, layer: nn.Linear) -> None:
         plain, bias = layer.weight, layer.bias
         if self.form == "int8":
             rounded, scales = to_int8(plain.detach())
             weight = PanelWeight(to_panels(rounded), *plain.shape, scales)  # type: ignore[call-arg]
+            laid: Laid | None = laid_out(weight, bias)
             forward = panel_forward(weight, bias)
         elif plain.dtype != torch.bfloat16 or _onednn_serves_bf16():
             weight = torch.ops.mkldnn._reorder_linear_weight(plain.detach())
-            forward = _forward(weight, bias, _in_place(weight, plain, bias))
+            laid = _in_place(weight, plain, bias)
+            forward = _forward(weight, bias, laid)
         else:
             weight = PanelWeight(to_panels(plain.detach()), *plain.shape)
+            laid = laid_out(weight, bias)
             forward = panel_forward(weight, bias)
+        if laid is not None:
+            self._laid[layer] = laid
         self._packed.append((layer, plain.requires_grad))
         layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         object.__setattr__(layer, "forward", forward)
@@ -207,6 +239,8 @@ class Prepacked:
     @torch.inference_mode(mode=False)
     def restore(self) -> None:
         """Gives every layer its weight back: bit for bit, or as rounded to 8 bits where it was. Idempotent."""
+        self.part()
+        self._laid.clear()
         while self._packed:
             layer, trained = self._packed.pop()
             weight = layer.weight.detach()
@@ -215,32 +249,37 @@ class Prepacked:
             object.__delattr__(layer, "forward")
 
 
-def _in_place(weight: Tensor, plain: Tensor, bias: Tensor | None) -> Multiply | None:
-    """Our kernel over oneDNN's blocks, where the processor has the instructions that it gains from and they are panels.
+def _our_rows() -> range:
+    """How many rows our kernel multiplies of weights that oneDNN packed."""
+    library = native.load()
+    return range(0) if library is None else _OUR_ROWS.get(library.isa, range(0))
+
+
+def _in_place(weight: Tensor, plain: Tensor, bias: Tensor | None) -> Laid | None:
+    """oneDNN's blocks for our kernel, where the processor has the instructions that it gains from and they are panels.
 
     A processor without bfloat16 dot products multiplies in float32, which oneDNN does as well as we.
     """
-    library = native.load()
-    if library is None or library.isa not in _OUR_ROWS or plain.dtype != torch.bfloat16:
+    if not _our_rows() or plain.dtype != torch.bfloat16:
         return None
     address, n_bytes = torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight)
     found = blocks_of(address, n_bytes, plain)
     if found is None or (bias is not None and bias.dtype != torch.bfloat16):
         return None
+    panel, words = found
     n, k = plain.shape
-    return multiplier(args_for(address, n, k, *found, bias), bias)
+    return Laid(address, weight, n, k, words, panel, bias=bias)
 
 
 def _forward(
-    weight: Tensor, bias: Tensor | None, in_place: Multiply | None = None
+    weight: Tensor, bias: Tensor | None, laid: Laid | None = None
 ) -> Callable[[Tensor], Tensor]:
     """`F.linear` over a weight that oneDNN packed; where gradients are wanted, over a plain copy."""
     multiply = partial(
         torch.ops.mkldnn._linear_pointwise.default, attr="none", scalars=[], algorithm=""
     )
-    k = weight.shape[1]
-    library = native.load()
-    ours = _OUR_ROWS.get(library.isa, range(0)) if library is not None else range(0)
+    k, ours = weight.shape[1], _our_rows()
+    in_place = None if laid is None else multiplier(laid)
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
         if torch.is_grad_enabled() and (
@@ -248,7 +287,7 @@ def _forward(
         ):
             return linear(input, weight.to_dense(), bias)
         if in_place is not None and input.numel() // k in ours and input.dtype == weight.dtype:
-            return in_place(input)
+            return in_place(input)[0]
         out: Tensor = multiply(input, weight, bias)
         return out
 

@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-#define QUIRE_ABI 6
+#define QUIRE_ABI 7
 
 #define LEVEL(name)                                               \
     extern "C" int quire_decode_##name(const quire_decode_args*); \
@@ -157,8 +157,9 @@ extern "C" int quire_latent(const quire_latent_args* a) {
 }
 
 extern "C" int quire_linear(const quire_linear_args* a) {
-    if (a->rows < 1 || a->n < 1 || a->k < 1 || a->k_words < (a->k + 1) / 2 || a->isa > quire_best_isa()) return -1;
-    if (a->panel < 16 || a->panel % 16) return -1;
+    if (a->n_layers < 1 || a->rows < 1 || a->k < 1 || a->k_words < (a->k + 1) / 2 || a->isa > quire_best_isa()) return -1;
+    for (int i = 0; i < a->n_layers; i++)
+        if (a->layers[i].n < 1 || a->layers[i].panel < 16 || a->layers[i].panel % 16) return -1;
 #if defined(__x86_64__)
     switch (a->isa ? a->isa : quire_best_isa()) {
         CASE_V4M(linear)

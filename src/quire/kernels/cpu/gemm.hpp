@@ -4,7 +4,7 @@
 //          scale per output; zeros at the edges
 //   x      [tile][k / 2][row of the tile][2], float32, or bfloat16 where the processor multiplies that; made here
 //
-// A unit of work is 64 outputs by up to BLOCK_ROWS rows. Its sums stay in registers for one tile of rows, and pass
+// A unit of work is 64 outputs of one layer by up to BLOCK_ROWS rows. Its sums stay in registers for one tile of rows, and pass
 // through memory between stretches of k where there are several tiles, so that a stretch is fetched once. Every output
 // adds its products in the order of k whatever rows stand beside it: a row's result does not depend on them.
 #pragma once
@@ -177,27 +177,58 @@ inline void arrange(const quire_linear_args& a, const Tiles& tiles, int t, Pair*
     }
 }
 
+// One of the units of all layers.
+struct Place {
+    const quire_linear_layer& layer;
+    int unit;
+    int width() const { return std::min(UNIT, layer.n - unit * UNIT); }
+};
+
+inline int units_of(const quire_linear_layer& l) { return (l.n + UNIT - 1) / UNIT; }
+
+inline int units_of(const quire_linear_args& a) {
+    int n = 0;
+    for (int i = 0; i < a.n_layers; i++) n += units_of(a.layers[i]);
+    return n;
+}
+
+inline Place place_of(const quire_linear_args& a, int unit) {
+    const quire_linear_layer* l = a.layers;
+    for (; unit >= units_of(*l); l++) unit -= units_of(*l);
+    return {*l, unit};
+}
+
+// Waking the other threads takes as long as reading some ten thousand weights.
+inline bool one_thread(const quire_linear_args& a) {
+    int64_t n = 0;
+    for (int i = 0; i < a.n_layers; i++) n += a.layers[i].n;
+    return a.threads < 2 || a.rows * n * a.k < 65536;
+}
+
 // What is left to do with the sums of a row's UNIT outputs.
-inline void finish(const quire_linear_args& a, int row, int unit, int width, float* sum) {
-    uint16_t* out = a.out + row * a.out_row + unit * UNIT;
-    if (a.scales)
-        for (int j = 0; j < width; j++) sum[j] *= a.scales[unit * UNIT + j];
-    if (a.bias)
-        for (int j = 0; j < width; j++) sum[j] += BF16::one(a.bias[unit * UNIT + j]);
+inline void finish(const Place& at, int row, float* sum) {
+    const quire_linear_layer& l = at.layer;
+    const int first = at.unit * UNIT, width = at.width();
+    uint16_t* out = l.out + row * l.out_row + first;
+    if (l.scales)
+        for (int j = 0; j < width; j++) sum[j] *= l.scales[first + j];
+    if (l.bias)
+        for (int j = 0; j < width; j++) sum[j] += BF16::one(l.bias[first + j]);
     for (int j = 0; j < width; j++) out[j] = BF16::narrow(sum[j]);
 }
 
-// Rows [begin, end) in `tiles` of all rows, outputs [64 * unit, ...).
+// Rows [begin, end) in `tiles` of all rows, the outputs of one unit.
 template <class W>
-void multiply(const quire_linear_args& a, const Tiles& tiles, int begin, int end, int unit, const Pair* x) {
+void multiply(const Place& place, int words, const Tiles& tiles, int begin, int end, const Pair* x) {
+    const quire_linear_layer& l = place.layer;
     alignas(64) float sums[BLOCK_ROWS * UNIT];
     const uint8_t* weight[VECTORS];
-    const int width = std::min(UNIT, a.n - unit * UNIT), words = a.k_words, top = tiles.begin(begin);
+    const int top = tiles.begin(begin);
     for (int c = 0; c < VECTORS; c++) {  // beyond the last output: the last one again, for nobody
-        const int at = unit * UNIT + std::min(c * LANES, (width - 1) / LANES * LANES);
-        weight[c] = a.weight + ((int64_t)(at / a.panel) * words * a.panel + at % a.panel) * W::BYTES;
+        const int at = place.unit * UNIT + std::min(c * LANES, (place.width() - 1) / LANES * LANES);
+        weight[c] = l.weight + ((int64_t)(at / l.panel) * words * l.panel + at % l.panel) * W::BYTES;
     }
-    const int64_t stride = a.panel * W::BYTES;
+    const int64_t stride = l.panel * W::BYTES;
     const int stretch = end - begin > 1 ? STRETCH : words;
     for (int i = 0; i < words; i += stretch) {
         const uint8_t* here[VECTORS];
@@ -208,7 +239,7 @@ void multiply(const quire_linear_args& a, const Tiles& tiles, int begin, int end
                            sums + (row - top) * UNIT, i == 0, Turn{t - begin, end - begin});
         }
     }
-    for (int row = top; row < tiles.begin(end); row++) finish(a, row, unit, width, sums + (row - top) * UNIT);
+    for (int row = top; row < tiles.begin(end); row++) finish(place, row, sums + (row - top) * UNIT);
 }
 
 #if defined(QUIRE_MATRIX)
@@ -216,12 +247,11 @@ typedef uint32_t WeightAt __attribute__((vector_size(64), aligned(64), may_alias
 
 // In the matrix unit: up to 16 rows by 64 outputs at once, or up to 32 rows by twice 32, so that a weight is loaded once for
 // both. Weights of 8 bits are widened into a buffer first. Every output adds in the order of k.
-template <class W>
 struct MatrixLinear {
     static constexpr int ROWS = 16, DEPTH = 16;  // of a tile: rows of x, words of k
     const quire_linear_args& a;
     const int steps = (a.k_words + DEPTH - 1) / DEPTH;
-    const int64_t x_row = (int64_t)steps * DEPTH * 2, stride = (int64_t)a.panel * W::BYTES;
+    const int64_t x_row = (int64_t)steps * DEPTH * 2;
 
     // Tiles [SUMS] of sums are [TALL row tiles][SUMS / TALL vectors of outputs]; what is multiplied lies behind them.
     template <int TALL>
@@ -235,9 +265,9 @@ struct MatrixLinear {
         return made;
     }
 
-    // `rows` rows of x by n vectors of outputs, whose weights begin at `weight`, to `sums` of UNIT a row.
-    template <int TALL>
-    void run(MatrixUnit& unit, const Shape& shape, const uint16_t* x, int rows, const uint8_t* const* weight, int n,
+    // Some rows of x by n vectors of outputs, whose weights begin at `weight`, to `sums` of UNIT a row.
+    template <class W, int TALL>
+    void run(MatrixUnit& unit, const Shape& shape, const uint16_t* x, const uint8_t* const* weight, int64_t stride, int n,
              float* sums) const {
         constexpr int WIDE = SUMS / TALL, R0 = LEFT + TALL;
         alignas(64) uint8_t room[2][WIDE][DEPTH * 64];
@@ -278,31 +308,40 @@ struct MatrixLinear {
         });
     }
 
-    template <int TALL>
-    void unit_of(MatrixUnit& unit, const uint16_t* x, int row, int rows, int at) const {
+    template <class W, int TALL>
+    void unit_of(MatrixUnit& unit, const uint16_t* x, int row, int rows, const Place& place) const {
+        const quire_linear_layer& l = place.layer;
         constexpr int WIDE = SUMS / TALL;
         alignas(64) float sums[TALL * ROWS * UNIT];
         const Shape made = shape<TALL>(rows);
-        const int width = std::min(UNIT, a.n - at * UNIT), vectors = (width + LANES - 1) / LANES;
+        const int vectors = (place.width() + LANES - 1) / LANES;
         for (int first = 0; first < vectors; first += WIDE) {
             const int n = std::min(WIDE, vectors - first);
             const uint8_t* weight[WIDE];
             for (int c = 0; c < n; c++) {
-                const int out = at * UNIT + (first + c) * LANES;
-                weight[c] = a.weight + ((int64_t)(out / a.panel) * a.k_words * a.panel + out % a.panel) * W::BYTES;
+                const int out = place.unit * UNIT + (first + c) * LANES;
+                weight[c] = l.weight + ((int64_t)(out / l.panel) * a.k_words * l.panel + out % l.panel) * W::BYTES;
             }
-            run<TALL>(unit, made, x + row * x_row, rows, weight, n, sums + first * LANES);
+            run<W, TALL>(unit, made, x + row * x_row, weight, (int64_t)l.panel * W::BYTES, n, sums + first * LANES);
         }
-        for (int r = 0; r < rows; r++) finish(a, row + r, at, width, sums + r * UNIT);
+        for (int r = 0; r < rows; r++) finish(place, row + r, sums + r * UNIT);
+    }
+
+    template <class W>
+    void block(MatrixUnit& unit, const uint16_t* x, int row, int rows, const Place& place) const {
+        if (rows > ROWS)
+            unit_of<W, 2>(unit, x, row, rows, place);
+        else
+            unit_of<W, 1>(unit, x, row, rows, place);
     }
 
     int all() const {
         thread_local std::vector<uint16_t> room;
         const int tall = a.rows > ROWS ? 2 * ROWS : ROWS;
-        const int units = (a.n + UNIT - 1) / UNIT, blocks = (a.rows + tall - 1) / tall;
+        const int units = units_of(a), blocks = (a.rows + tall - 1) / tall;
         if ((int64_t)room.size() < a.rows * x_row) room.resize(a.rows * x_row);
         uint16_t* x = room.data();
-        const bool alone = a.threads < 2 || (int64_t)a.rows * a.n * a.k < 65536;
+        const bool alone = one_thread(a);
 #pragma omp parallel num_threads(alone ? 1 : a.threads) if (!alone)
         {
             MatrixUnit unit;
@@ -314,10 +353,11 @@ struct MatrixLinear {
 #pragma omp for schedule(dynamic, 1)
             for (int i = 0; i < units * blocks; i++) {  // a unit's blocks side by side: its weights stay in the cache
                 const int row = i % blocks * tall, rows = std::min(tall, a.rows - row);
-                if (rows > ROWS)
-                    unit_of<2>(unit, x, row, rows, i / blocks);
+                const Place place = place_of(a, i / blocks);
+                if (place.layer.scales)
+                    block<Int8>(unit, x, row, rows, place);
                 else
-                    unit_of<1>(unit, x, row, rows, i / blocks);
+                    block<Half>(unit, x, row, rows, place);
             }
         }
         return 0;
@@ -327,16 +367,15 @@ struct MatrixLinear {
 
 inline int linear(const quire_linear_args& a) {
 #if defined(QUIRE_MATRIX)
-    return a.scales ? MatrixLinear<Int8>{a}.all() : MatrixLinear<Half>{a}.all();
+    return MatrixLinear{a}.all();
 #else
     thread_local std::vector<Pair> room;
     const Tiles tiles(a.rows);
     if ((int64_t)room.size() < (int64_t)a.rows * a.k_words) room.resize((int64_t)a.rows * a.k_words);
     Pair* x = room.data();
     const int per_block = BLOCK_ROWS / TILE_ROWS, blocks = (tiles.n + per_block - 1) / per_block;
-    const int units = (a.n + UNIT - 1) / UNIT;
-    // Waking the other threads takes as long as reading some ten thousand weights.
-    const bool alone = a.threads < 2 || (int64_t)a.rows * a.n * a.k < 65536;
+    const int units = units_of(a);
+    const bool alone = one_thread(a);
 #pragma omp parallel num_threads(alone ? 1 : a.threads) if (!alone)
     {
 #pragma omp for schedule(static)
@@ -345,7 +384,8 @@ inline int linear(const quire_linear_args& a) {
         for (int i = 0; i < units * blocks; i++) {  // a unit's blocks side by side: its weights stay in the cache
             const int begin = i % blocks * per_block;
             const int end = std::min(begin + per_block, tiles.n);
-            (a.scales ? multiply<Int8> : multiply<Half>)(a, tiles, begin, end, i / blocks, x);
+            const Place place = place_of(a, i / blocks);
+            (place.layer.scales ? multiply<Int8> : multiply<Half>)(place, a.k_words, tiles, begin, end, x);
         }
     }
     return 0;

@@ -136,18 +136,24 @@ struct quire_encode_args {
     int32_t threads, isa;
 };
 
-// out = x * weight^T + bias in bfloat16, sums in float32. The weight lies in panels of outputs, pairs of inputs side by
-// side, zeros at the edges: [ceil(n / panel)][k_words][panel][2].
-struct quire_linear_args {
+// out = x * weight^T + bias in bfloat16, sums in float32, for all layers that share an input. A weight lies in panels of
+// outputs, pairs of inputs side by side, zeros at the edges: [ceil(n / panel)][k_words][panel][2].
+struct quire_linear_layer {
     const uint8_t* weight;  // bfloat16, int8 where there are scales
     const float* scales;    // [n] or null
     const uint16_t* bias;   // [n] or null
-    const uint16_t* x;     // [rows][k]
-    uint16_t* out;         // [rows][n]
-    int64_t x_row, out_row;  // strides in elements
-    int32_t rows, n, k, k_words;  // k_words >= ceil(k / 2)
+    uint16_t* out;          // [rows][n]
+    int64_t out_row;        // stride in elements
+    int32_t n;
     int32_t panel;  // a multiple of 16
-    int32_t threads, isa;  // as in quire_decode_args
+};
+
+struct quire_linear_args {
+    const quire_linear_layer* layers;  // [n_layers]
+    const uint16_t* x;                 // [rows][k]
+    int64_t x_row;                     // stride in elements
+    int32_t n_layers, rows, k, k_words;  // k_words >= ceil(k / 2)
+    int32_t threads, isa;                // as in quire_decode_args
 };
 
 // All return 0, or -1 where an argument is outside what the kernels serve.
