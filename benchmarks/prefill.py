@@ -6,8 +6,9 @@ One random Llama (`--random`, as `quire bench` makes it), one prompt of `--ctx` 
     KV, N           Quire's runner, as an engine runs it, in chunks of N tokens: later chunks read earlier ones back
 
 Logits are compared before anything is timed: what stores the model's own dtype with transformers', what rounds with the
-reference backend's. All sides take turns, with a product of two large matrices in the model's dtype among them: a
-prompt computes, so its measure is the share of that speed. Work counted: linear layers, the causal half of attention.
+reference backend's. All sides take turns, with a product of two large matrices in the model's dtype, in the fastest
+form at hand, among them: a prompt computes, so its measure is the share of that speed. Work counted: linear layers, the
+causal half of attention.
 
     python benchmarks/prefill.py --random 55m --ctx 1024 4096 --chunk 512 2048
 """
@@ -26,11 +27,9 @@ from common import Document, Spread, Stream, Table, Turns
 from transformers import DynamicCache
 
 from quire.bench.models import SIZES
+from quire.bench.product import Product, prompt_work
 from quire.engine.runner import Item
 from quire.errors import QuireError
-
-PRODUCT = 1024, 2048, 2048
-"""Rows, inner width and columns of the product that others are measured by."""
 
 
 def theirs(model: Any, prompt: list[int]) -> torch.Tensor:
@@ -50,26 +49,6 @@ def ours(runner: Any, prompt: list[int], chunk: int) -> torch.Tensor:
         return out
     finally:
         table.release()
-
-
-def work(model: Any, n_tokens: int) -> int:
-    """Multiplications and additions of a prompt; the head answers one position."""
-    config, head = model.config, model.get_output_embeddings()
-    linear = sum(
-        m.in_features * m.out_features * (1 if m is head else n_tokens)
-        for m in model.modules()
-        if isinstance(m, torch.nn.Linear)
-    )
-    pairs = n_tokens * (n_tokens + 1) // 2
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
-    return int(2 * (linear + attention))
-
-
-def product(dtype: str) -> tuple[Callable[[], object], int]:
-    """A product of two matrices and its multiplications and additions."""
-    m, k, n = PRODUCT
-    a, b = (torch.randn(*s).to(getattr(torch, dtype)) for s in ((m, k), (k, n)))
-    return partial(torch.mm, a, b), 2 * m * k * n
 
 
 def verify(
@@ -107,17 +86,18 @@ def measure(
 ) -> None:
     """One prompt length, all sides in turns."""
     prompt = common.random_tokens(ctx, sides.vocab, args.seed)
-    multiply, flops = product(args.dtype)
+    product = Product(getattr(torch, args.dtype))
     called: dict[str, Callable[[], object]] = {"transformers": partial(theirs, sides.plain, prompt)}
     for kv, runner in runners.items():
         for chunk in args.chunk:
             called[f"{kv}, {chunk}"] = partial(ours, runner, prompt, chunk)
     turns = common.take_turns(
-        called | {"product": multiply}, args.repeats, clock=args.clock, stream=stream
+        called | {"product": product.run}, args.repeats, clock=args.clock, stream=stream
     )
-    needed = work(sides.plain, ctx)
+    needed = prompt_work(next(iter(runners.values())), ctx)
+    assert needed is not None  # of a Llama
     for name in called:
-        doc["cases"].append(row(name, ctx, turns, needed, flops))
+        doc["cases"].append(row(name, ctx, turns, needed, product.work))
 
 
 def row(name: str, ctx: int, turns: Turns, needed: int, flops: int) -> dict[str, Any]:

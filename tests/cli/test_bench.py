@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from quire.kernels import native
+from quire.models.compiled import Compiled
+
 KEYS = {
     *("case", "ctx", "batch", "out", "kv", "keep", "tokens_per_s", "seconds", "kv_bytes_per_token"),
     *("weight_bytes_per_step", "stream_gb_per_s", "floor_tokens_per_s", "hardware", "commit"),
@@ -28,6 +31,9 @@ def test_document(quire: Callable[..., Any], case: str) -> None:
     assert done.json.keys() >= KEYS
     assert (done.json["case"], done.json["ctx"], done.json["batch"]) == (case, 12, 2)
     assert done.json["tokens_per_s"] > 0
+    assert ("share_of_product" in done.json) == (case == "prefill")
+    if case == "prefill":
+        assert done.json["share_of_product"]["median"] > 0
     assert done.json["kv_bytes_per_token"] == 2 * 2 * 64 * 2
 
 
@@ -63,6 +69,9 @@ def test_for_people(quire: Callable[..., Any]) -> None:
         (("decode", "--keep", "nothing"), "nothing"),
         (("decode", "--weights", "nothing"), "known: auto, plain, prepacked, int8"),
         (("decode", "--attention", "nothing"), "unknown attention backend"),
+        (("prefill", "--compile"), "--compile is for decode steps, and prefill makes none here"),
+        (("serve", "http://127.0.0.1:1", "--compile"), "and serve makes none here"),
+        (("decode", "--compile", "--attention", "reference"), "take another one, or drop it"),
         (("decode", "--random", "tiny", "--memory", "1KiB"), "too small"),
     ],
 )
@@ -73,6 +82,29 @@ def test_refusals(quire: Callable[..., Any], words: tuple[object, ...], part: st
     assert done.err.startswith("quire: ")
     assert done.err.count("\n") == 1, "one line"
     assert part in done.err
+
+
+@pytest.mark.skipif(native.load() is None, reason="the CPU kernels were not built here")
+def test_compiled_sides(quire: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every measured side runs compiled, over the one packed model; the reference beside them stays eager."""
+    made, layers = [], []
+
+    def compile_nothing(runner: Any) -> None:
+        made.append(type(runner.bridge.backend).__name__)
+        compiled = Compiled(runner.bridge)
+        layers.append(len(compiled.linears))
+        compiled.restore()
+
+    monkeypatch.setattr("quire.models.compiled.check_compile", lambda: None)
+    monkeypatch.setattr("quire.models.open.check_compile", lambda: None)
+    monkeypatch.setattr("quire.models.open.compile_runner", compile_nothing)
+    words = ("--random", "tiny", *SMALL, "--kv", "bf16", "--kv", "int8", "--weights", "prepacked")
+    done = quire("bench", "decode", *words, "--compile", "--json")
+    assert done.code == 0, done.err
+    assert [r["compiled"] for r in done.json["runs"]] == [True, True]
+    assert len(made) == 2
+    assert "ReferenceBackend" not in made
+    assert layers == [2 * 7 + 1] * 2
 
 
 def test_an_interrupt_is_quiet(quire: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from quire.bench.cases import Case, Run, check_fits, run, step_bytes
 from quire.bench.machine import STREAM_BYTES, Spread, Stream, commit, hardware
+from quire.bench.product import Product, prompt_work
 from quire.errors import InvariantError
 
 __all__ = ["Side", "measure", "verify"]
@@ -16,6 +19,9 @@ VERIFIED_TOKENS = 8
 """Output tokens of each text that are compared with the reference; a prompt is at most VERIFIED_CTX tokens then."""
 
 VERIFIED_CTX = 96
+
+REFERENCE = "reference"
+"""The attention that every side is held to, eager."""
 
 NEAR_TIES = 0.9
 """Share of first tokens that must agree in 16 bits, where two ways of adding may decide a near-tie differently."""
@@ -36,6 +42,8 @@ class Side:
     without: Side | None = None
     runner: Any = None
     runs: list[Run] = field(default_factory=list)
+    products: list[float] = field(default_factory=list)
+    """Of a prefill: how fast matrices were multiplied beside each run, in GFLOP/s; the better of before and after."""
 
 
 def verify(case: Case, side: Side, dtype: str) -> float:
@@ -50,7 +58,7 @@ def verify(case: Case, side: Side, dtype: str) -> float:
     out = case.out if case.name == "prefill" else min(case.out, VERIFIED_TOKENS)
     short = replace(case, ctx=min(case.ctx, VERIFIED_CTX), out=out, batch=min(case.batch, 4))
     got = run(short, side.runner, timed=False).texts
-    reference = (side.without or side).open("reference")
+    reference = (side.without or side).open(REFERENCE)
     try:
         want = run(short, reference, timed=False).texts
     finally:
@@ -77,11 +85,13 @@ def measure(
     repeats: int,
     say: Callable[[str], object],
     stream_bytes: int = STREAM_BYTES,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Verifies every side, then runs all of them in turns, with a streaming read before and after each turn.
 
     Args:
         say: told what goes on, a line at a time.
+        compiled: the sides' decode steps are; said in the documents.
 
     Returns:
         A document for each side, with the keys of `quire bench --json`.
@@ -105,14 +115,20 @@ def measure(
             run(warm, side.runner, timed=False)
         stream = Stream(stream_bytes)
         reads = [stream.gb_per_s()]
+        product = Product(getattr(torch, dtype)) if case.name == "prefill" else None
         for turn in range(repeats):
             for side in all_sides:
                 say(f"turn {turn + 1} of {repeats}, kv={side.kv}")
+                before = None if product is None else product.gflop_per_s()
                 side.runs.append(run(case, side.runner))
+                if product is not None and before is not None:
+                    side.products.append(max(before, product.gflop_per_s()))
             reads.append(stream.gb_per_s())
         verified = dict(zip(map(id, all_sides), shares, strict=True))
         return [
             _document(case, side, keep, verified[id(side)], Spread.of(reads))
+            | {"compiled": compiled}
+            | ({} if product is None else _by_product(case, side, product.form))
             | (_beside(case, side) if side.without is not None else {})
             for side in sides
         ]
@@ -120,6 +136,20 @@ def measure(
         for side in all_sides:
             if side.runner is not None:
                 side.runner.close()
+
+
+def _by_product(case: Case, side: Side, form: str) -> dict[str, Any]:
+    """What prompts compute, beside a product of two matrices in the same minute."""
+    work = prompt_work(side.runner, case.ctx)
+    share = None
+    if work is not None:
+        rates = (case.batch * work / r.seconds / 1e9 for r in side.runs)
+        share = Spread.of(a / b for a, b in zip(rates, side.products, strict=True)).json(digits=3)
+    return {
+        "product_gflop_per_s": Spread.of(side.products).json(digits=1),
+        "product_form": form,
+        "share_of_product": share,
+    }
 
 
 def _beside(case: Case, side: Side) -> dict[str, Any]:

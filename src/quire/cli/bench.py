@@ -80,6 +80,14 @@ def command(
     weights: Annotated[
         str, typer.Option(metavar="FORM", help="auto, plain, prepacked or int8 linear layers.")
     ] = "auto",
+    compile: Annotated[  # noqa: A002 - the option's name
+        bool,
+        typer.Option(
+            "--compile",
+            metavar=" ",
+            help="Decode steps as code made by torch.compile: minutes before the first turn.",
+        ),
+    ] = False,
     attention: Annotated[
         str, typer.Option(metavar="NAME", help="auto, cpu, torch or reference.")
     ] = "auto",
@@ -189,6 +197,7 @@ def command(
     """Measure speed: verified against the reference first, then timed, with a streaming read beside it.
 
     The floor is what the memory allows: bytes of weights and cache that a step reads, over the streaming read.
+    A prefill computes: it is measured by a product of two matrices in the model's dtype.
 
     [dim]quire bench decode --random 1.1b --ctx 512 --out 64[/dim]
     """
@@ -208,6 +217,7 @@ def command(
         plot,
         seed,
     )
+    _check_compile(case, attention, asked=compile)
     if case == "serve":
         measure_server(load, json=json)
         return
@@ -251,7 +261,9 @@ def command(
         "block_tokens": block_tokens,
     }
     try:
-        documents = _measure(loaded, asked, recipes, attention, weights, repeats, options)
+        documents = _measure(
+            loaded, asked, recipes, attention, weights, repeats, options, compiled=compile
+        )
     except KeyboardInterrupt:
         say("interrupted; nothing is reported", "yellow")
         raise typer.Exit(INTERRUPTED) from None
@@ -306,6 +318,21 @@ def _load(
         return load_model(source)
 
 
+def _check_compile(case: str, attention: str, *, asked: bool) -> None:
+    """Refuses `--compile` where no step would run compiled, and where there is no compiler."""
+    if not asked:
+        return
+    if case in ("prefill", "prefix-trace", "serve"):
+        raise ConfigError(f"--compile is for decode steps, and {case} makes none here; drop it")
+    if attention == "reference":
+        raise ConfigError(
+            "--compile is held to the eager steps of --attention reference; take another one, or drop it"
+        )
+    from quire.models.compiled import check_compile
+
+    check_compile()
+
+
 def _dtype(name: str | None) -> str:
     from quire.models.load import DTYPES
 
@@ -324,10 +351,12 @@ def _measure(
     weights: str,
     repeats: int,
     options: dict[str, Any],
+    *,
+    compiled: bool,
 ) -> list[dict[str, Any]]:
     from functools import partial
 
-    from quire.bench.measure import Side, measure
+    from quire.bench.measure import REFERENCE, Side, measure
     from quire.evaluate.decode import twin
     from quire.models.open import open_runner
     from quire.models.prepack import prepack
@@ -341,6 +370,7 @@ def _measure(
             attention=backend,
             weights="plain",
             share=share,
+            compile=compiled and backend != REFERENCE,
             **options,
         )
         runner.weights = packed
@@ -365,6 +395,7 @@ def _measure(
             dtype=dtype,
             repeats=repeats,
             say=tell,
+            compiled=compiled,
         )
 
 
@@ -376,6 +407,12 @@ def _show(documents: list[dict[str, Any]]) -> None:
         share = (
             f", {100 * d['tokens_per_s'] / floor:.0f} % of the floor {floor:,.1f}" if floor else ""
         )
+        if d.get("share_of_product"):
+            speed = d["product_gflop_per_s"]["median"]
+            done = d["share_of_product"]["median"]
+            share = (
+                f", {done:.0%} of a product of matrices ({speed:,.0f} GFLOP/s, {d['product_form']})"
+            )
         write(
             f"{d['case']} {d['batch']} x {d['ctx']} + {d['out']}, kv {d['kv']}: {d['tokens_per_s']:,.1f} tokens/s "
             f"({spread['min']:,.1f} to {spread['max']:,.1f}){share}; "
@@ -390,7 +427,8 @@ def _show(documents: list[dict[str, Any]]) -> None:
             )
     first = documents[0]
     err().print(
-        f"memory reads {first['stream_gb_per_s']} GB/s; weights {first['weights']}; {first['hardware']}; "
+        f"memory reads {first['stream_gb_per_s']} GB/s; weights {first['weights']}"
+        f"{', compiled' if first['compiled'] else ''}; {first['hardware']}; "
         f"commit {first['commit']}",
         style="dim",
     )

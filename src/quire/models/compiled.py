@@ -22,7 +22,7 @@ from torch import Tensor
 from quire.errors import ConfigError, InvariantError
 from quire.kernels import build
 from quire.models.forward import CURRENT, Forward
-from quire.models.prepack import TOLERANCE
+from quire.models.prepack import TOLERANCE, is_packed
 from quire.models.rope import Regimes
 
 if TYPE_CHECKING:
@@ -99,8 +99,9 @@ class Compiled:
         self._undo: list[Callable[[], None]] = []
         self.linears: list[Callable[[Tensor], Tensor]] = []
         """Packed layers by their place."""
-        for layer in () if bridge.weights is None else bridge.weights.layers():
-            self._open(layer)
+        for layer in bridge.model.modules():  # packed by this bridge, or by whose twin the model is
+            if type(layer) is torch.nn.Linear and is_packed(layer.weight):
+                self._open(layer)
         for module in bridge.model.modules():
             if hasattr(module, "layer_idx"):
                 object.__setattr__(module, "quire_compiled", True)

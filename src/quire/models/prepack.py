@@ -39,7 +39,7 @@ from quire.models.panels import (
 )
 from quire.models.siblings import join, siblings, watched
 
-__all__ = ["WEIGHTS", "Prepacked", "check_weights", "is_packed", "prepack"]
+__all__ = ["WEIGHTS", "Prepacked", "check_weights", "is_packed", "prepack", "unserved"]
 
 log = logging.getLogger("quire")
 
@@ -84,7 +84,7 @@ def prepack(model: Any, weights: str = "auto") -> Prepacked | None:
     check_weights(weights)
     if weights == "plain":
         return None
-    reason = _unserved(model) or (_not_int8(model) if weights == "int8" else None)
+    reason = unserved(model) or (_not_int8(model) if weights == "int8" else None)
     if weights == "auto" and (reason or model.dtype != torch.bfloat16):
         return None
     if reason is None:
@@ -101,8 +101,8 @@ def prepack(model: Any, weights: str = "auto") -> Prepacked | None:
     raise ConfigError(f"weights {weights!r}: {reason}; use auto or plain")
 
 
-def _unserved(model: Any) -> str | None:
-    """Why oneDNN has nothing for this model here."""
+def unserved(model: Any) -> str | None:
+    """Why there are no packed weights for a model, or a layer, of this dtype here; None: there are."""
     if model.device.type != "cpu":
         return f"they are for CPUs, and the model is on {model.device}"
     if model.dtype not in TOLERANCE:
