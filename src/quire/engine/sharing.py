@@ -182,8 +182,7 @@ class Opener:
         if wanted is not None and keeper is not None:
             wanted.promise(path)
             keeper.publish = wanted.publish
-        if self.tiering is not None:
-            self.tiering.pace.joined()
+        self._joins()
         if self.auditor is not None:
             self.auditor.found(sample, table.length)
         return table
@@ -257,9 +256,15 @@ class Opener:
         if whole is None:
             return None
         table = wanted.open(whole)
+        self._joins()
         if self.auditor is not None:
             self.auditor.found(wanted.sample, whole.length, wanted.rules)
         return table
+
+    def _joins(self) -> None:
+        """Somebody computes in this step: copies have no more time than beside others."""
+        if self.tiering is not None:
+            self.tiering.pace.joined()
 
     def _rose(self, wanted: Wanted) -> bool:
         """Whether all that the tiers have of a compaction is bound; False where the sample has it to wait for."""
