@@ -237,7 +237,7 @@ def test_who_leaves_takes_nothing_along(opened: Callable[..., Any]) -> None:
 def test_no_time_no_copy(opened: Callable[..., Any]) -> None:
     runner = opened(stack=[HostTier(LARGE)])
     ask(runner, Q1, small("keydiff"))
-    runner.tiering.pace.left_s = 1e-9
+    runner.tiering.pace.spent(1e9)
     [whole] = runner.sharing.wholes
     pool, block = whole.blocks[0]
     pool.evict(block)

@@ -229,7 +229,7 @@ class WholeTiers:
                 self._cut(rising, Outcome.CORRUPT.value)
         pace, began, first = self.tiering.pace, monotonic(), True
         while rising.todo:
-            if not first and monotonic() - began > pace.left_s:
+            if not first and pace.left_s <= 0:
                 pace.spent(monotonic() - began)
                 return False
             pool, block, row = rising.todo.pop()
