@@ -70,11 +70,10 @@ class CpuBackend(TorchBackend):
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write(self, step: Step, layer: int, values: dict[str, torch.Tensor]) -> None:
-        sealer = partial(self.encode, step)
         if not self._written(step, layer, values):
-            step.write(layer, values, sealer)
-            return
-        step.seal(layer, sealer)
+            step.write(layer, values, partial(self.encode, step))
+        elif step.seals or step.bounds:  # most steps of single tokens make no block whole
+            step.seal(layer, partial(self.encode, step))
 
     def _written(self, step: Step, layer: int, values: dict[str, torch.Tensor]) -> bool:
         """Writes by the kernel; False, and nothing written, where it does not serve these tensors or groups."""

@@ -160,19 +160,30 @@ class Forward:
         t = q.shape[2]
         if t < self.queries:
             q = torch.cat([q.new_zeros(*q.shape[:2], self.queries - t, q.shape[3]), q], 2)
-        span = self.windows.get(layer)
-        options: dict[str, Any] = {
-            "scale": scale,
-            "keys": keys,
-            "value": value,
-            "softcap": softcap,
-            "sinks": sinks,
-            "window": None if window is None or window == span else window,
-        }
+        if window is not None and window == self.windows.get(layer):
+            window = None
         flat = self.tokens(q)
         if self.watch is None:
-            out = self.backend.run(self.step, layer, flat, **options)
+            out = self.backend.run(
+                self.step,
+                layer,
+                flat,
+                scale=scale,
+                keys=keys,
+                value=value,
+                softcap=softcap,
+                sinks=sinks,
+                window=window,
+            )
         else:
+            options: dict[str, Any] = {
+                "scale": scale,
+                "keys": keys,
+                "value": value,
+                "softcap": softcap,
+                "sinks": sinks,
+                "window": window,
+            }
             questions = self.watch.ask(layer)
             out = self.backend.run(
                 self.step, layer, flat, **options, attended=questions[0] if questions else None
@@ -205,13 +216,12 @@ def quire_attention(
     Raises:
         ConfigError: an argument that would change the result and that this function does not know.
     """
-    odd = sorted(k for k, x in kwargs.items() if isinstance(x, torch.Tensor) and k not in _HARMLESS)
-    if odd:
-        raise ConfigError(
-            f"{type(module).__name__} passes {', '.join(odd)} to its attention, which the cache cannot honour"
-        )
+    for name, x in kwargs.items():
+        if name not in _HARMLESS and isinstance(x, torch.Tensor):
+            raise ConfigError(_unknown(module, kwargs))
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if torch.compiler.is_compiling() and "quire_compiled" in vars(module):  # see `models.compiled`
+    own = vars(module)  # a module's own look-up of what it has not takes microseconds
+    if "quire_compiled" in own and torch.compiler.is_compiling():  # see `models.compiled`
         out = torch.ops.quire.attend(
             query, key, value, module.layer_idx, scale, softcap, s_aux, sliding_window
         )
@@ -220,13 +230,17 @@ def quire_attention(
     if now is None:
         return _plain(query, key, value, attention_mask, scale, softcap, s_aux), None
     layer = now.layer_of(module, key, value)
-    own = vars(module)  # a module's own look-up of what it has not takes microseconds
     if now.packed and own.get("attn_temperature_tuning", False) and not own.get("use_rope", True):
         query = _at_own_positions(module, now, query)
     if "quire_absorbed" in own:
         return absorbed(module, now, layer, query, scale), None
     out = now.attend(layer, query, scale=scale, softcap=softcap, sinks=s_aux, window=sliding_window)
     return out.contiguous(), None
+
+
+def _unknown(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> str:
+    odd = sorted(k for k, x in kwargs.items() if isinstance(x, torch.Tensor) and k not in _HARMLESS)
+    return f"{type(module).__name__} passes {', '.join(odd)} to its attention, which the cache cannot honour"
 
 
 def absorbed(module: Any, now: Forward, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
