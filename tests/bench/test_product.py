@@ -46,12 +46,21 @@ def test_what_is_not_counted_has_no_work(name: str) -> None:
     assert prompt_work(runner_for(zoo.build(name)), 10) is None
 
 
+def test_experts_are_not_counted_as_if_all_were_asked() -> None:
+    model = zoo.build("llama")
+    runner = runner_for(model)
+    assert prompt_work(runner, 10) is not None
+    model.config.num_experts = 4
+    assert prompt_work(runner, 10) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forms_give_one_result(dtype: torch.dtype) -> None:
     product = Product(dtype, (7, 32, 48))
     assert product.work == 2 * 7 * 32 * 48
     assert product.form in product.forms
-    first, *others = (form().float() for form in product.forms.values())
+    x = torch.randn(5, 32).to(dtype)
+    first, *others = (form(x).float() for form in product.forms.values())
     for other in others:
         assert torch.allclose(first, other, rtol=2e-2, atol=2e-2)
     assert product.gflop_per_s() > 0
