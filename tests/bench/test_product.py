@@ -54,6 +54,13 @@ def test_experts_are_not_counted_as_if_all_were_asked() -> None:
     assert prompt_work(runner, 10) is None
 
 
+def test_latents_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = runner_for(zoo.build("llama"))
+    assert prompt_work(runner, 10) is not None
+    monkeypatch.setattr(runner.bridge, "layers", lambda: [(0, ("latent", "k_rope"))])
+    assert prompt_work(runner, 10) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forms_give_one_result(dtype: torch.dtype) -> None:
     product = Product(dtype, (7, 32, 48))
