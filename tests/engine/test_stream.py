@@ -17,7 +17,7 @@ from quire.errors import RequestError
 if TYPE_CHECKING:
     import torch
 
-LONG = SamplingParams(max_tokens=5000)
+LONG = SamplingParams(max_tokens=100_000)
 PATIENCE_S = 60.0
 
 

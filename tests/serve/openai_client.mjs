@@ -25,7 +25,7 @@ for await (const chunk of stream) {
 }
 
 seen.cancelledAfter = 0;
-const long = await client.chat.completions.create({ ...wanted, max_completion_tokens: 4000, stream: true });
+const long = await client.chat.completions.create({ ...wanted, max_completion_tokens: 4000, ignore_eos: true, stream: true });
 for await (const _ of long) {
   seen.cancelledAfter += 1;
   if (seen.cancelledAfter === 3) long.controller.abort();
