@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from quire.errors import InvariantError
 from quire.spec import CacheGroup, CacheSpec, Field
 from quire.store import BlockStore
 from quire.store.tiers.moving import Mover, unmeant
@@ -50,3 +51,13 @@ def test_there_and_back(n_tokens: int) -> None:
 
 def test_an_arena_that_counts_has_nothing_to_move() -> None:
     assert not Mover(BlockStore(CacheSpec((GROUP,)), 1 << 20).arena).there
+
+
+def test_units_beside_the_arena_are_addresses() -> None:
+    store = BlockStore(CacheSpec((GROUP,)), 1 << 20, device="cpu")
+    mover = Mover(store.arena)
+    rows = mover.space(3, GROUP.block_bytes)
+    begin = store.arena.buffer.data_ptr()
+    assert [begin + 64 * int(u) for u in mover.units(rows)] == [row.ctypes.data for row in rows]
+    with pytest.raises(InvariantError, match="do not begin at its units"):
+        mover.units(rows[:, 8:])

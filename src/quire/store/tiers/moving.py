@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from quire.errors import InvariantError
 from quire.spec import ALIGN_BYTES, CacheGroup
 from quire.store.arena import Arena
 from quire.store.pool import BlockPool
@@ -74,6 +75,8 @@ class Mover:
         Only for who reads memory by its address: they lie outside of the arena.
         """
         first = rows.ctypes.data - self.arena.buffer.data_ptr()
+        if first % ALIGN_BYTES or rows.strides[0] % ALIGN_BYTES:
+            raise InvariantError("blocks beside the arena do not begin at its units")
         units: np.ndarray = first // ALIGN_BYTES + np.arange(len(rows)) * (
             rows.strides[0] // ALIGN_BYTES
         )
