@@ -22,6 +22,7 @@ KEYS = {
     "blocks": {"rows", "stream_gb_per_s"},
     "sampling": {"cases"},
     "linears": {"cases"},
+    "siblings": {"cases"},
     "prefill": {"cases"},
     "caches": {"cases", "peers", "verdicts"},
     "contexts": {"cases"},
@@ -183,11 +184,8 @@ def test_rates_and_floors_are_taken_within_a_turn(load: Any) -> None:
     assert row["share_of_floor"]["median"] == 0.5  # 4 steps of 250 bytes: half a second, and one
 
 
-def test_work_of_a_prompt_by_hand(load: Any) -> None:
+def test_a_prompt_s_figures_by_hand(load: Any) -> None:
     common, prefill = load("common"), load("prefill")
-    model = common.random_llama(layers=2, hidden=64, heads=2, kv_heads=1, vocab=32)
-    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192  # q, o; k, v; gate, up, down
-    assert prefill.work(model, 3) == 2 * (3 * 2 * layer + 64 * 32) + 2 * 2 * 2 * 64 * 6
     seconds = {"transformers": [4.0, 4.0], "auto, 8": [2.0, 1.0], "product": [1.0, 2.0]}
     row = prefill.row("auto, 8", 10, common.Turns(seconds), 50, 100)
     assert row["tokens_per_s"]["median"] == 7.5
