@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -151,6 +152,7 @@ def test_states_come_back_from_a_tier(
     with Engine(runner, config=SchedulerConfig(step_tokens=STEP_TOKENS)) as engine:
         first = engine.generate(asked, params)
         runner.sharing.index.clear()  # all of it goes down
+        assert runner.tiering.stack.drain(monotonic() + 30)
         again = engine.generate(asked, params)
         report = sharing_report(engine)
     assert texts(first) == texts(again) == texts(cold[0])

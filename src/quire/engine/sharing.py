@@ -299,6 +299,7 @@ class Opener:
         """Brings prefixes up while others compute, and lets go down what they pushed out."""
         if self.sharing is None or self.tiering is None:
             return
+        self.tiering.end_schedule()
         for sample in samples:
             if self.tiering.pace.left_s <= 0:
                 break
@@ -319,7 +320,7 @@ class Opener:
             if self.sharing.awaited(path, sample.seat) is None:
                 sample.fetched = path.found
                 sample.fetch = self.tiering.want(path)
-        self.tiering.end_schedule()
+        self.tiering.pace.end_schedule()
 
     def begin_step(self, *, alone: bool) -> None:
         """See `Tiering.begin_step`."""

@@ -128,7 +128,6 @@ class Tiering:
         if self._owed:
             self.write_back()
         self.stack.kick()
-        self.pace.end_schedule()
 
     def wait(self, timeout_s: float) -> None:
         """Until some fetch has ended; for when there is nothing else to do."""
