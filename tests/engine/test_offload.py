@@ -41,6 +41,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _time_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is swapped when is not a matter of how busy the machine is."""
+    monkeypatch.setattr("quire.store.pace.STEP_S", 10.0)
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return chaotic_model()

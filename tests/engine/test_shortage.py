@@ -11,6 +11,7 @@ import torch
 from quire.bench.shortage import Load, drive
 from quire.engine import Engine, SchedulerConfig
 from quire.models.open import open_runner
+from quire.store.tiering import Tiering
 from tiny_model import chaotic_model
 
 PER_TOKEN = 512
@@ -23,6 +24,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many are admitted at once, and so preempted, is not a matter of how busy the machine is."""
+    monkeypatch.setattr("quire.store.pace.STEP_S", 10.0)
+    monkeypatch.setattr(Tiering, "ready", lambda _, fetch: fetch.done.wait(10.0))
 
 
 def crowd(n: int, **options: Any) -> tuple[Any, Any]:
