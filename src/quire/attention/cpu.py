@@ -270,6 +270,8 @@ class CpuBackend(TorchBackend):
             or tiles.d != q.shape[2]
             or tiles.kv_heads * share != q.shape[1]
         ):
+            if len(reads) > len(step.of_layer(layer)[2]):
+                raise InvariantError("torch cannot read blocks beside the arena")  # see `_near`
             return super()._partials(step, layer, q, reads, total, *rest)
         others = [r for r in reads if r.queries > 1 or r.sinks]
         if others:
