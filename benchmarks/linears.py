@@ -22,6 +22,8 @@ from quire.models.panels import PanelWeight
 from quire.models.prepack import Prepacked
 from quire.models.prepack import _forward as forward_of
 
+ROUNDED = ("int8", "int4")
+
 
 class Stack(nn.Module):
     """Layers side by side over one input."""
@@ -43,16 +45,18 @@ class Stack(nn.Module):
         return call
 
 
-def int8_stack(
+def rounded_stacks(
     args: argparse.Namespace, shape: tuple[int, int], dtype: torch.dtype
-) -> Stack | None:
-    """The same layers rounded to 8 bits; None where no kernel multiplies them."""
+) -> dict[str, Stack]:
+    """The same layers rounded to 8 and to 4 bits; none where no kernel multiplies them."""
     if dtype != torch.bfloat16 or native.load() is None:
-        return None
-    torch.manual_seed(args.seed)
-    eight = Stack(shape, args.mib << 20, dtype)
-    Prepacked(eight).pack_layers(int8=True)
-    return eight
+        return {}
+    found = {}
+    for form in ROUNDED:
+        torch.manual_seed(args.seed)
+        found[form] = Stack(shape, args.mib << 20, dtype)
+        Prepacked(found[form]).pack_layers(form)
+    return found
 
 
 def onednn_stack(
@@ -79,7 +83,7 @@ def measure(
     packed = Stack(shape, args.mib << 20, kind)
     changed = Prepacked(packed)
     changed.pack_layers()
-    eight, alone = int8_stack(args, shape, kind), onednn_stack(args, shape, kind)
+    rounded, alone = rounded_stacks(args, shape, kind), onednn_stack(args, shape, kind)
     out = []
     for rows in args.rows:
         x = torch.randn(rows, shape[0]).to(kind)
@@ -92,8 +96,7 @@ def measure(
         exact = kind == torch.float32 or not native.load()
         common.check(doc, where, error < (1e-5 if exact else 0.05), error)
         sides = {"plain": plain.caller(x), "packed": packed.caller(x)}
-        if eight is not None:
-            sides["int8"] = eight.caller(x)
+        sides |= {form: stack.caller(x) for form, stack in rounded.items()}
         if alone is not None:
             sides["oneDNN"] = alone.caller(x)
         turns = common.take_turns(sides, args.repeats, clock=args.clock, stream=stream)
@@ -104,9 +107,12 @@ def measure(
                 "shape": list(shape),
                 "rows": rows,
                 "plain_over_packed": turns.ratio("plain", "packed").json(digits=3),
-                "packed_over_int8": None
-                if eight is None
-                else turns.ratio("packed", "int8").json(digits=3),
+                **{
+                    f"packed_over_{form}": turns.ratio("packed", form).json(digits=3)
+                    if form in rounded
+                    else None
+                    for form in ROUNDED
+                },
                 "onednn_over_packed": None
                 if alone is None
                 else turns.ratio("oneDNN", "packed").json(digits=3),
@@ -142,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> Document:
             "plain / packed",
             "min",
             "max",
-            "packed / int8",
+            *(f"packed / {form}" for form in ROUNDED),
             "oneDNN / packed",
             "GB/s",
             "stream",
@@ -155,8 +161,10 @@ def main(argv: Sequence[str] | None = None) -> Document:
             f"{c['dtype']}, {c['shape'][0]} x {c['shape'][1]}",
             c["rows"],
             *figures,
-            "" if c["packed_over_int8"] is None else f"{c['packed_over_int8']['median']:.2f}",
-            "" if c["onednn_over_packed"] is None else f"{c['onednn_over_packed']['median']:.2f}",
+            *(
+                "" if c[k] is None else f"{c[k]['median']:.2f}"
+                for k in (*(f"packed_over_{form}" for form in ROUNDED), "onednn_over_packed")
+            ),
             c["packed_gb_per_s"],
             f"{min(c['stream_gb_per_s']):.1f}" if c["stream_gb_per_s"] else "",
         )

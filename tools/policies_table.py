@@ -80,6 +80,8 @@ def units(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What is to be measured, the dearest last."""
     for ask in options.ask:
         for task in options.task:
+            if ask == "before" and task.startswith("token-kv"):
+                continue  # its answer of one token is known before any token goes
             for share in options.share:
                 for policy in options.policy:
                     yield {
@@ -179,7 +181,8 @@ HEAD = """# What policies cost in recall
 Made by `tools/policies_table.py`. Every figure reads the cache back, as in decoding: the share of answers that are
 right after tokens went (an answer counts when each of its tokens is the likeliest), {examples} texts of {length}
 tokens per task, facts hidden in {text}, weights {digest}. *After*: three questions come when tokens have gone.
-*Before*: one question is part of the prompt.
+*Before*: one question is part of the prompt, whose last query gives its answer's first token before any goes; so there
+is no such table of `token-kv`, whose answers are one token.
 
 In brackets what the cache held at the text's end, as a share of the full one's: protected tokens and those that
 came since tokens last went count. **Bold**: better than both baselines that choose without a score, `random` and

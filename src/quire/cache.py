@@ -51,7 +51,8 @@ def attach(
         share: "prefix": `generate()` begins with what earlier calls have computed and leaves what it computes. A cache
             that is handed in (`attached.cache()`) shares nothing, and neither does assisted decoding.
         config: a file of `quire tune`: its kv, keep and block_tokens, which are not given here then.
-        weights: "plain" leaves the linear layers alone; others as for an engine, until `detach()`.
+        weights: "plain" leaves the linear layers alone; others as for an engine, until `detach()`, after which what
+            "int8" or "int4" rounded stays rounded.
 
     Raises:
         ConfigError: the model or the configuration cannot be served, with the reason.

@@ -22,6 +22,7 @@ KEYS = {
     "blocks": {"rows", "stream_gb_per_s"},
     "sampling": {"cases"},
     "linears": {"cases"},
+    "rounding": {"cases", "perplexity"},
     "siblings": {"cases"},
     "prefill": {"cases"},
     "caches": {"cases", "peers", "verdicts"},

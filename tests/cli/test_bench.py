@@ -67,7 +67,7 @@ def test_for_people(quire: Callable[..., Any]) -> None:
         (("decode", "--ctx", 10**7), "ask for fewer"),
         (("decode", "--kv", "nothing"), "nothing"),
         (("decode", "--keep", "nothing"), "nothing"),
-        (("decode", "--weights", "nothing"), "known: auto, plain, prepacked, int8"),
+        (("decode", "--weights", "nothing"), "known: auto, plain, prepacked, int8, int4"),
         (("decode", "--attention", "nothing"), "unknown attention backend"),
         (("prefill", "--compile"), "--compile is for decode steps, and prefill makes none here"),
         (("serve", "http://127.0.0.1:1", "--compile"), "and serve makes none here"),

@@ -345,3 +345,18 @@ def test_random_tokens_cannot_be_foretold_and_their_copy_can() -> None:
         runner.close()
     assert nll[:119].mean() > math.log(vocabulary), "worse than knowing nothing, for it knows text"
     assert nll[135:].mean() < 0.5 * nll[:119].mean()
+
+
+def test_answers_that_are_known_before_tokens_go_are_refused(shared: Path) -> None:
+    """One token, given by the prompt's last query: no cache would have been read, whatever was dropped."""
+    model, tokenizer = recall_model(shared)
+    options: dict[str, Any] = dict(length_tokens=300, examples=1, memory="64MiB", ask="before")
+    tasks = ["token-kv:count=4,asked=1"]
+    with pytest.raises(RequestError, match=r"its answers are one token, .* ask after, or a task"):
+        evaluate(model, tokenizer, [("auto", "random:budget=0.1")], tasks, **options)
+    for keep in ("full", "window:64"):  # nothing goes, or by place and before the last query reads
+        assert evaluate(model, tokenizer, [("auto", keep)], tasks, **options).rows
+    longer = evaluate(
+        model, tokenizer, [("auto", "random:budget=0.1")], ["kv:count=4,asked=1"], **options
+    )
+    assert longer.rows

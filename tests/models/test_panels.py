@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -17,11 +18,12 @@ from quire.models.panels import (
     PanelWeight,
     blocks_of,
     from_panels,
+    laid_out,
     multiplier,
     panel_forward,
-    to_int8,
     to_panels,
 )
+from quire.models.rounded import GROUP, from_lines, to_int4, to_int8, to_lines
 
 LIBRARY = native.load()
 needs_kernels = pytest.mark.skipif(
@@ -50,7 +52,8 @@ def laid(
     bias: torch.Tensor | None = None,
 ) -> Laid:
     words, panel = panels.shape[1:3]
-    return Laid(panels.data_ptr(), panels, n, k, words, panel, scales, bias)
+    bits = 8 * panels.element_size()
+    return Laid(panels.data_ptr(), panels, n, k, words, panel, scales, bias, bits)
 
 
 def alone(layer: Laid, isa: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -119,10 +122,65 @@ def test_eight_bits_are_multiplied_as_they_decode(
 @needs_kernels
 @given(
     rows=st.one_of(st.integers(1, 17), st.integers(90, 110)),
+    n=sizes,
+    k=sizes,
+    bias=st.booleans(),
+    isa=st.sampled_from(LEVELS or [0]),
+    seed=st.integers(0, 99),
+)
+def test_four_bits_are_multiplied_as_they_decode(
+    rows: int, n: int, k: int, bias: bool, isa: int, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=random).bfloat16()
+    x = torch.randn(rows, k, generator=random).bfloat16()
+    b = torch.randn(n, generator=random).bfloat16() if bias else None
+    codes, scales = to_int4(w)
+    decoded = (codes.double() * scales.double().repeat_interleave(GROUP, 1))[:, :k]
+    weight = PanelWeight.of(w, 4)
+    assert torch.equal(weight.plain(), decoded.bfloat16())
+    multiply = alone(laid_out(weight, b), isa)
+    got = multiply(x)
+    near(got, x, decoded, b)
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(multiply(x[row : row + 1]), got[row : row + 1])
+
+
+@given(n=sizes, k=sizes, seed=st.integers(0, 99), spread=st.sampled_from([0.0, 1.0, 4.0]))
+def test_four_bits_round_no_worse_than_to_the_nearest_of_fifteen_steps(
+    n: int, k: int, seed: int, spread: float
+) -> None:
+    """Squared error of each group against plain rounding, whose scale reaches the largest weight on both sides."""
+    random = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=random) * torch.exp(
+        spread * torch.randn(n, 1, generator=random)
+    )
+    w = w.bfloat16()
+    w[n // 2] = 0
+    codes, scales = to_int4(w)
+    assert torch.equal(from_lines(to_lines(codes), *codes.shape), codes)
+    padded = torch.zeros(codes.shape, dtype=torch.float64)
+    padded[:, :k] = w.double()
+    groups = padded.view(n, -1, GROUP)
+    step = groups.abs().amax(-1, keepdim=True) / 7
+    plain = (groups / step.clamp_min(1e-30)).round() * step
+    decoded = codes.view(groups.shape).double() * scales.double()[..., None]
+    assert (codes[:, k:] == 0).all()
+    assert (decoded[n // 2] == 0).all()
+
+    def error(of: torch.Tensor) -> torch.Tensor:
+        return (of - groups).square().sum(-1)
+
+    assert (error(decoded) <= error(plain) + 2**-16 * groups.square().sum(-1)).all()
+
+
+@needs_kernels
+@given(
+    rows=st.one_of(st.integers(1, 17), st.integers(90, 110)),
     widths=st.lists(sizes, min_size=2, max_size=4),
     k=sizes,
     panels=st.lists(st.sampled_from([16, 32, 64]), min_size=4, max_size=4),
-    eight=st.lists(st.booleans(), min_size=4, max_size=4),
+    bits=st.lists(st.sampled_from([16, 8, 4]), min_size=4, max_size=4),
     isa=st.sampled_from(LEVELS or [0]),
     seed=st.integers(0, 99),
 )
@@ -131,25 +189,33 @@ def test_layers_of_one_input_are_each_the_layer_alone(
     widths: list[int],
     k: int,
     panels: list[int],
-    eight: list[bool],
+    bits: list[int],
     isa: int,
     seed: int,
 ) -> None:
-    """Bit for bit, with and without a bias, 16 and 8 bits side by side."""
+    """Bit for bit, with and without a bias, 16, 8 and 4 bits side by side."""
+    words = -(-k // GROUP) * GROUP // 2 if 4 in bits[: len(widths)] else (k + 1) // 2
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, k, generator=random).bfloat16()
     layers = []
     for i, n in enumerate(widths):
         w, scales = torch.randn(n, k, generator=random).bfloat16(), None
         bias = torch.randn(n, generator=random).bfloat16() if i % 2 else None
-        if eight[i]:
+        if bits[i] == 4:
+            layers.append(laid_out(PanelWeight.of(w, 4), bias))
+            continue
+        if bits[i] == 8:
             w, scales = to_int8(w)
-        layers.append(laid(to_panels(w, panels[i]), n, k, scales, bias))
+        layers.append(laid(to_panels(w, panels[i], words), n, k, scales, bias))
     got = multiplier(*layers, isa=isa)(x)
     for layer, out in zip(layers, got, strict=True):
         assert torch.equal(out, alone(layer, isa)(x))
     with pytest.raises(InvariantError, match="not the kernel's"):
         multiplier(layers[0], laid(to_panels(torch.randn(5, k + 2).bfloat16()), 5, k + 2))
+    if bits[0] == 4:
+        short = dataclasses.replace(layers[0], words=layers[0].words - 1)
+        with pytest.raises(InvariantError, match="what it does not serve"):
+            multiplier(short)(x)
 
 
 @needs_kernels

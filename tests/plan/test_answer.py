@@ -15,7 +15,7 @@ from quire.errors import ConfigError
 from quire.plan.answer import answer
 from quire.plan.catalogue import device_names, find_device, known_model, parse_bytes
 from quire.plan.demand import Demand, Setup
-from quire.plan.fit import MEASURED_KL, remedies
+from quire.plan.fit import MEASURED_KL, ROUNDED_KL, remedies
 from quire.plan.lengths import mix, read_lengths, read_requests
 from quire.plan.shape import read_shape
 from quire.plan.speed import Speed
@@ -281,6 +281,11 @@ def test_losses_are_those_of_the_ledger() -> None:
     assert len(entries) == 2
     for kl in MEASURED_KL.values():
         assert any(f" {kl:.5f}".rstrip("0") in e for e in entries), kl
+    (rounded,) = [
+        " ".join(e.split()) for e in page.split("\n### ") if "benchmarks/rounding.py" in e
+    ]
+    for form, kl in ROUNDED_KL.items():
+        assert f"{form} {kl:g}" in rounded
 
 
 # -- files and names ---------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ def command(
     seed: Annotated[int, typer.Option(metavar="S", help="Of prompts and weights.")] = 0,
     dtype: Dtype = None,
     weights: Annotated[
-        str, typer.Option(metavar="FORM", help="auto, plain, prepacked or int8 linear layers.")
+        str,
+        typer.Option(metavar="FORM", help="auto, plain, prepacked, int8 or int4 linear layers."),
     ] = "auto",
     compile: Annotated[  # noqa: A002 - the option's name
         bool,

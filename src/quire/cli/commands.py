@@ -127,7 +127,7 @@ Weights = Annotated[
         _MODEL,
         "--weights",
         "FORM",
-        "auto (default), plain, prepacked or int8: how linear layers hold their weights on a CPU.",
+        "auto (default), plain, prepacked, int8 or int4: how linear layers hold their weights on a CPU.",
     ),
 ]
 Compile = Annotated[

@@ -124,7 +124,7 @@ def command(
     ] = None,
     weights: Annotated[
         str | None,
-        _option(_MODEL, "--weights", "FORM", "auto (default), plain, prepacked or int8."),
+        _option(_MODEL, "--weights", "FORM", "auto (default), plain, prepacked, int8 or int4."),
     ] = None,
     compile: Annotated[  # noqa: A002 - the option's name
         bool, _option(_MODEL, "--compile", " ", "Decode steps as code made by torch.compile.")

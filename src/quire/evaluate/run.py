@@ -27,6 +27,7 @@ from quire.evaluate.tasks import Example, Task, parse_task
 from quire.evaluate.texts import DEPTHS, PPL, PROMPTS, prepare
 from quire.models.load import Loaded
 from quire.models.runner import context_tokens
+from quire.retention.recipe import parse_keep
 from quire.spec import DEFAULT_BLOCK_TOKENS
 
 __all__ = ["ASK", "DEPTHS", "PPL", "PROMPTS", "Config", "evaluate", "prepare", "recalled"]
@@ -78,7 +79,8 @@ def evaluate(
         injected: inject outliers first (`inject`), and take them out again.
         memory: of all caches together, see `arena_bytes`.
         ask: where a policy drops tokens by score: "after": recall questions come when tokens have gone; "before": the
-            first one is part of the prompt, and only its answer counts. A text's first half is the prompt of ppl then,
+            first one is part of the prompt, and only its answer counts, whose first token the prompt's last query gives
+            before any token goes. A text's first half is the prompt of ppl then,
             and the second is scored, by all configurations alike.
         speed_tokens: steps of decoding that are timed under each configuration; 0 for none.
         journal: keeps every text as it is scored, and has those of a run that was killed.
@@ -101,6 +103,9 @@ def evaluate(
         for made in prepare(tokenizer, asked, text, n, max_tokens, examples, depths, seed)
     ]
     _check(model, configs, asked, lengths, prompts, answer_tokens)
+    if any(parse_keep(keep).scores for _, keep in configs):
+        for task, some in zip(asked * len(lengths), texts, strict=True):
+            _check_posed(task, _posed(some, ask), ask)
     digest = Loaded(model, tokenizer, "").digest
     tag = digest_of([list(c) for c in configs])
     with ExitStack() as stack:
@@ -121,8 +126,7 @@ def evaluate(
                 check_read(cell, min(lengths))
         at = _Work(cells, tokenizer, seed, tag, journal, progress, found)
         for (n, task), some in zip(product(lengths, asked), texts, strict=True):
-            posed = [_known(e) for e in some] if ask == "before" else some
-            at.task(task, n, posed)
+            at.task(task, n, _posed(some, ask))
         if prompts:
             at.prompts(prompts, answer_tokens, end)
         if speed_tokens:
@@ -211,6 +215,23 @@ def _check(
         raise ConfigError("nothing to evaluate: give at least one configuration, as kv='auto'")
     if not (tasks or prompts):
         raise ConfigError("nothing to evaluate: give a task, or prompts")
+
+
+def _posed(texts: list[Example], ask: str) -> list[Example]:
+    """Texts as they are asked of all caches."""
+    return [_known(e) for e in texts] if ask == "before" else texts
+
+
+def _check_posed(task: Task | None, texts: Sequence[Example], ask: str) -> None:
+    """Refuses answers that are known before anything goes: no cache would be read for them. Raises RequestError."""
+    if task is None or ask != "before":
+        return
+    answers = [a for e in texts for a in e.answers]
+    if answers and all(a.stop - a.start == 1 for a in answers):
+        raise RequestError(
+            f"{task.name}: its answers are one token, which the prompt's last query gives before any token goes; "
+            "ask after, or a task whose answers are longer, as kv"
+        )
 
 
 def _known(example: Example) -> Example:

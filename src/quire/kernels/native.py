@@ -19,7 +19,7 @@ from quire.kernels.build import LIBRARY
 
 log = logging.getLogger("quire")
 
-ABI = 7
+ABI = 8
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 ROWS = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 """Kinds of fields that are rows, by the dtype of their elements."""
@@ -140,7 +140,7 @@ class LinearLayer(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "scales", "bias", "out")),
         ("out_row", c_int64),
-        *((name, c_int32) for name in ("n", "panel")),
+        *((name, c_int32) for name in ("n", "panel", "bits", "unused")),
     )
 
 

@@ -385,7 +385,7 @@ def fingerprint(parameters: Iterable[tuple[str, Any]]) -> str:
     found = hashlib.sha256()
     for name, p in parameters:
         found.update(f"{name} {tuple(p.shape)} {p.dtype}\n".encode())
-        flat = (p.detach().to_dense() if p.is_mkldnn else p.detach()).reshape(-1)
+        flat = _flat(p)
         some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().contiguous()
         found.update(some.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
@@ -403,7 +403,7 @@ def full_digest(parameters: Iterable[tuple[str, Any]]) -> bytes:
     found = hashlib.sha256()
     for name, p in parameters:
         found.update(f"{name} {tuple(p.shape)} {p.dtype}\n".encode())
-        flat = (p.detach().to_dense() if p.is_mkldnn else p.detach()).reshape(-1)
+        flat = _flat(p)
         found.update(checksum(flat.cpu().contiguous().view(torch.uint8).numpy().data))
     return found.digest()
 
@@ -415,7 +415,12 @@ def weights_digest(model: Any) -> str:
     found = hashlib.sha256()
     for name, p in model.named_parameters():
         found.update(f"{name} {tuple(p.shape)}\n".encode())
-        flat = p.detach().reshape(-1)
+        flat = _flat(p)
         some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().contiguous()
         found.update(some.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def _flat(p: Any) -> Any:
+    """A parameter's elements in the order of its plain form, however `prepack` holds it."""
+    return (p.detach().to_dense() if p.is_mkldnn else p.detach()).reshape(-1)

@@ -37,7 +37,7 @@ def open_runner(
         kv, keep: string forms, see `KVConfig`; keep may be a `quire.retention.outside(press)`.
         memory: of the arena: bytes, a share of free memory, or text as `"8GiB"`.
         attention: backend; way: forces a way into the model.
-        weights: "plain", "prepacked", "int8" or "auto": what the linear layers read, see `quire.models.prepack`.
+        weights: what the linear layers read: "plain", "prepacked", "int8", "int4" or "auto", see `models.prepack`.
         share: "off", or "prefix": requests find what others computed before them, see `quire.store.sharing`.
         tiers: memory below the cache's, as `"host:8GiB,disk:100GiB@/var/cache/quire"`, or as `parse_tiers` read it;
             needs share="prefix", but for `"host:8GiB;swap=auto"`, which only takes preempted requests.

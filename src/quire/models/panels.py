@@ -1,7 +1,8 @@
-"""Linear layers in bfloat16 over weights, of 16 or 8 bits, that lie in panels, multiplied by the compiled kernel.
+"""Linear layers in bfloat16 over weights, of 16, 8 or 4 bits, that lie in panels, multiplied by the compiled kernel.
 
     plain   [n, k]
     panels  [ceil(n / 16), ceil(k / 2), 16, 2]   sixteen outputs of two inputs are one cache line; zeros at the edges
+            [ceil(n / 16), k / 8, 16]            of 4 bits: sixteen outputs of eight inputs, see `rounded`
 
 One copy of the weight serves one row and thousands: nothing is unpacked but in registers. Sums are float32 and add up
 in the order of k, so that a row's result depends neither on the rows beside it nor on the number of threads. Where
@@ -23,6 +24,16 @@ from torch.utils import _pytree as pytree
 from quire.errors import InvariantError
 from quire.kernels import native
 from quire.kernels.native import LinearArgs, LinearLayer
+from quire.models.rounded import (
+    GROUP,
+    LINE,
+    PANEL,
+    from_lines,
+    to_int4,
+    to_int8,
+    to_lines,
+    to_scale_lines,
+)
 
 __all__ = [
     "PANEL",
@@ -34,9 +45,6 @@ __all__ = [
     "panel_forward",
     "to_panels",
 ]
-
-PANEL = 16
-"""Outputs side by side in our own layout."""
 
 
 def to_panels(weight: Tensor, panel: int = PANEL, words: int = 0) -> Tensor:
@@ -66,13 +74,6 @@ _PRODUCTS = frozenset(
 )
 
 
-def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`[n, k]` to whole numbers from -127 to 127 and a scale per output: `[n, k] int8`, `[n] float32`."""
-    w = weight.float()
-    scales = w.abs().amax(1).clamp_min(1e-30) / 127
-    return (w / scales[:, None]).round().to(torch.int8), scales
-
-
 class PanelWeight(Tensor):
     """A weight `[n, k]` held in panels. What looks at it gets a plain copy; only its layer multiplies with it.
 
@@ -81,8 +82,9 @@ class PanelWeight(Tensor):
     """
 
     panels: Tensor
+    """`bfloat16`, `int8`, or lines of 4 bits in `int32`."""
     scales: Tensor | None
-    """`[n] float32`; None: the panels hold the weight itself."""
+    """Of 8 bits `[n] float32`, of 4 as `to_scale_lines` lays them; None: the panels hold the weight itself."""
 
     @staticmethod
     def __new__(cls, panels: Tensor, n: int, k: int, scales: Tensor | None = None) -> Self:
@@ -93,11 +95,32 @@ class PanelWeight(Tensor):
         made.panels, made.scales = panels, scales
         return made
 
+    @classmethod
+    def of(cls, weight: Tensor, bits: int = 16) -> Self:
+        """A weight `[n, k] bfloat16` in panels, rounded to 8 or 4 bits where so asked."""
+        if bits == 4:
+            codes, scales = to_int4(weight)
+            return cls(to_lines(codes), *weight.shape, to_scale_lines(scales))  # type: ignore[call-arg]
+        if bits == 8:
+            codes, scales = to_int8(weight)
+            return cls(to_panels(codes), *weight.shape, scales)  # type: ignore[call-arg]
+        return cls(to_panels(weight), *weight.shape)
+
+    @property
+    def bits(self) -> int:
+        """Of a weight: 16, 8 or 4."""
+        return {torch.int32: 4, torch.int8: 8}.get(self.panels.dtype, 16)
+
     def plain(self) -> Tensor:
-        """`[n, k] bfloat16`, a copy; rounded where the panels hold 8 bits."""
+        """`[n, k] bfloat16`, a copy; rounded where the panels hold 8 or 4 bits."""
         n, k = self.shape
-        found = from_panels(self.panels, n, k)
-        return found if self.scales is None else (found * self.scales[:, None]).bfloat16()
+        if self.scales is None:
+            return from_panels(self.panels, n, k)
+        if self.bits == 8:
+            return (from_panels(self.panels, n, k) * self.scales[:, None]).bfloat16()
+        codes = from_lines(self.panels, n, k)
+        scales = self.scales.transpose(1, 2).reshape(-1, self.scales.shape[1])[:n]
+        return (codes * scales.repeat_interleave(GROUP, 1)[:, :k].float()).bfloat16()
 
     @property
     def held_bytes(self) -> int:
@@ -146,8 +169,9 @@ class Laid:
         n, k: its outputs and inputs.
         words: of k, in a panel.
         panel: outputs of a panel.
-        scales: `[n] float32`, where the panels hold 8 bits.
+        scales: where the panels hold 8 or 4 bits, as `PanelWeight` says.
         bias: `[n] bfloat16`.
+        bits: of a weight.
     """
 
     weight: int
@@ -158,18 +182,21 @@ class Laid:
     panel: int = PANEL
     scales: Tensor | None = None
     bias: Tensor | None = None
+    bits: int = 16
 
     def for_kernel(self) -> LinearLayer:
         """As the kernel is told."""
         scales, bias = (None if x is None else x.data_ptr() for x in (self.scales, self.bias))
-        return LinearLayer(self.weight, scales, bias, None, self.n, self.n, self.panel)
+        return LinearLayer(self.weight, scales, bias, None, self.n, self.n, self.panel, self.bits)
 
 
 def laid_out(weight: PanelWeight, bias: Tensor | None) -> Laid:
     """Of a layer with a packed weight."""
     panels, (n, k) = weight.panels, weight.shape
-    _, words, panel, _ = panels.shape
-    return Laid(panels.data_ptr(), panels, n, k, words, panel, weight.scales, bias)
+    words, panel = panels.shape[1:3]
+    if weight.bits == 4:
+        words *= LINE // 2
+    return Laid(panels.data_ptr(), panels, n, k, words, panel, weight.scales, bias, weight.bits)
 
 
 def multiplier(*layers: Laid, isa: int = 0) -> Callable[[Tensor], list[Tensor]]:

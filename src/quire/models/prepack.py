@@ -8,9 +8,9 @@ bfloat16 for any number of rows, and our kernel (see `panels`) takes all of them
 another order. Where our kernel multiplies, layers that share an input are one call of it (see `siblings`).
 
 The packed weight takes the plain one's place, layer by layer, so memory does not double; `Prepacked.restore` puts back
-the same bits, or, where they were rounded to 8, what they were rounded to. A weight that something else holds too (an
-embedding tied to the head), and a layer that is more than an `nn.Linear` (quantised, carrying an adapter, replaced by
-its owner) stay as they are.
+the same bits, or, where they were rounded to 8 or 4, what they were rounded to. A weight that something else holds too
+(an embedding tied to the head), and a layer that is more than an `nn.Linear` (quantised, carrying an adapter, replaced
+by its owner) stay as they are.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from quire.models.panels import (
     laid_out,
     multiplier,
     panel_forward,
-    to_int8,
-    to_panels,
 )
 from quire.models.siblings import join, siblings, watched
 
@@ -43,11 +41,16 @@ __all__ = ["WEIGHTS", "Prepacked", "check_weights", "is_packed", "prepack", "uns
 
 log = logging.getLogger("quire")
 
-WEIGHTS = ("auto", "plain", "prepacked", "int8")
-"""auto: prepacked where it pays, that is in bfloat16 on a CPU; int8: packed, rounded to 8 bits, a scale per output."""
+WEIGHTS = ("auto", "plain", "prepacked", "int8", "int4")
+"""auto: prepacked where it pays, that is in bfloat16 on a CPU; int8: packed, rounded to 8 bits, a scale per output;
+int4: to 4 bits, a scale per 32 inputs of an output, and the head to 8."""
 
-_INT8_TOLERANCE = 1.0
-"""As `TOLERANCE`, for weights that are rounded: far above what rounding does, far below what a mistake does."""
+BITS = {"prepacked": 16, "int8": 8, "int4": 4}
+"""Of a weight, by what it was packed into."""
+
+_ROUNDED_TOLERANCE = {"int8": 0.4, "int4": 1.0}
+"""Largest root mean square difference of logits after rounding, in their standard deviations: far above what rounding
+does, and far below what a mistake does, after which they have nothing to do with each other (1.4)."""
 
 TOLERANCE = {torch.bfloat16: 0.2, torch.float32: 2e-3}
 """Largest difference of logits after packing, in their standard deviations: the model's own rounding."""
@@ -77,22 +80,23 @@ def prepack(model: Any, weights: str = "auto") -> Prepacked | None:
         What was changed; None: nothing was.
 
     Raises:
-        ConfigError: "prepacked" or "int8" cannot be had here; says why.
+        ConfigError: "prepacked", "int8" or "int4" cannot be had here; says why.
 
     Cost: one pass over the weights, and two forwards of a few tokens that must agree.
     """
     check_weights(weights)
     if weights == "plain":
         return None
-    reason = unserved(model) or (_not_int8(model) if weights == "int8" else None)
+    rounded = weights in _ROUNDED_TOLERANCE
+    reason = unserved(model) or (_not_rounded(model) if rounded else None)
     if weights == "auto" and (reason or model.dtype != torch.bfloat16):
         return None
     if reason is None:
         packed = Prepacked(model)
         reason = packed.pack()
-        if reason is None and weights == "int8":  # what takes packed weights takes rounded ones
+        if reason is None and rounded:  # what takes packed weights takes rounded ones
             packed.restore()
-            reason = packed.pack(int8=True)
+            reason = packed.pack(weights)
         if reason is None:
             return packed
     if weights == "auto":
@@ -115,10 +119,10 @@ def unserved(model: Any) -> str | None:
     return None
 
 
-def _not_int8(model: Any) -> str | None:
-    """Why there are no 8-bit weights for this model here."""
+def _not_rounded(model: Any) -> str | None:
+    """Why there are no weights of 8 or 4 bits for this model here."""
     if native.load() is None:
-        return "the CPU kernels were not built, and torch's own products of 8 bits are slower than plain ones"
+        return "the CPU kernels were not built, and torch's own products of 8 or 4 bits are slower than plain ones"
     if model.dtype != torch.bfloat16:
         name = str(model.dtype).removeprefix("torch.")
         return f"they are for models that compute in bfloat16, and this one computes in {name}"
@@ -148,7 +152,7 @@ class Prepacked:
         self._siblings: list[list[nn.Linear]] = []
         self._joined: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = []
         self.form = "prepacked"
-        """What the layers hold: "prepacked" or "int8"."""
+        """What the layers hold: one of `BITS`."""
 
     @property
     def n_layers(self) -> int:
@@ -168,8 +172,8 @@ class Prepacked:
             for w in weights
         )
 
-    def pack(self, *, int8: bool = False) -> str | None:
-        """Packs the layers, rounded to 8 bits if so asked, and compares the model with itself.
+    def pack(self, form: str = "prepacked") -> str | None:
+        """Packs the layers in one of the forms of `BITS`, and compares the model with itself.
 
         Returns:
             None; or why they were left as they were.
@@ -181,22 +185,28 @@ class Prepacked:
         self._siblings = siblings(self.model, calls)
         del calls
         try:
-            self.pack_layers(int8=int8)
+            self.pack_layers(form)
             self.join()
-            worst = float((_logits(self.model) - before).abs().max() / before.std().clamp_min(1e-9))
+            apart = (_logits(self.model) - before) / before.std().clamp_min(1e-9)
         except Exception as e:  # noqa: BLE001 - a model whose code reads the weight itself may raise anything
             self.restore()
             return f"the model's own code does not take them ({' '.join(str(e).split())[:120]})"
-        if not worst <= (_INT8_TOLERANCE if int8 else TOLERANCE[self.model.dtype]):
+        if form in _ROUNDED_TOLERANCE:
+            found, most = float(apart.square().mean().sqrt()), _ROUNDED_TOLERANCE[form]
+        else:
+            found, most = float(apart.abs().max()), TOLERANCE[self.model.dtype]
+        if not found <= most:
             self.restore()
-            return f"logits differ by {worst:.2g} standard deviations"
+            return f"logits differ by {found:.2g} standard deviations"
         return None
 
-    def pack_layers(self, *, int8: bool = False) -> None:
+    def pack_layers(self, form: str = "prepacked") -> None:
         """Packs the layers and asks nothing."""
-        self.form = "int8" if int8 else "prepacked"
+        self.form = form
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
         for layer in self._layers:
-            self._pack(layer)
+            bits = BITS[form]
+            self._pack(layer, 8 if layer is head and bits < 8 else bits)
 
     def join(self) -> None:
         """Lets layers that share an input be multiplied in one call, where our kernel takes them. Idempotent."""
@@ -215,19 +225,14 @@ class Prepacked:
             object.__setattr__(layer, "forward", own)
 
     @torch.inference_mode(mode=False)
-    def _pack(self, layer: nn.Linear) -> None:
+    def _pack(self, layer: nn.Linear, bits: int) -> None:
         plain, bias = layer.weight, layer.bias
-        if self.form == "int8":
-            rounded, scales = to_int8(plain.detach())
-            weight = PanelWeight(to_panels(rounded), *plain.shape, scales)  # type: ignore[call-arg]
-            laid: Laid | None = laid_out(weight, bias)
-            forward = panel_forward(weight, bias)
-        elif plain.dtype != torch.bfloat16 or _onednn_serves_bf16():
+        if bits == 16 and (plain.dtype != torch.bfloat16 or _onednn_serves_bf16()):
             weight = torch.ops.mkldnn._reorder_linear_weight(plain.detach())
             laid = _in_place(weight, plain, bias)
             forward = _forward(weight, bias, laid)
         else:
-            weight = PanelWeight(to_panels(plain.detach()), *plain.shape)
+            weight = PanelWeight.of(plain.detach(), bits)
             laid = laid_out(weight, bias)
             forward = panel_forward(weight, bias)
         if laid is not None:
@@ -238,7 +243,7 @@ class Prepacked:
 
     @torch.inference_mode(mode=False)
     def restore(self) -> None:
-        """Gives every layer its weight back: bit for bit, or as rounded to 8 bits where it was. Idempotent."""
+        """Gives every layer its weight back: bit for bit, or as rounded to 8 or 4 bits where it was. Idempotent."""
         self.part()
         self._laid.clear()
         while self._packed:
@@ -297,7 +302,9 @@ def _forward(
 def _packable(model: nn.Module) -> list[nn.Linear]:
     """Linear layers that are nothing more, with a weight that nobody else holds."""
     held = Counter(
-        p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False) if p.numel()
+        p.data_ptr()
+        for _, p in model.named_parameters(remove_duplicate=False)
+        if p.numel() and not is_packed(p)  # by somebody else, who gives it back
     )
     wrappers = [
         m for m in model.modules() if hasattr(m, "base_layer")
@@ -310,6 +317,7 @@ def _packable(model: nn.Module) -> list[nn.Linear]:
                 type(m) is nn.Linear
                 and id(m) not in adapted
                 and "forward" not in m.__dict__
+                and not is_packed(m.weight)
                 and m.weight.dtype in TOLERANCE
                 and m.weight.numel()
                 and held[m.weight.data_ptr()] == 1

@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-#define QUIRE_ABI 7
+#define QUIRE_ABI 8
 
 #define LEVEL(name)                                               \
     extern "C" int quire_decode_##name(const quire_decode_args*); \
@@ -158,8 +158,11 @@ extern "C" int quire_latent(const quire_latent_args* a) {
 
 extern "C" int quire_linear(const quire_linear_args* a) {
     if (a->n_layers < 1 || a->rows < 1 || a->k < 1 || a->k_words < (a->k + 1) / 2 || a->isa > quire_best_isa()) return -1;
-    for (int i = 0; i < a->n_layers; i++)
-        if (a->layers[i].n < 1 || a->layers[i].panel < 16 || a->layers[i].panel % 16) return -1;
+    for (int i = 0; i < a->n_layers; i++) {
+        const quire_linear_layer& l = a->layers[i];
+        if (l.n < 1 || l.panel < 16 || l.panel % 16 || (l.bits != 16 && !l.scales)) return -1;
+        if (l.bits != 16 && l.bits != 8 && !(l.bits == 4 && l.panel == 16 && a->k_words % 16 == 0)) return -1;
+    }
 #if defined(__x86_64__)
     switch (a->isa ? a->isa : quire_best_isa()) {
         CASE_V4M(linear)

@@ -1,7 +1,6 @@
 // Linear layers in bfloat16 over weights that lie as a product reads them: out = x * weight^T + bias.
 //
-//   weight [n / panel][k / 2][panel][2]: a word holds two inputs' weights of one output, in bfloat16, or in int8 with a
-//          scale per output; zeros at the edges
+//   weight in panels of outputs, words of two inputs; zeros at the edges: see weights.hpp
 //   x      [tile][k / 2][row of the tile][2], float32, or bfloat16 where the processor multiplies that; made here
 //
 // A unit of work is 64 outputs of one layer by up to BLOCK_ROWS rows. Its sums stay in registers for one tile of rows, and pass
@@ -12,7 +11,9 @@
 #include <vector>
 
 #include "quire_cpu.h"
+#include "shares.hpp"
 #include "unit.hpp"
+#include "weights.hpp"
 
 namespace quire {
 
@@ -21,66 +22,7 @@ constexpr int VECTORS = UNIT / LANES;
 constexpr int STRETCH = 32;       // words of k, where there are several tiles
 constexpr int BLOCK_ROWS = 96;    // of x at a time
 constexpr int TILE_ROWS = LANES == 4 ? 3 : 6;
-constexpr int AHEAD = 32;         // words of k that one tile alone asks for early; several share out the next stretch
-
-// A word of weights is multiplied in as many parts as the processor needs; `Pair` holds what a row has for it.
-#if defined(__AVX512BF16__)
-constexpr int PARTS = 1;
-struct Pair {
-    uint32_t part[PARTS];
-};
-QUIRE_INLINE Pair pair_of(uint16_t a, uint16_t b) { return Pair{{(uint32_t)b << 16 | a}}; }
-QUIRE_INLINE Floats added_to(Floats sum, Words w, uint32_t x) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)(Words{} + x));
-}
-#else
-constexpr int PARTS = 2;
-struct Pair {
-    float part[PARTS];
-};
-QUIRE_INLINE Pair pair_of(uint16_t a, uint16_t b) { return Pair{{BF16::one(a), BF16::one(b)}}; }
-QUIRE_INLINE Floats added_to(Floats sum, Words w, float x) { return (Floats)w * x + sum; }
-#endif
-
-// Weights as they are stored: the words of LANES outputs at p, in the form that `added_to` takes.
-struct Half {
-    static constexpr int BYTES = 4;
-    typedef uint32_t At __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-    template <int PART>
-    static QUIRE_INLINE Words part(const uint8_t* p) {
-        const Words w = *(const At*)p;
-        return PARTS == 1 ? w : PART ? w & 0xffff0000u : w << 16;
-    }
-};
-
-struct Int8 {
-    static constexpr int BYTES = 2;
-    typedef uint16_t At __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-    static QUIRE_INLINE Words wide(const uint8_t* p) {
-#if defined(__AVX512F__)
-        return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__AVX2__)
-        return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
-#else
-        return __builtin_convertvector(*(const At*)p, Words);
-#endif
-    }
-    template <int PART>
-    static QUIRE_INLINE Words number(Words w) {
-        return (Words)__builtin_convertvector((Ints)(w << (PART ? 16 : 24)) >> 24, Floats);
-    }
-    template <int PART>
-    static QUIRE_INLINE Words part(const uint8_t* p) {
-#if defined(__AVX512BF16__)  // up to 8 bits: exact in bfloat16
-        const auto floats = [](const uint8_t* q) {
-            return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q)));
-        };
-        return (Words)_mm512_cvtne2ps_pbh(floats(p + 16), floats(p));
-#else
-        return number<PART>(wide(p));
-#endif
-    }
-};
+constexpr int AHEAD = 2048;       // bytes of a panel that one tile alone asks for early; several share out the next stretch
 
 template <class W, int PART, int R, int C>
 QUIRE_INLINE void add_part(const uint8_t* const* w, int64_t at, const Pair* x, Floats (&sum)[R][C]) {
@@ -99,15 +41,31 @@ struct Turn {
     int turn, of;
 };
 
-// R rows by C vectors of outputs over `n` words of k; `sums` has UNIT floats a row.
+// What a unit reads: for each vector of outputs its weights and, where groups of inputs have them, its scales.
+struct Panels {
+    const uint8_t* weight[VECTORS];
+    const uint16_t* scales[VECTORS];
+    int64_t stride;  // bytes from a line of weights to the next
+    int lines;       // until their end
+    int64_t skip;    // bytes from there to what is read next
+    int64_t scales_skip;
+    // Where a line, or a group's scales, will be, be it behind the end.
+    QUIRE_INLINE int64_t ahead(int64_t line) const { return line * stride + (line < lines ? 0 : skip); }
+    QUIRE_INLINE int64_t scales_ahead(int64_t group, int in_group) const {
+        return group * 16 + (group * in_group < lines ? 0 : scales_skip);
+    }
+};
+
+// R rows by C vectors of outputs, from vector c0, over `n` words of k; `sums` has UNIT floats a row.
 template <class W, int R, int C>
-QUIRE_INLINE void tile(const uint8_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first,
-                       Turn now) {
+QUIRE_INLINE void tile(const Panels& from, int c0, const Pair* x, int n, float* sums, bool first, Turn now) {
     constexpr int APART = 16 / LANES, LINES = C / APART;  // of cache, in a word of k
+    constexpr int EARLY = AHEAD / (16 * W::BYTES);
+    const int64_t stride = from.stride;
     const uint8_t* w[C];
     Floats sum[R][C];
 #pragma GCC unroll 16
-    for (int c = 0; c < C; c++) w[c] = weight[c];
+    for (int c = 0; c < C; c++) w[c] = from.weight[c0 + c];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
@@ -116,10 +74,10 @@ QUIRE_INLINE void tile(const uint8_t* const* weight, int64_t stride, const Pair*
     for (int i = 0; i < n; i++) {
         if (now.of == 1) {
 #pragma GCC unroll 16
-            for (int c = 0; c < C; c += APART) fetch_once(w[c] + (i + AHEAD) * stride);
+            for (int c = 0; c < C; c += APART) fetch_once(w[c] + from.ahead(i + EARLY));
         } else {
             for (; line * now.of < (now.turn * n + i + 1) * LINES; line++)
-                fetch_once(w[line % LINES * APART] + (line / LINES + STRETCH) * stride);
+                fetch_once(w[line % LINES * APART] + from.ahead(line / LINES + STRETCH));
         }
         add_part<W, 0>(w, i * stride, x + i * R, sum);
         if constexpr (PARTS > 1) add_part<W, PARTS - 1>(w, i * stride, x + i * R, sum);
@@ -130,6 +88,75 @@ QUIRE_INLINE void tile(const uint8_t* const* weight, int64_t stride, const Pair*
         for (int c = 0; c < C; c++) store(sums + r * UNIT + c * LANES, sum[r][c]);
 }
 
+template <class W, int WORD, int PART, int R, int C>
+QUIRE_INLINE void add_word(const uint8_t* const* w, int64_t at, const Pair* x, Floats (&sum)[R][C]) {
+    Words part[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; c++) part[c] = W::template part<WORD, PART>(*(const typename W::At*)(w[c] + at));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int c = 0; c < C; c++) sum[r][c] = added_to(sum[r][c], part[c], x[r].part[PART]);
+}
+
+template <class W, int R, int C, int WORD = 0>
+QUIRE_INLINE void add_line(const uint8_t* const* w, int64_t at, const Pair* x, Floats (&sum)[R][C]) {
+    if constexpr (WORD < W::WORDS) {
+        add_word<W, WORD, 0>(w, at, x + WORD * R, sum);
+        if constexpr (PARTS > 1) add_word<W, WORD, PARTS - 1>(w, at, x + WORD * R, sum);
+        add_line<W, R, C, WORD + 1>(w, at, x, sum);
+    }
+}
+
+// The same of weights in groups: a group is added up in registers, and its scaled sums in memory. One row has too few sums
+// to hide the time of an addition: it adds up two groups at once, and scales them one after the other.
+template <class W, int R, int C>
+QUIRE_INLINE void tile_of_groups(const Panels& from, int c0, const Pair* x, int n, float* sums, bool first, Turn now) {
+    constexpr int APART = 16 / LANES, LINES = C / APART, IN_GROUP = W::GROUP / W::WORDS;
+    constexpr int EARLY = AHEAD / (16 * W::BYTES * W::WORDS);
+    const uint8_t* w[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; c++) w[c] = from.weight[c0 + c];
+    const int lines = n / W::WORDS;
+    int line = (now.turn * lines * LINES + now.of - 1) / now.of;
+    const auto add = [&](auto many, int i) __attribute__((always_inline)) {  // so many groups from line i
+        constexpr int G = decltype(many)::value;
+        Floats sum[G][R][C] = {};
+#pragma GCC unroll 4
+        for (int j = i; j < i + IN_GROUP; j++)
+#pragma GCC unroll 2
+            for (int g = 0; g < G; g++) {
+                const int at = j + g * IN_GROUP;
+                if (now.of == 1) {
+#pragma GCC unroll 16
+                    for (int c = 0; c < C; c += APART) fetch_once(w[c] + from.ahead(at + EARLY));
+                } else {
+                    for (; line * now.of < (now.turn * lines + at + 1) * LINES; line++)
+                        fetch_once(w[line % LINES * APART] + from.ahead(line / LINES + STRETCH / W::WORDS));
+                }
+                add_line<W, R, C>(w, at * from.stride, x + at * W::WORDS * R, sum[g]);
+            }
+        for (int g = 0; g < G; g++)
+#pragma GCC unroll 16
+            for (int c = 0; c < C; c++) {
+                const int group = i / IN_GROUP + g;
+                const uint16_t* scales = from.scales[c0 + c];
+                if (now.of == 1 && c % APART == 0) fetch_once(scales + from.scales_ahead(group + EARLY / IN_GROUP, IN_GROUP));
+                const Floats scale = BF16::read(scales + group * 16);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++) {
+                    float* to = sums + r * UNIT + c * LANES;
+                    store(to, sum[g][r][c] * scale + (first && i + g == 0 ? Floats{} : load(to)));
+                }
+            }
+    };
+    constexpr int AT_ONCE = R == 1 ? 2 : 1;
+    int i = 0;
+    for (; i + AT_ONCE * IN_GROUP <= lines; i += AT_ONCE * IN_GROUP) add(std::integral_constant<int, AT_ONCE>{}, i);
+    if constexpr (AT_ONCE > 1)
+        if (i < lines) add(std::integral_constant<int, 1>{}, i);
+}
+
 // As many vectors at once as there are registers for: enough sums side by side to hide the time of an addition.
 constexpr int vectors_at_once(int rows) {
     if (LANES == 16) return 4;
@@ -138,12 +165,17 @@ constexpr int vectors_at_once(int rows) {
 }
 
 template <class W, int R>
-void unit_of(const uint8_t* const* weight, int64_t stride, const Pair* x, int n, float* sums, bool first, Turn now) {
+void unit_of(const Panels& from, const Pair* x, int n, float* sums, bool first, Turn now) {
     constexpr int C = vectors_at_once(R);
-    for (int c = 0; c < VECTORS; c += C) tile<W, R, C>(weight + c, stride, x, n, sums + c * LANES, first, now);
+    for (int c = 0; c < VECTORS; c += C) {
+        if constexpr (W::WORDS > 1)
+            tile_of_groups<W, R, C>(from, c, x, n, sums + c * LANES, first, now);
+        else
+            tile<W, R, C>(from, c, x, n, sums + c * LANES, first, now);
+    }
 }
 
-typedef void (*Unit)(const uint8_t* const*, int64_t, const Pair*, int, float*, bool, Turn);
+typedef void (*Unit)(const Panels&, const Pair*, int, float*, bool, Turn);
 template <class W>
 Unit unit_for(int rows) {
     switch (rows) {
@@ -210,8 +242,8 @@ inline void finish(const Place& at, int row, float* sum) {
     const quire_linear_layer& l = at.layer;
     const int first = at.unit * UNIT, width = at.width();
     uint16_t* out = l.out + row * l.out_row + first;
-    if (l.scales)
-        for (int j = 0; j < width; j++) sum[j] *= l.scales[first + j];
+    if (l.bits == 8)
+        for (int j = 0; j < width; j++) sum[j] *= ((const float*)l.scales)[first + j];
     if (l.bias)
         for (int j = 0; j < width; j++) sum[j] += BF16::one(l.bias[first + j]);
     for (int j = 0; j < width; j++) out[j] = BF16::narrow(sum[j]);
@@ -222,21 +254,33 @@ template <class W>
 void multiply(const Place& place, int words, const Tiles& tiles, int begin, int end, const Pair* x) {
     const quire_linear_layer& l = place.layer;
     alignas(64) float sums[BLOCK_ROWS * UNIT];
-    const uint8_t* weight[VECTORS];
-    const int top = tiles.begin(begin);
+    Panels all;
+    all.stride = (int64_t)l.panel * W::BYTES * W::WORDS;
+    all.lines = words / W::WORDS;
+    const auto weight = [&](int out) {  // from where it has its words
+        return (int64_t)(out / l.panel) * words * l.panel * W::BYTES + out % l.panel * W::APART;
+    };
+    const int first = place.unit * UNIT, top = tiles.begin(begin);
+    const bool last = first + UNIT >= l.n;
+    all.skip = last ? 0 : weight(first + UNIT) - weight(first) - all.lines * all.stride;
+    if constexpr (W::WORDS > 1) all.scales_skip = last ? 0 : (int64_t)(UNIT / 16 - 1) * words / W::GROUP * 16;
     for (int c = 0; c < VECTORS; c++) {  // beyond the last output: the last one again, for nobody
-        const int at = place.unit * UNIT + std::min(c * LANES, (place.width() - 1) / LANES * LANES);
-        weight[c] = l.weight + ((int64_t)(at / l.panel) * words * l.panel + at % l.panel) * W::BYTES;
+        const int out = first + std::min(c * LANES, (place.width() - 1) / LANES * LANES);
+        all.weight[c] = l.weight + weight(out);
+        if constexpr (W::WORDS > 1) all.scales[c] = (const uint16_t*)l.scales + (int64_t)(out / 16) * words / W::GROUP * 16 + out % 16;
     }
-    const int64_t stride = l.panel * W::BYTES;
     const int stretch = end - begin > 1 ? STRETCH : words;
     for (int i = 0; i < words; i += stretch) {
-        const uint8_t* here[VECTORS];
-        for (int c = 0; c < VECTORS; c++) here[c] = weight[c] + i * stride;
+        Panels here = all;
+        here.lines -= i / W::WORDS;
+        for (int c = 0; c < VECTORS; c++) {
+            here.weight[c] += i / W::WORDS * all.stride;
+            if constexpr (W::WORDS > 1) here.scales[c] += i / W::GROUP * 16;
+        }
         for (int t = begin; t < end; t++) {
             const int row = tiles.begin(t), rows = tiles.begin(t + 1) - row;
-            unit_for<W>(rows)(here, stride, x + (int64_t)row * words + (int64_t)i * rows, std::min(stretch, words - i),
-                           sums + (row - top) * UNIT, i == 0, Turn{t - begin, end - begin});
+            unit_for<W>(rows)(here, x + (int64_t)row * words + (int64_t)i * rows, std::min(stretch, words - i),
+                              sums + (row - top) * UNIT, i == 0, Turn{t - begin, end - begin});
         }
     }
     for (int row = top; row < tiles.begin(end); row++) finish(place, row, sums + (row - top) * UNIT);
@@ -354,7 +398,7 @@ struct MatrixLinear {
             for (int i = 0; i < units * blocks; i++) {  // a unit's blocks side by side: its weights stay in the cache
                 const int row = i % blocks * tall, rows = std::min(tall, a.rows - row);
                 const Place place = place_of(a, i / blocks);
-                if (place.layer.scales)
+                if (place.layer.bits == 8)
                     block<Int8>(unit, x, row, rows, place);
                 else
                     block<Half>(unit, x, row, rows, place);
@@ -365,31 +409,34 @@ struct MatrixLinear {
 };
 #endif
 
+inline bool any_of_4_bits(const quire_linear_args& a) {
+    return std::any_of(a.layers, a.layers + a.n_layers, [](const quire_linear_layer& l) { return l.bits == 4; });
+}
+
 inline int linear(const quire_linear_args& a) {
-#if defined(QUIRE_MATRIX)
-    return MatrixLinear{a}.all();
-#else
+#if defined(QUIRE_MATRIX)  // which cannot scale its sums by group
+    if (!any_of_4_bits(a)) return MatrixLinear{a}.all();
+#endif
     thread_local std::vector<Pair> room;
     const Tiles tiles(a.rows);
     if ((int64_t)room.size() < (int64_t)a.rows * a.k_words) room.resize((int64_t)a.rows * a.k_words);
     Pair* x = room.data();
     const int per_block = BLOCK_ROWS / TILE_ROWS, blocks = (tiles.n + per_block - 1) / per_block;
-    const int units = units_of(a);
     const bool alone = one_thread(a);
+    Shares shares(units_of(a) * blocks, alone ? 1 : a.threads);
 #pragma omp parallel num_threads(alone ? 1 : a.threads) if (!alone)
     {
 #pragma omp for schedule(static)
         for (int t = 0; t < tiles.n; t++) arrange(a, tiles, t, x);
-#pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < units * blocks; i++) {  // a unit's blocks side by side: its weights stay in the cache
+        shares.run([&](int i) {  // a unit's blocks side by side: its weights stay in the cache
             const int begin = i % blocks * per_block;
             const int end = std::min(begin + per_block, tiles.n);
             const Place place = place_of(a, i / blocks);
-            (place.layer.scales ? multiply<Int8> : multiply<Half>)(place, a.k_words, tiles, begin, end, x);
-        }
+            const auto multiplied = place.layer.bits == 4 ? multiply<Int4> : place.layer.bits == 8 ? multiply<Int8> : multiply<Half>;
+            multiplied(place, a.k_words, tiles, begin, end, x);
+        });
     }
     return 0;
-#endif
 }
 
 }  // namespace quire

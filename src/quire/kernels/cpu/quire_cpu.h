@@ -137,15 +137,17 @@ struct quire_encode_args {
 };
 
 // out = x * weight^T + bias in bfloat16, sums in float32, for all layers that share an input. A weight lies in panels of
-// outputs, pairs of inputs side by side, zeros at the edges: [ceil(n / panel)][k_words][panel][2].
+// outputs, pairs of inputs side by side, zeros at the edges: [ceil(n / panel)][k_words][panel][2]; of 4 bits as weights.hpp says.
 struct quire_linear_layer {
-    const uint8_t* weight;  // bfloat16, int8 where there are scales
-    const float* scales;    // [n] or null
-    const uint16_t* bias;   // [n] or null
-    uint16_t* out;          // [rows][n]
-    int64_t out_row;        // stride in elements
+    const uint8_t* weight;
+    const void* scales;    // 8 bits: [n] float32; 4 bits: [ceil(n / 16)][k_words / 16][16] bfloat16; 16 bits: null
+    const uint16_t* bias;  // [n] or null
+    uint16_t* out;         // [rows][n]
+    int64_t out_row;       // stride in elements
     int32_t n;
-    int32_t panel;  // a multiple of 16
+    int32_t panel;  // a multiple of 16; of 4 bits: 16
+    int32_t bits;   // of a weight: 16 (bfloat16), 8 or 4
+    int32_t unused;
 };
 
 struct quire_linear_args {
