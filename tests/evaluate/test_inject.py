@@ -12,6 +12,8 @@ from models.driving import runner_for
 from quire.errors import ConfigError
 from quire.evaluate.decode import Scorer
 from quire.evaluate.inject import inject
+from quire.kernels import native
+from quire.models.prepack import Prepacked
 
 TEXT = zoo.prompts()[3]
 WAYS = {
@@ -163,3 +165,19 @@ def test_an_injection_that_does_not_reach_the_cache_is_refused(
     monkeypatch.setattr("quire.evaluate.inject._added", lambda _: 0.0)
     with pytest.raises(ConfigError, match="keys do not grow"):
         inject(model)
+
+
+@pytest.mark.skipif(
+    not (native.load() or torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no bfloat16 here, and the CPU kernels were not built",
+)
+def test_weights_that_were_packed_meanwhile_come_back_too() -> None:
+    """Packing puts other tensors in the layers' place and, afterwards, yet others: what was injected must not stay."""
+    model = zoo.build("llama").bfloat16()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for _ in range(2):
+        with inject(model):
+            packed = Prepacked(model)
+            packed.pack_layers()
+            packed.restore()
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -126,6 +126,21 @@ def check_injectable(model: Any) -> None:
 # -- projections -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A parameter by its place: a layer that is packed meanwhile holds another tensor, and afterwards yet another."""
+
+    module: torch.nn.Module
+    name: str
+    columns: bool = False
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """What is there now; with `columns` its columns as rows."""
+        data: torch.Tensor = getattr(self.module, self.name).data
+        return data.T if self.columns else data
+
+
 @dataclass
 class _Attention:
     """One attention module's weights as rows per head.
@@ -141,11 +156,11 @@ class _Attention:
     kv_heads: int
     width: int
     rotated: int
-    q: list[tuple[torch.Tensor, Callable[[int, int], int]]]
-    k: list[tuple[torch.Tensor, Callable[[int, int], int]]]
-    v: list[tuple[torch.Tensor, Callable[[int, int], int]]]
-    out: torch.Tensor
-    norms: tuple[torch.Tensor, torch.Tensor, float] | None
+    q: list[tuple[_Held, Callable[[int, int], int]]]
+    k: list[tuple[_Held, Callable[[int, int], int]]]
+    v: list[tuple[_Held, Callable[[int, int], int]]]
+    out: _Held
+    norms: tuple[_Held, _Held, float] | None
 
 
 _OUT = ("o_proj", "out_proj", "dense")
@@ -190,8 +205,8 @@ def _attention(model: Any, module: Any, out: str, fused: str | None) -> _Attenti
         )
 
     def parts(name: str, row: Callable[[int, int], int]) -> Any:
-        tensors = (layers[name].weight, layers[name].bias)
-        return [(t.data, row) for t in tensors if t is not None]
+        layer = layers[name]
+        return [(_Held(layer, n), row) for n in ("weight", "bias") if getattr(layer, n) is not None]
 
     def simple(head: int, c: int, first: int = 0) -> int:
         return (first + head) * width + c
@@ -208,11 +223,19 @@ def _attention(model: Any, module: Any, out: str, fused: str | None) -> _Attenti
     else:
         q, k, v = (parts(n, simple) for n in names)
     return _Attention(
-        heads, kv_heads, width, _rotated(model, width), q, k, v, w_out.data, _norms(module, width)
+        heads,
+        kv_heads,
+        width,
+        _rotated(model, width),
+        q,
+        k,
+        v,
+        _Held(layers[out], "weight", columns=True),
+        _norms(module, width),
     )
 
 
-def _norms(module: Any, width: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+def _norms(module: Any, width: int) -> tuple[_Held, _Held, float] | None:
     """Weights of the norms on q and k: of one head for all, or of each head's own channels."""
     for a, b in _NORMS:
         q, k = getattr(module, a, None), getattr(module, b, None)
@@ -223,7 +246,7 @@ def _norms(module: Any, width: int) -> tuple[torch.Tensor, torch.Tensor, float] 
             raise ConfigError(f"the weights of {a} and {b} are not per channel")
         if getattr(q, "bias", None) is not None or getattr(k, "bias", None) is not None:
             raise ConfigError(f"{a} and {b} have biases")
-        return wq.data, wk.data, _added(k)
+        return _Held(q, "weight"), _Held(k, "weight"), _added(k)
     return None
 
 
@@ -249,7 +272,7 @@ def _scale_heads(
     part: _Attention, made: Injection, pairing: str, scale: float, pairs: int, rng: torch.Generator
 ) -> None:
     share, half = part.heads // part.kv_heads, part.rotated // 2
-    common = part.norms is not None and len(part.norms[1]) == part.width
+    common = part.norms is not None and len(part.norms[1].rows) == part.width
     chosen: list[int] = []
     for head in range(part.kv_heads):
         if not chosen or not common:  # one norm for all heads has room for one choice
@@ -273,20 +296,21 @@ def _scale_heads(
         for t, row in part.v:
             _times(made, t, [row(head, c)], scale)
         columns = [h * part.width + c for h in range(head * share, (head + 1) * share)]
-        _times(made, part.out.T, columns, 1 / scale)
+        _times(made, part.out, columns, 1 / scale)
 
 
 @torch.no_grad()
 def _times(
-    made: Injection, tensor: torch.Tensor, rows: list[int], factor: float, added: float = 0.0
+    made: Injection, held: _Held, rows: list[int], factor: float, added: float = 0.0
 ) -> None:
     """Multiplies rows in place (`added` to them) and remembers how they were."""
+    tensor = held.rows
     at = torch.tensor(rows, device=tensor.device)
     before = tensor[at].clone()
 
     def back() -> None:
         with torch.no_grad():
-            tensor[at] = before
+            held.rows[at] = before
 
     tensor[at] = (before + added) * factor - added
     made._undo.append(back)  # noqa: SLF001 - the injection's own

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,21 @@ class LinearArgs(Structure):
     )
 
 
+class Norm(Structure):
+    """One of a model's norms, for `norm`."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        *((name, c_int32) for name in ("d", "early", "isa")),
+        *((name, c_float) for name in ("eps", "offset")),
+    )
+
+
+TURN = Struct("6Q6q8i")
+"""Arguments of `rotary`: x[2], out[2], cos, sin; strides of batch[2], token[2], head[2]; heads[2], batch, tokens, d,
+angles_batch, threads, isa. Packed: every layer makes a call, and filling a Structure takes longer than the call."""
+
+
 class Library:
     """The opened library."""
 
@@ -162,6 +178,11 @@ class Library:
         self._decode, self._write = handle.quire_decode, handle.quire_write
         self._gather, self._encode = handle.quire_gather, handle.quire_encode
         self._latent, self._linear = handle.quire_latent, handle.quire_linear
+        self._rotary = handle.quire_rotary
+        self._norm, self._gated = handle.quire_rms_norm, handle.quire_gated
+        self._rotary.argtypes = (c_char_p,)
+        self._norm.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int32)
+        self._gated.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32)
         self.isa = int(handle.quire_best_isa())
         """The best instruction-set level here: 2, 3, 4 for x86-64-v2, v3, v4, 5 for v4 with integer and bfloat16 dot
         products (avx512vnni, avx512bf16), 6 for those with a matrix unit (AMX); 1 for the compiler's baseline."""
@@ -185,6 +206,21 @@ class Library:
         """Linear layers of one input, over packed weights."""
         if self._linear(byref(args)):
             raise InvariantError("the linear kernel was given what it does not serve")
+
+    def norm(self, norm: Any, x: int, out: int, rows: int, threads: int) -> None:
+        """Rows of bfloat16 over their root mean square; `norm` is `byref` of a `Norm`."""
+        if self._norm(norm, x, out, rows, threads):
+            raise InvariantError("the norm's kernel was given what it does not serve")
+
+    def rotary(self, args: bytes) -> None:
+        """Queries and keys in bfloat16, turned by their positions; `args` as `TURN` packs them."""
+        if self._rotary(args):
+            raise InvariantError("the rotation's kernel was given what it does not serve")
+
+    def gated(self, gate: int, up: int, out: int, n: int, threads: int, isa: int = 0) -> None:
+        """silu(gate) * up, of n numbers in bfloat16."""
+        if self._gated(gate, up, out, n, threads, isa):
+            raise InvariantError("the gate's kernel was given what it does not serve")
 
     def write(self, args: WriteArgs) -> None:
         """Rows of new tokens into their blocks."""

@@ -5,7 +5,8 @@ Where the processor has oneDNN's bfloat16 (AVX-512), oneDNN reorders the weights
 the same bits, faster up to some 32 rows and no slower beyond; with bfloat16 dot products our kernel reads the same
 blocks in place for up to 16 rows, with a matrix unit (AMX) for up to 32. Everywhere else torch has no fast product in
 bfloat16 for any number of rows, and our kernel (see `panels`) takes all of them: the same weights, sums in float32 in
-another order. Where our kernel multiplies, layers that share an input are one call of it (see `siblings`).
+another order. Where our kernel multiplies, layers that share an input are one call of it (see `siblings`), and small
+operations between layers are calls of other kernels (see `small`).
 
 The packed weight takes the plain one's place, layer by layer, so memory does not double; `Prepacked.restore` puts back
 the same bits, or, where they were rounded to 8 or 4, what they were rounded to. A weight that something else holds too
@@ -36,6 +37,7 @@ from quire.models.panels import (
     panel_forward,
 )
 from quire.models.siblings import join, siblings, watched
+from quire.models.small import Small
 
 __all__ = ["WEIGHTS", "Prepacked", "check_weights", "is_packed", "prepack", "unserved"]
 
@@ -151,6 +153,7 @@ class Prepacked:
         """Those that our kernel multiplies."""
         self._siblings: list[list[nn.Linear]] = []
         self._joined: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = []
+        self.small = Small(model)
         self.form = "prepacked"
         """What the layers hold: one of `BITS`."""
 
@@ -187,6 +190,7 @@ class Prepacked:
         try:
             self.pack_layers(form)
             self.join()
+            self.small.replace()
             apart = (_logits(self.model) - before) / before.std().clamp_min(1e-9)
         except Exception as e:  # noqa: BLE001 - a model whose code reads the weight itself may raise anything
             self.restore()
@@ -244,6 +248,7 @@ class Prepacked:
     @torch.inference_mode(mode=False)
     def restore(self) -> None:
         """Gives every layer its weight back: bit for bit, or as rounded to 8 or 4 bits where it was. Idempotent."""
+        self.small.undo()
         self.part()
         self._laid.clear()
         while self._packed:

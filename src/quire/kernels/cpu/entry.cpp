@@ -13,13 +13,16 @@
 
 #define QUIRE_ABI 8
 
-#define LEVEL(name)                                               \
-    extern "C" int quire_decode_##name(const quire_decode_args*); \
-    extern "C" int quire_gather_##name(const quire_gather_args*); \
-    extern "C" int quire_write_##name(const quire_write_args*);   \
-    extern "C" int quire_encode_##name(const quire_encode_args*); \
-    extern "C" int quire_latent_##name(const quire_latent_args*); \
-    extern "C" int quire_linear_##name(const quire_linear_args*);
+#define LEVEL(name)                                                                                    \
+    extern "C" int quire_decode_##name(const quire_decode_args*);                                      \
+    extern "C" int quire_gather_##name(const quire_gather_args*);                                      \
+    extern "C" int quire_write_##name(const quire_write_args*);                                        \
+    extern "C" int quire_encode_##name(const quire_encode_args*);                                      \
+    extern "C" int quire_latent_##name(const quire_latent_args*);                                      \
+    extern "C" int quire_linear_##name(const quire_linear_args*);                                      \
+    extern "C" int quire_norm_##name(const quire_norm*, const uint16_t*, uint16_t*, int64_t, int32_t); \
+    extern "C" int quire_rotary_##name(const quire_rotary_args*);                                      \
+    extern "C" int quire_gated_##name(const uint16_t*, const uint16_t*, uint16_t*, int64_t, int32_t);
 
 #if defined(__x86_64__)
 LEVEL(v2)
@@ -33,11 +36,24 @@ LEVEL(v4m)
 LEVEL(base)
 #endif
 
+// The level `isa`, or the best one, of a kernel with the arguments that follow.
 #if defined(QUIRE_WITH_V4M)
-#define CASE_V4M(kernel) \
-    case 6: return quire_##kernel##_v4m(a);
+#define CASE_6(kernel, ...) \
+    case 6: return quire_##kernel##_v4m(__VA_ARGS__);
 #else
-#define CASE_V4M(kernel)
+#define CASE_6(kernel, ...)
+#endif
+#if defined(__x86_64__)
+#define AT_LEVEL(isa, kernel, ...)                             \
+    switch (isa ? isa : quire_best_isa()) {                    \
+        CASE_6(kernel, __VA_ARGS__)                            \
+        case 5: return quire_##kernel##_v4x(__VA_ARGS__);      \
+        case 4: return quire_##kernel##_v4(__VA_ARGS__);       \
+        case 3: return quire_##kernel##_v3(__VA_ARGS__);       \
+        default: return quire_##kernel##_v2(__VA_ARGS__);      \
+    }
+#else
+#define AT_LEVEL(isa, kernel, ...) return quire_##kernel##_base(__VA_ARGS__);
 #endif
 
 #if defined(QUIRE_WITH_V4M)
@@ -80,80 +96,30 @@ extern "C" int quire_abi(void) { return QUIRE_ABI; }
 extern "C" int quire_decode(const quire_decode_args* a) {
     if (a->d < 16 || a->d > 256 || a->d % 16 || a->kv_heads < 1 || a->share < 1) return -1;
     if (a->dtype < QUIRE_F32 || a->dtype > QUIRE_F16 || a->isa > quire_best_isa()) return -1;
-#if defined(__x86_64__)
-    switch (a->isa ? a->isa : quire_best_isa()) {
-        CASE_V4M(decode)
-        case 5: return quire_decode_v4x(a);
-        case 4: return quire_decode_v4(a);
-        case 3: return quire_decode_v3(a);
-        default: return quire_decode_v2(a);
-    }
-#else
-    return quire_decode_base(a);
-#endif
+    AT_LEVEL(a->isa, decode, a)
 }
 
 extern "C" int quire_write(const quire_write_args* a) {
-#if defined(__x86_64__)
-    switch (quire_best_isa()) {
-        CASE_V4M(write)
-        case 5: return quire_write_v4x(a);
-        case 4: return quire_write_v4(a);
-        case 3: return quire_write_v3(a);
-        default: return quire_write_v2(a);
-    }
-#else
-    return quire_write_base(a);
-#endif
+    AT_LEVEL(0, write, a)
 }
 
 extern "C" int quire_gather(const quire_gather_args* a) {
     if (a->d < 16 || a->d > 256 || a->d % 16 || a->dtype < QUIRE_F32 || a->dtype > QUIRE_F16) return -1;
     if (a->field.kind >= QUIRE_TILES_8 && a->block_tokens % 16) return -1;
-#if defined(__x86_64__)
-    switch (quire_best_isa()) {
-        CASE_V4M(gather)
-        case 5: return quire_gather_v4x(a);
-        case 4: return quire_gather_v4(a);
-        case 3: return quire_gather_v3(a);
-        default: return quire_gather_v2(a);
-    }
-#else
-    return quire_gather_base(a);
-#endif
+    AT_LEVEL(0, gather, a)
 }
 
 extern "C" int quire_encode(const quire_encode_args* a) {
     if (a->d < 16 || a->d > 1024 || a->d % 16 || a->dtype < QUIRE_F32 || a->dtype > QUIRE_F16) return -1;
     if (a->field.kind >= QUIRE_TILES_8 && a->block_tokens % 16) return -1;
     if (a->isa > quire_best_isa()) return -1;
-#if defined(__x86_64__)
-    switch (a->isa ? a->isa : quire_best_isa()) {
-        CASE_V4M(encode)
-        case 5: return quire_encode_v4x(a);
-        case 4: return quire_encode_v4(a);
-        case 3: return quire_encode_v3(a);
-        default: return quire_encode_v2(a);
-    }
-#else
-    return quire_encode_base(a);
-#endif
+    AT_LEVEL(a->isa, encode, a)
 }
 
 extern "C" int quire_latent(const quire_latent_args* a) {
     if (a->d < 16 || a->d > 1024 || a->d % 16 || a->d_rope < 16 || a->d_rope > 256 || a->d_rope % 16) return -1;
     if (a->heads < 1 || a->dtype < QUIRE_F32 || a->dtype > QUIRE_F16 || a->isa > quire_best_isa()) return -1;
-#if defined(__x86_64__)
-    switch (a->isa ? a->isa : quire_best_isa()) {
-        CASE_V4M(latent)
-        case 5: return quire_latent_v4x(a);
-        case 4: return quire_latent_v4(a);
-        case 3: return quire_latent_v3(a);
-        default: return quire_latent_v2(a);
-    }
-#else
-    return quire_latent_base(a);
-#endif
+    AT_LEVEL(a->isa, latent, a)
 }
 
 extern "C" int quire_linear(const quire_linear_args* a) {
@@ -163,15 +129,20 @@ extern "C" int quire_linear(const quire_linear_args* a) {
         if (l.n < 1 || l.panel < 16 || l.panel % 16 || (l.bits != 16 && !l.scales)) return -1;
         if (l.bits != 16 && l.bits != 8 && !(l.bits == 4 && l.panel == 16 && a->k_words % 16 == 0)) return -1;
     }
-#if defined(__x86_64__)
-    switch (a->isa ? a->isa : quire_best_isa()) {
-        CASE_V4M(linear)
-        case 5: return quire_linear_v4x(a);
-        case 4: return quire_linear_v4(a);
-        case 3: return quire_linear_v3(a);
-        default: return quire_linear_v2(a);
-    }
-#else
-    return quire_linear_base(a);
-#endif
+    AT_LEVEL(a->isa, linear, a)
+}
+
+extern "C" int quire_rms_norm(const quire_norm* n, const uint16_t* x, uint16_t* out, int64_t rows, int32_t threads) {
+    if (n->d < 1 || rows < 0 || n->isa > quire_best_isa()) return -1;
+    AT_LEVEL(n->isa, norm, n, x, out, rows, threads)
+}
+
+extern "C" int quire_rotary(const quire_rotary_args* a) {
+    if (a->d < 2 || a->d % 2 || a->isa > quire_best_isa()) return -1;
+    AT_LEVEL(a->isa, rotary, a)
+}
+
+extern "C" int quire_gated(const uint16_t* gate, const uint16_t* up, uint16_t* out, int64_t n, int32_t threads, int32_t isa) {
+    if (n < 0 || isa > quire_best_isa()) return -1;
+    AT_LEVEL(isa, gated, gate, up, out, n, threads)
 }

@@ -158,6 +158,29 @@ struct quire_linear_args {
     int32_t threads, isa;                // as in quire_decode_args
 };
 
+// The small operations between linear layers, in bfloat16.
+
+// out = x / rms(x) * (weight + offset), of rows of d numbers side by side.
+struct quire_norm {
+    const uint16_t* weight;  // [d]
+    int32_t d;
+    int32_t early;  // the normalised row is rounded before the weight is multiplied
+    int32_t isa;
+    float eps, offset;
+};
+
+// Queries and keys turned by their positions, in pairs (m, m + d / 2); out lies [batch][tokens][heads][d].
+struct quire_rotary_args {
+    const uint16_t* x[2];
+    uint16_t* out[2];
+    const uint16_t *cos, *sin;                  // [batch or 1][tokens][d]
+    int64_t x_batch[2], x_token[2], x_head[2];  // strides in elements
+    int32_t heads[2];
+    int32_t batch, tokens, d;
+    int32_t angles_batch;  // tokens from one batch's angles to the next: 0 where they share them
+    int32_t threads, isa;
+};
+
 // All return 0, or -1 where an argument is outside what the kernels serve.
 QUIRE_PUBLIC int quire_decode(const quire_decode_args*);
 QUIRE_PUBLIC int quire_latent(const quire_latent_args*);
@@ -165,6 +188,9 @@ QUIRE_PUBLIC int quire_gather(const quire_gather_args*);
 QUIRE_PUBLIC int quire_write(const quire_write_args*);
 QUIRE_PUBLIC int quire_encode(const quire_encode_args*);
 QUIRE_PUBLIC int quire_linear(const quire_linear_args*);
+QUIRE_PUBLIC int quire_rms_norm(const quire_norm*, const uint16_t* x, uint16_t* out, int64_t rows, int32_t threads);
+QUIRE_PUBLIC int quire_rotary(const quire_rotary_args*);
+QUIRE_PUBLIC int quire_gated(const uint16_t* gate, const uint16_t* up, uint16_t* out, int64_t n, int32_t threads, int32_t isa);  // silu
 QUIRE_PUBLIC int quire_best_isa(void);  // 2, 3, 4: x86-64-v2, v3, v4; 5: v4 with vnni and bf16; 6: and a matrix unit; 1: the compiler's baseline
 QUIRE_PUBLIC int quire_abi(void);
 }
