@@ -1,4 +1,4 @@
-"""The CPU backend: single queries read blocks in place, by the compiled kernel; torch multiplies what chunks read.
+"""The CPU backend: single queries read blocks in place, by the compiled kernel; another attends for chunks of them.
 
     a step's reads of single queries ── once per step ──> segments (block table, slots)        } one call per layer
     a group's tiles of a layer       ── once per layer ─> forms (where its keys and values lie)}
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from quire.attention import prompts
 from quire.attention.forms import place, plan_sealing
 from quire.attention.latents import Latents, lay_out_latents, run_latents
 from quire.attention.observe import Attended
@@ -419,6 +420,19 @@ class CpuBackend(TorchBackend):
             out = q.new_empty(*q.shape[:2], tiles.d)
         run_latents(self.library, plan.args, tiles, q, out, scale=scale, isa=self.isa)
         return out
+
+    def _many(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        parts: list[Read],
+        window: int | None,
+        scale: float,
+    ) -> torch.Tensor:
+        if not prompts.serves(self.library, self.isa, q, k, v):
+            return super()._many(q, k, v, parts, window, scale)
+        return prompts.attend_prompt(self.library, q, k, v, parts, window, scale, self.isa)
 
     def _gather(
         self,

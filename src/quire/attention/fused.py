@@ -42,7 +42,7 @@ def pieces(parts: list[Read], window: int | None) -> list[Piece]:
     key = (tuple(map(id, parts)), window)
     found = parts[0].pieces.get(key)
     if found is None:
-        found = parts[0].pieces[key] = _cut(_joined_mask(parts, window), parts)
+        found = parts[0].pieces[key] = _cut(joined_mask(parts, window), parts)
     return found
 
 
@@ -84,6 +84,19 @@ def _cut(mask: torch.Tensor | None, parts: list[Read]) -> list[Piece]:
             of_piece = mask[:, :, start:stop, low:high]
             cut.append(Piece(start, stop, low, high, None if of_piece.all() else of_piece))
     return cut
+
+
+def joined_mask(parts: list[Read], window: int | None) -> torch.Tensor | None:
+    """`[R, 1, T, N]`: the masks of reads of the same queries whose keys stand side by side, made once for all layers.
+
+    None where all is read.
+    """
+    key = ("mask", tuple(map(id, parts)), window)
+    made = parts[0].pieces
+    if key not in made:
+        made[key] = _joined_mask(parts, window)
+    found: torch.Tensor | None = made[key]
+    return found
 
 
 def _joined_mask(parts: list[Read], window: int | None) -> torch.Tensor | None:

@@ -406,7 +406,7 @@ class TorchBackend(ReferenceBackend):
         window: int | None,
     ) -> torch.Tensor:
         """Segments of the same rows and heads in one call: `q: [R, T, heads, D]` to `[R, T, heads, D_v]`."""
-        kept, n_heads = pieces(parts, window), len(parts[0].group.heads(layer))
+        n_heads = len(parts[0].group.heads(layer))
         share, at_once = q.shape[2] // n_heads, n_heads
         if self.by_head and any(r.mode == "body" for r in parts):
             n_slots = sum(r.kpos.numel() for r in parts)
@@ -420,7 +420,7 @@ class TorchBackend(ReferenceBackend):
                 fields.append(kv if r is parts[-1] else tuple(x.clone() for x in kv))  # scratch
             k, v = (torch.cat(x, 2) if len(x) > 1 else x[0] for x in zip(*fields, strict=True))
             part = q[:, :, heads.start * share : heads.stop * share].transpose(1, 2)
-            done = attend_pieces(part, k, v, kept, scale)
+            done = self._many(part, k, v, parts, window, scale)
             out.append(done.transpose(1, 2))
         return out[0] if len(out) == 1 else torch.cat(out, 2)
 
@@ -455,8 +455,19 @@ class TorchBackend(ReferenceBackend):
                 )
                 return Partial(out.reshape(*q.shape[:3], v.shape[3]), lse.reshape(q.shape[:3]))
             return super()._segment(q, k, v, r, window, scale, softcap, want_lse=want_lse)
-        out = attend_pieces(q, k, v, pieces([r], window), scale)
-        return Partial(out, _NO_LSE)
+        return Partial(self._many(q, k, v, [r], window, scale), _NO_LSE)
+
+    def _many(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        parts: list[Read],
+        window: int | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Many queries over what some reads of theirs have side by side: `[R, H_q, T, D_v]`."""
+        return attend_pieces(q, k, v, pieces(parts, window), scale)
 
     @staticmethod
     def _single(

@@ -155,6 +155,19 @@ class LinearArgs(Structure):
     )
 
 
+class AttendArgs(Structure):
+    """Arguments of `attend`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "mask")),
+        *((f"{x}_{stride}", c_int64) for x in "qkv" for stride in ("batch", "head", "token")),
+        *((name, c_int64) for name in ("mask_batch", "mask_token")),
+        *((name, c_int32) for name in ("batch", "heads", "kv_heads", "tokens", "keys", "d", "dv")),
+        *((name, c_int32) for name in ("threads", "isa")),
+        ("scale", c_float),
+    )
+
+
 class Norm(Structure):
     """One of a model's norms, for `norm`."""
 
@@ -178,7 +191,7 @@ class Library:
         self._decode, self._write = handle.quire_decode, handle.quire_write
         self._gather, self._encode = handle.quire_gather, handle.quire_encode
         self._latent, self._linear = handle.quire_latent, handle.quire_linear
-        self._rotary = handle.quire_rotary
+        self._attend, self._rotary = handle.quire_attend, handle.quire_rotary
         self._norm, self._gated = handle.quire_rms_norm, handle.quire_gated
         self._rotary.argtypes = (c_char_p,)
         self._norm.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int32)
@@ -206,6 +219,11 @@ class Library:
         """Linear layers of one input, over packed weights."""
         if self._linear(byref(args)):
             raise InvariantError("the linear kernel was given what it does not serve")
+
+    def attend(self, args: AttendArgs) -> None:
+        """Attention of many queries over keys and values side by side."""
+        if self._attend(byref(args)):
+            raise InvariantError("the prompts' attention kernel was given what it does not serve")
 
     def norm(self, norm: Any, x: int, out: int, rows: int, threads: int) -> None:
         """Rows of bfloat16 over their root mean square; `norm` is `byref` of a `Norm`."""

@@ -20,6 +20,7 @@
     extern "C" int quire_encode_##name(const quire_encode_args*);                                      \
     extern "C" int quire_latent_##name(const quire_latent_args*);                                      \
     extern "C" int quire_linear_##name(const quire_linear_args*);                                      \
+    extern "C" int quire_attend_##name(const quire_attend_args*);                                      \
     extern "C" int quire_norm_##name(const quire_norm*, const uint16_t*, uint16_t*, int64_t, int32_t); \
     extern "C" int quire_rotary_##name(const quire_rotary_args*);                                      \
     extern "C" int quire_gated_##name(const uint16_t*, const uint16_t*, uint16_t*, int64_t, int32_t);
@@ -130,6 +131,13 @@ extern "C" int quire_linear(const quire_linear_args* a) {
         if (l.bits != 16 && l.bits != 8 && !(l.bits == 4 && l.panel == 16 && a->k_words % 16 == 0)) return -1;
     }
     AT_LEVEL(a->isa, linear, a)
+}
+
+extern "C" int quire_attend(const quire_attend_args* a) {
+    if (a->d < 16 || a->d % 16 || a->dv < 16 || a->dv % 16 || a->batch < 1 || a->tokens < 1 || a->keys < 0) return -1;
+    if (a->kv_heads < 1 || a->heads < a->kv_heads || a->heads % a->kv_heads || a->heads / a->kv_heads > 256) return -1;
+    if (a->isa > quire_best_isa()) return -1;
+    AT_LEVEL(a->isa, attend, a)
 }
 
 extern "C" int quire_rms_norm(const quire_norm* n, const uint16_t* x, uint16_t* out, int64_t rows, int32_t threads) {

@@ -1,5 +1,6 @@
 // One instruction-set level: compiled several times, with -DQUIRE_LEVEL and the level's -march.
 #define quire QUIRE_LEVEL  // each level's templates are its own: the linker must not mix them
+#include "attend.hpp"
 #include "decode.hpp"
 #include "encode.hpp"
 #include "gather.hpp"
@@ -25,3 +26,4 @@ extern "C" int QUIRE_NAME(quire_norm_, QUIRE_LEVEL)(const quire_norm* n, const u
 extern "C" int QUIRE_NAME(quire_gated_, QUIRE_LEVEL)(const uint16_t* gate, const uint16_t* up, uint16_t* out, int64_t n, int32_t threads) {
     return QUIRE_LEVEL::gated(gate, up, out, n, threads);
 }
+extern "C" int QUIRE_NAME(quire_attend_, QUIRE_LEVEL)(const quire_attend_args* a) { return QUIRE_LEVEL::attend(*a); }

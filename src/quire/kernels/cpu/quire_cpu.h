@@ -158,6 +158,18 @@ struct quire_linear_args {
     int32_t threads, isa;                // as in quire_decode_args
 };
 
+// Attention of many queries, in bfloat16, over keys and values that lie side by side. Strides in elements; channels lie
+// side by side. A query that reads nothing gives zeros.
+struct quire_attend_args {
+    const uint16_t *q, *k, *v;
+    uint16_t* out;        // [batch][tokens][heads][dv]
+    const uint8_t* mask;  // [batch][tokens][keys], not 0 where a key is read; null: all are
+    int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, mask_batch, mask_token;
+    int32_t batch, heads, kv_heads, tokens, keys, d, dv;
+    int32_t threads, isa;
+    float scale;
+};
+
 // The small operations between linear layers, in bfloat16.
 
 // out = x / rms(x) * (weight + offset), of rows of d numbers side by side.
@@ -188,6 +200,7 @@ QUIRE_PUBLIC int quire_gather(const quire_gather_args*);
 QUIRE_PUBLIC int quire_write(const quire_write_args*);
 QUIRE_PUBLIC int quire_encode(const quire_encode_args*);
 QUIRE_PUBLIC int quire_linear(const quire_linear_args*);
+QUIRE_PUBLIC int quire_attend(const quire_attend_args*);
 QUIRE_PUBLIC int quire_rms_norm(const quire_norm*, const uint16_t* x, uint16_t* out, int64_t rows, int32_t threads);
 QUIRE_PUBLIC int quire_rotary(const quire_rotary_args*);
 QUIRE_PUBLIC int quire_gated(const uint16_t* gate, const uint16_t* up, uint16_t* out, int64_t n, int32_t threads, int32_t isa);  // silu
