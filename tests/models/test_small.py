@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from ctypes import byref
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import zoo
+from quire.evaluate.decode import twin
 from quire.kernels import native
 from quire.kernels.native import Norm
 from quire.models import small
@@ -294,3 +296,23 @@ def test_runners_lend_and_take_back(code: Any) -> None:
     runner.close()
     assert not replaced(model)
     assert getattr(code, TURNS) is own
+
+
+def test_a_copy_calls_its_own_parts() -> None:
+    """A twin over the same weights, and a copy with weights of its own."""
+    model = zoo.build("llama").bfloat16()
+    want = model(IDS).logits
+    lent = Small(model)
+    lent.replace()
+    other, own = twin(model), copy.deepcopy(model)
+    for m in (other, own):
+        assert replaced(m) == replaced(model)
+        seen: list[Any] = []
+        m.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *a, seen=seen: seen.append(a))
+        near(m(IDS).logits, want)
+        assert len(seen) == 1
+    assert own.model.norm.forward.weight is own.model.norm.weight
+    assert other.model.norm.forward.weight is model.model.norm.weight
+    assert own.float()(IDS).logits.dtype == torch.float32
+    lent.undo()
+    assert torch.equal(model(IDS).logits, want)

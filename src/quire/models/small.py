@@ -15,7 +15,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from ctypes import byref
+from itertools import product
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -31,7 +33,7 @@ __all__ = ["Small"]
 TURNS = "apply_rotary_pos_emb"
 """What transformers' models call it, a function of the module that defines their attention."""
 
-_BF16, _grad = torch.bfloat16, torch.is_grad_enabled
+_BF16, _grad, _threads = torch.bfloat16, torch.is_grad_enabled, torch.get_num_threads
 _SHARE = 0.995
 """Of numbers that must be equal bit for bit; the rest may be the next one in bfloat16. Sums add up in another order."""
 
@@ -111,38 +113,44 @@ def _norm(module: nn.Module, library: Library) -> Forward | None:
     x = _numbers(16, len(weight)) * torch.logspace(-2, 2, 16)[:, None].bfloat16()
     own = module.forward
     want = _tried(own, x)
-    for early in (True, False):
-        for offset in (0.0, 1.0):
-            made = _norm_forward(module, weight, eps, early, offset, own, library)
-            if want is not None and _alike(made(x), want):
-                return made
+    for early, offset in product((True, False), (0.0, 1.0)):
+        made = _Norm(module, weight, (eps, early, offset), own, library.norm)
+        if want is not None and _alike(made(x), want):
+            return made
     return None
 
 
-def _norm_forward(
-    module: nn.Module,
-    weight: Tensor,
-    eps: float,
-    early: bool,
-    offset: float,
-    own: Forward,
-    library: Library,
-) -> Forward:
-    d, at = len(weight), weight.data_ptr()
-    norm, held = byref(Norm(at, d, int(early), 0, eps, offset)), module._parameters
-    run, threads = library.norm, torch.get_num_threads
+class _Norm:
+    """A norm's forward by the kernel. An object, for a copy of the model must call the copy's own parts."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or args[0].shape[-1] != d or not _plain(args[0]):
-            return own(*args, **kwargs)
-        x = args[0]
-        if held["weight"] is not weight or weight.data_ptr() != at:
-            return own(x)  # somebody gave it another weight
+    __slots__ = ("at", "d", "module", "norm", "own", "run", "spec", "weight")
+
+    def __init__(
+        self,
+        module: Any,
+        weight: Tensor,
+        spec: tuple[float, bool, float],
+        own: Forward,
+        run: Forward,
+    ) -> None:
+        eps, early, offset = spec
+        self.module, self.weight, self.spec, self.own, self.run = module, weight, spec, own, run
+        self.d, self.at = len(weight), weight.data_ptr()
+        self.norm = byref(Norm(self.at, self.d, int(early), 0, eps, offset))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Norm:
+        module, weight = deepcopy(self.module, memo), deepcopy(self.weight, memo)
+        return _Norm(module, weight, self.spec, deepcopy(self.own, memo), self.run)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or args[0].shape[-1] != self.d or not _plain(args[0]):
+            return self.own(*args, **kwargs)
+        x, weight = args[0], self.weight
+        if self.module._parameters["weight"] is not weight or weight.data_ptr() != self.at:
+            return self.own(x)  # somebody gave it another weight
         out = torch.empty_like(x)
-        run(norm, x.data_ptr(), out.data_ptr(), x.numel() // d, threads())
+        self.run(self.norm, x.data_ptr(), out.data_ptr(), x.numel() // self.d, _threads())
         return out
-
-    return forward
 
 
 # -- gates ---------------------------------------------------------------------------------------------------------
@@ -158,26 +166,33 @@ def _gate(module: nn.Module, library: Library) -> Forward | None:
     if width is None or list(inspect.signature(module.forward).parameters) != ["x"]:
         return None
     own = module.forward
-    made = _gate_forward(module, own, library)
+    made = _Gate(module, own, library.gated)
     x = _numbers(3, width)
     want = _tried(own, x)
     return made if want is not None and _alike(made(x), want) else None
 
 
-def _gate_forward(module: nn.Module, own: Forward, library: Library) -> Forward:
-    run, threads = library.gated, torch.get_num_threads
+class _Gate:
+    """A gated feed-forward's forward; an object as `_Norm` is."""
 
-    def forward(x: Tensor) -> Any:
+    __slots__ = ("module", "own", "run")
+
+    def __init__(self, module: Any, own: Forward, run: Forward) -> None:
+        self.module, self.own, self.run = module, own, run
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Gate:
+        return _Gate(deepcopy(self.module, memo), deepcopy(self.own, memo), self.run)
+
+    def __call__(self, x: Tensor) -> Any:
         if not _plain(x):
-            return own(x)
-        gate, up = module.gate_proj(x), module.up_proj(x)  # type: ignore[operator]
+            return self.own(x)
+        module = self.module
+        gate, up = module.gate_proj(x), module.up_proj(x)
         if not _plain(gate, up) or gate.shape != up.shape:
-            return module.down_proj(module.act_fn(gate) * up)  # type: ignore[operator]
+            return module.down_proj(module.act_fn(gate) * up)
         out = torch.empty_like(gate)
-        run(gate.data_ptr(), up.data_ptr(), out.data_ptr(), out.numel(), threads())
-        return module.down_proj(out)  # type: ignore[operator]
-
-    return forward
+        self.run(gate.data_ptr(), up.data_ptr(), out.data_ptr(), out.numel(), _threads())
+        return module.down_proj(out)
 
 
 # -- rotations -----------------------------------------------------------------------------------------------------
