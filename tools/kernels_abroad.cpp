@@ -6,12 +6,14 @@
 //   aarch64-linux-gnu-g++ $F -static -march=armv8-a -o there
 //   diff <(./here) <(qemu-aarch64-static ./there) && echo equal
 //
-// Encoded bytes and gathered rows must be equal; attention is printed to four digits of its norm and of one element.
+// Encoded bytes and gathered rows must be equal; attention is printed to four digits of its norm and of one element, what
+// is in bfloat16 to three.
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
 
 #define quire abroad
+#include "attend.hpp"
 #include "decode.hpp"
 #include "encode.hpp"
 #include "gather.hpp"
@@ -60,7 +62,90 @@ static quire_field placed(const Kind& k, int d, int64_t at) {
     return f;
 }
 
+static uint16_t numbers[1 << 16];
+static const uint16_t* half(int at) { return numbers + at; }
+
+static void tell(const char* what, const uint16_t* x, int n) {
+    double norm = 0;
+    for (int i = 0; i < n; i++) norm += (double)BF16::one(x[i]) * BF16::one(x[i]);
+    printf("%s %.3g %.3g\n", what, norm, BF16::one(x[17]));
+}
+
+// What lies between and beside attention: linear layers, norms, rotations, gates, and a prompt's attention.
+static int layers() {
+    for (uint16_t& x : numbers) x = BF16::narrow(drawn());
+    static uint16_t out[1 << 15];
+    static float scales[64];
+    for (float& x : scales) x = 0.01f;
+    for (const int bits : {16, 8, 4})
+        for (const int rows : {1, 7}) {
+            quire_linear_layer l = {};
+            l.weight = (const uint8_t*)half(4096);
+            l.scales = bits == 4 ? (const void*)half(64) : bits == 8 ? scales : nullptr;
+            l.bias = half(128);
+            l.out = out;
+            l.out_row = l.n = 50;
+            l.panel = 16;
+            l.bits = bits;
+            quire_linear_args a = {};
+            a.layers = &l;
+            a.x = half(200);
+            a.x_row = a.k = 64;
+            a.n_layers = 1;
+            a.rows = rows;
+            a.k_words = 32;
+            if (linear(a)) return 1;
+            printf("%d bits, %d rows: ", bits, rows);
+            tell("linear", out, rows * 50);
+        }
+    const quire_norm n = {half(0), 70, 1, 0, 1e-5f, 1.0f};
+    if (norm(n, half(100), out, 3, 1)) return 1;
+    tell("norm", out, 210);
+    if (gated(half(0), half(500), out, 333, 1)) return 1;
+    tell("gated", out, 333);
+    quire_rotary_args r = {};
+    for (int f = 0; f < 2; f++) {
+        r.x[f] = half(1000 * f);
+        r.out[f] = out + 4096 * f;
+        r.x_token[f] = 2 * 36;
+        r.x_head[f] = 36;
+        r.heads[f] = 2;
+    }
+    r.cos = half(2000);
+    r.sin = half(3000);
+    r.batch = 1;
+    r.tokens = 5;
+    r.d = 36;
+    if (rotary(r)) return 1;
+    tell("rotary", out, 360);
+    static uint8_t mask[40 * 300];
+    for (int t = 0; t < 40; t++)
+        for (int i = 0; i < 300; i++) mask[t * 300 + i] = i <= t + 260 && i % 5;
+    quire_attend_args a = {};
+    a.q = half(0);
+    a.k = half(8192);
+    a.v = half(32768);
+    a.out = out;
+    a.mask = mask;
+    a.q_head = a.k_token = a.v_token = 32;
+    a.q_token = 4 * 32;
+    a.k_head = a.v_head = 300 * 32;
+    a.mask_token = 300;
+    a.batch = 1;
+    a.heads = 4;
+    a.kv_heads = 2;
+    a.tokens = 40;
+    a.keys = 300;
+    a.d = a.dv = 32;
+    a.threads = 1;
+    a.scale = 2.0f;
+    if (attend(a)) return 1;
+    tell("attend", out, 40 * 4 * 32);
+    return 0;
+}
+
 int main() {
+    if (layers()) return 1;
     const int64_t tile = 1 << 16, raw = BLOCKS * tile;
     static uint8_t arena[2 * BLOCKS << 16] __attribute__((aligned(64)));
     for (const Kind& k : KINDS) {

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from ctypes import byref
 from itertools import product
+from threading import Lock
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -203,6 +204,7 @@ class _Rotary:
 
     _users: ClassVar[dict[ModuleType, int]] = {}
     _own: ClassVar[dict[ModuleType, Forward]] = {}
+    _lock: ClassVar[Lock] = Lock()
 
     @classmethod
     def served(cls, code: ModuleType, library: Library) -> bool:
@@ -227,27 +229,29 @@ class _Rotary:
     @classmethod
     def on(cls, code: ModuleType, library: Library) -> Callable[[], None]:
         """Replaces it, or counts one more user; returns what takes that back."""
-        users = cls._users.get(code, 0)
-        cls._users[code] = users + 1
-        if not users:
-            own = cls._own[code] = getattr(code, TURNS)
+        with cls._lock:
+            users = cls._users.get(code, 0)
+            cls._users[code] = users + 1
+            if not users:
+                own = cls._own[code] = getattr(code, TURNS)
 
-            def rotary(*args: Any, **kwargs: Any) -> Any:
-                found = _turned(library, *args) if len(args) == 4 and not kwargs else None
-                return own(*args, **kwargs) if found is None else found
+                def rotary(*args: Any, **kwargs: Any) -> Any:
+                    found = _turned(library, *args) if len(args) == 4 and not kwargs else None
+                    return own(*args, **kwargs) if found is None else found
 
-            rotary.__quire_own__ = own  # type: ignore[attr-defined]
-            setattr(code, TURNS, rotary)
+                rotary.__quire_own__ = own  # type: ignore[attr-defined]
+                setattr(code, TURNS, rotary)
         return lambda: cls._off(code)
 
     @classmethod
     def _off(cls, code: ModuleType) -> None:
-        cls._users[code] -= 1
-        if not cls._users[code]:
-            del cls._users[code]
-            own = cls._own.pop(code)
-            if getattr(getattr(code, TURNS), "__quire_own__", None) is own:
-                setattr(code, TURNS, own)
+        with cls._lock:
+            cls._users[code] -= 1
+            if not cls._users[code]:
+                del cls._users[code]
+                own = cls._own.pop(code)
+                if getattr(getattr(code, TURNS), "__quire_own__", None) is own:
+                    setattr(code, TURNS, own)
 
 
 def _turned(
