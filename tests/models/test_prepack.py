@@ -17,6 +17,7 @@ from quire.kernels import native
 from quire.models import prepack
 from quire.models.load import Loaded, full_digest, weights_digest
 from quire.models.open import open_runner
+from quire.models.small import Small
 
 TEXTS = zoo.prompts()[:3]
 
@@ -184,6 +185,26 @@ def test_what_somebody_packed_is_left_to_him() -> None:
     assert packed(model) == set(linears(model))
     first.restore()
     assert same(bits(model), before)
+
+
+@needs_packing
+def test_norms_that_would_change_the_model_stay_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def replace(self: Small) -> None:
+        tried.append("lent")
+        norm = self._model.model.norm
+        object.__setattr__(norm, "forward", lambda x: -x)
+        self._undo.append(lambda: object.__delattr__(norm, "forward"))
+
+    monkeypatch.setattr(Small, "replace", replace)
+    model = llama()
+    found = prepack.prepack(model, "prepacked")
+    assert found is not None
+    assert tried == ["lent"]
+    assert packed(model) == set(linears(model))
+    assert "forward" not in vars(model.model.norm)
+    found.restore()
 
 
 @needs_packing
