@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,10 @@ WORKER = "PYTEST_XDIST_WORKER" in os.environ
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if WORKER:  # workers share the cores; a pool of threads in each of them only fights over these
     os.environ["OMP_NUM_THREADS"] = "1"
+
+# What a shell starts in the background ignores Ctrl-C, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Deadlines are off everywhere: on a shared machine they test the neighbours.
 # `dev` searches anew each time and remembers what failed; `ci` draws the same examples each time, so that a red run can
