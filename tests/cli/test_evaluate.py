@@ -99,6 +99,9 @@ def test_without_text_or_task_recall_is_measured(quire, tiny: Path, monkeypatch)
     done = quire("eval", tiny, "--memory", "8MiB")
     assert done.code == 0, done.err
     assert asked[0] == asked[1]["tasks"] == ["passkey", "kv", "token-kv"]
+    done = quire("eval", tiny, "--memory", "8MiB", "--ask", "before", "--keep", "h2o:budget=0.5")
+    assert done.code == 0, done.err
+    assert asked[3] == ["passkey", "kv"], "one token is known before any goes"
 
 
 @pytest.mark.parametrize(

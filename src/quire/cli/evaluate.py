@@ -66,7 +66,7 @@ def command(
             show_default=False,
             help="ppl (needs --text), passkey, kv, token-kv, needle, tracking, copy, values, variables, common, "
             "frequent; with numbers as kv:count=32,asked=8; may be repeated. Default: ppl with --text, none with "
-            "--prompts alone, else passkey, kv and token-kv.",
+            "--prompts alone, else passkey, kv and (asked after) token-kv.",
         ),
     ] = None,
     text: Annotated[
@@ -151,7 +151,12 @@ def command(
 
     [dim]quire eval --kv bf16 --task ppl,passkey,kv --text book.txt --length 1024[/dim]
     """
-    usual = [PPL] if text is not None else [] if prompts else ["passkey", "kv", "token-kv"]
+    recall = [
+        "passkey",
+        "kv",
+        *(["token-kv"] if ask == "after" else []),
+    ]  # see `evaluate`: known before tokens go
+    usual = [PPL] if text is not None else [] if prompts else recall
     recipes, tasks, lengths = (
         split_recipes(kv or ["auto"]),
         split_tasks(task) if task else usual,
