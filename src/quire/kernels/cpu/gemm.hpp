@@ -413,10 +413,7 @@ inline bool any_of_4_bits(const quire_linear_args& a) {
     return std::any_of(a.layers, a.layers + a.n_layers, [](const quire_linear_layer& l) { return l.bits == 4; });
 }
 
-inline int linear(const quire_linear_args& a) {
-#if defined(QUIRE_MATRIX)  // which cannot scale its sums by group
-    if (!any_of_4_bits(a)) return MatrixLinear{a}.all();
-#endif
+inline int linear_in_vectors(const quire_linear_args& a) {
     thread_local std::vector<Pair> room;
     const Tiles tiles(a.rows);
     if ((int64_t)room.size() < (int64_t)a.rows * a.k_words) room.resize((int64_t)a.rows * a.k_words);
@@ -437,6 +434,26 @@ inline int linear(const quire_linear_args& a) {
         });
     }
     return 0;
+}
+
+inline int linear(const quire_linear_args& a) {
+#if defined(QUIRE_MATRIX)
+    if (!any_of_4_bits(a)) return MatrixLinear{a}.all();
+    // The matrix unit cannot scale its sums by group; layers beside such ones are still its own, to the same bits as alone.
+    std::vector<quire_linear_layer> in_unit, in_vectors;
+    for (int i = 0; i < a.n_layers; i++) (a.layers[i].bits == 4 ? in_vectors : in_unit).push_back(a.layers[i]);
+    quire_linear_args part = a;
+    if (!in_unit.empty()) {
+        part.layers = in_unit.data();
+        part.n_layers = (int32_t)in_unit.size();
+        MatrixLinear{part}.all();
+    }
+    part.layers = in_vectors.data();
+    part.n_layers = (int32_t)in_vectors.size();
+    return linear_in_vectors(part);
+#else
+    return linear_in_vectors(a);
+#endif
 }
 
 }  // namespace quire
