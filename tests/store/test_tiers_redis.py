@@ -30,7 +30,15 @@ from quire.store.tiers.conformance import (
 from quire.store.tiers.recipe import open_tiers, parse_tiers
 from quire.store.tiers.redis import RedisTier
 from quire.store.tiers.stack import TierStack
-from redis_server import RedisServer, Spoiling, certificate, needs_redis, ours, redis_server
+from redis_server import (
+    RedisServer,
+    Spoiling,
+    certificate,
+    free_port,
+    needs_redis,
+    ours,
+    redis_server,
+)
 
 pytestmark = needs_redis
 GONE = (Outcome.MISS, Outcome.CORRUPT)
@@ -480,7 +488,7 @@ def test_tls_with_an_authority_of_its_own(tmp_path: Path) -> None:
                 ("tls-auth-clients", "no"),
             ):
                 client.config_set(name, str(value))
-            port = server.port + 1
+            port = free_port()
             client.config_set("tls-port", str(port))
         place = f"rediss://127.0.0.1:{port}"
         (tier,) = open_tiers(parse_tiers(f"redis:1GiB@{place}?ca={cert}"))
